@@ -1,0 +1,138 @@
+"""The Pykka actor type that runs on a greenlet, with one way to die.
+
+Pykka calls `on_stop` or `on_failure`, or neither when `on_start` fails, and an escaped
+BaseException stops every actor there is. Here whatever ends an actor goes through `closed`, once,
+and nothing escapes.
+"""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, final
+
+import gevent
+import gevent.queue
+import pykka
+
+from metrics.logs import get_logger
+
+_log = get_logger("ACTOR")
+
+
+class ActorFailedError(Exception):
+    """What Pykka is told when an actor fails, in place of whatever was raised."""
+
+
+class GreenletActor(pykka.Actor):
+    """An actor on a greenlet of its own, which nobody may kill: actors end by `stop()`.
+
+    Subclasses implement `handle`, and `opened` and `closed` where they need them. All three run in
+    the actor's greenlet. (Beware of Pykka's own private names, such as `_stop`.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_closed = False
+
+    def opened(self) -> None:
+        """Called before the first message."""
+
+    def handle(self, message: Any) -> Any:
+        """Handle one message; what it returns is the answer to an `ask`."""
+        raise NotImplementedError
+
+    def closed(self, error: BaseException | None) -> None:
+        """Called exactly once, after the last message, whatever ended the actor.
+
+        Args:
+            error: what escaped from `opened` or `handle`; None after `stop()`.
+        """
+
+    # Pykka's side.
+
+    @staticmethod
+    def _create_actor_inbox() -> Any:
+        return gevent.queue.SimpleQueue()
+
+    @staticmethod
+    def _create_future() -> pykka.Future[Any]:
+        return pykka.ThreadingFuture()
+
+    def _start_actor_loop(self) -> None:
+        gevent.spawn(self._actor_loop)
+
+    @final
+    def on_start(self) -> None:
+        try:
+            self.opened()
+        except BaseException as error:
+            self._close(error)
+            raise ActorFailedError from error
+
+    @final
+    def on_receive(self, message: Any) -> Any:
+        if self._is_closed:
+            return None
+        try:
+            return self.handle(message)
+        except BaseException as error:
+            # Closed here, and not in `on_failure`, which does not run for a message that was asked.
+            self._close(error)
+            raise ActorFailedError from error
+
+    @final
+    def on_stop(self) -> None:
+        self._close(None)
+
+    @final
+    def on_failure(
+        self,
+        exception_type: type[BaseException] | None,
+        exception_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        pass  # `on_receive` has closed it
+
+    def _close(self, error: BaseException | None) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if error is not None:
+            _log.error("Actor failed", actor=type(self).__name__, error=repr(error))
+            self.stop()  # Pykka lets an actor live on that failed while it was asked
+        try:
+            self.closed(error)
+        except BaseException as second:
+            _log.error("Actor failed to close", actor=type(self).__name__, error=repr(second))
+
+
+def tell(ref: pykka.ActorRef[Any], message: object) -> bool:
+    """Put a message in an actor's mailbox; False when it has just ended, which is no error."""
+    try:
+        ref.tell(message)
+    except pykka.ActorDeadError:
+        return False
+    return True
+
+
+class Timer:
+    """Puts a message in a mailbox later, without a greenlet. The hub runs it.
+
+    Args:
+        seconds: when, from now.
+        ref: whose mailbox.
+        message: what.
+    """
+
+    def __init__(self, seconds: float, ref: pykka.ActorRef[Any], message: object) -> None:
+        self._timer = gevent.get_hub().loop.timer(seconds)
+        self._timer.start(self._fire, ref, message)
+
+    def cancel(self) -> None:
+        """Send nothing any more."""
+        self._timer.stop()
+        self._timer.close()
+
+    def _fire(self, ref: pykka.ActorRef[Any], message: object) -> None:
+        self.cancel()
+        tell(ref, message)

@@ -1,0 +1,273 @@
+"""One generation: its states, its reader, its one terminal report."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, assert_never
+
+import pykka
+
+from actors.greenlet import GreenletActor, tell
+from actors.messages import (
+    FirstToken,
+    GenerationEnded,
+    ReaderEnded,
+    RegisterAgain,
+    RequestAccepted,
+    RequestMessage,
+    RequestReported,
+    Start,
+    Stop,
+    StreamOpened,
+    SupervisorMessage,
+)
+from llm.chat import Delta
+from llm.errors import StreamError
+from llm.stream import Ending, Result, Sink
+from metrics.instruments import Metrics
+from metrics.logs import get_logger
+
+_log = get_logger("LLM")
+
+
+class RequestState(enum.Enum):
+    """Where a generation is. The last four are terminal: nothing leads out of them."""
+
+    CONNECTING = "connecting"
+    WAITING = "waiting"  # for the first token
+    STREAMING = "streaming"
+    COMPLETED = "completed"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    REAPED = "reaped"
+
+
+_ENDS = frozenset(
+    {
+        RequestState.COMPLETED,
+        RequestState.INTERRUPTED,
+        RequestState.FAILED,
+        RequestState.REAPED,
+    }
+)
+_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.CONNECTING: _ENDS | {RequestState.WAITING},
+    RequestState.WAITING: _ENDS | {RequestState.STREAMING},
+    RequestState.STREAMING: _ENDS,
+    RequestState.COMPLETED: frozenset(),
+    RequestState.INTERRUPTED: frozenset(),
+    RequestState.FAILED: frozenset(),
+    RequestState.REAPED: frozenset(),
+}
+
+
+class TextOutlet(Protocol):
+    """Where the text goes."""
+
+    def put(self, text: str) -> None:
+        """Take a piece of the answer. May block the reader, and nobody else."""
+
+    def progress_at(self) -> float:
+        """`time.monotonic()` of the client's last progress while its reader waits, else 0."""
+
+
+class Stream(Protocol):
+    """A generation, as `llm.stream` makes them."""
+
+    progress_at: float
+
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+    def kill_again(self) -> None: ...
+
+
+class StreamSource(Protocol):
+    """Makes generations; `llm.stream.LlmClient` is the one in use."""
+
+    def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> Stream: ...
+
+
+class RequestActor(GreenletActor):
+    """Runs one generation and reports its end to its session, exactly once.
+
+    The report comes when the reader is dead, whoever wanted it to end, and even when this actor
+    itself fails.
+    """
+
+    def __init__(
+        self,
+        *,
+        session_id: str,
+        request_id: str,
+        session: pykka.ActorRef[Any],
+        tell_supervisor: Callable[[SupervisorMessage], None],
+        source: StreamSource,
+        body: bytes,
+        outlet: TextOutlet,
+        metrics: Metrics,
+    ) -> None:
+        super().__init__()
+        self._session_id = session_id
+        self._request_id = request_id
+        self._session = session
+        self._tell_supervisor = tell_supervisor
+        self._metrics = metrics
+        self._outlet = outlet
+        self._stream = source.generation(body, _Relay(self.actor_ref, outlet), self._reader_ended)
+        self._state = RequestState.CONNECTING
+        self._created_at = time.monotonic()
+        self._started_at: float | None = None
+        self._told_to_stop: Stop | None = None
+        self._reported = False
+        metrics.requests_active.labels(self._state.value).inc()
+
+    def opened(self) -> None:
+        self._register()
+
+    def handle(self, message: RequestMessage) -> None:
+        match message:
+            case Start():
+                self._start()
+            case StreamOpened():
+                self._advance(RequestState.WAITING)
+            case FirstToken():
+                self._first_token()
+            case Stop():
+                self._stop_reading(message)
+            case ReaderEnded(result):
+                self._end(result)
+            case RegisterAgain():
+                self._register()
+            case _:
+                assert_never(message)
+
+    def closed(self, error: BaseException | None) -> None:
+        if self._reported:
+            return
+        if self._started_at is None:
+            self._report(Result(Ending.FAILED, StreamError("the gateway failed")))
+        else:
+            self._stream.close()  # its end reports
+
+    def _register(self) -> None:
+        stream, outlet = self._stream, self._outlet
+        self._tell_supervisor(
+            RequestAccepted(
+                self.actor_ref,
+                self._session,
+                self._session_id,
+                self._request_id,
+                self._created_at,
+                lambda: max(stream.progress_at, outlet.progress_at()),
+                stream.kill_again,
+            )
+        )
+
+    def _start(self) -> None:
+        if self._told_to_stop is None and self._started_at is None:
+            self._started_at = time.monotonic()
+            self._metrics.llm_posts.inc()
+            self._stream.start()
+
+    def _first_token(self) -> None:
+        self._advance(RequestState.STREAMING)
+        if self._started_at is not None:
+            waited = time.monotonic() - self._started_at
+            self._metrics.time_to_first_chunk_seconds.observe(waited)
+
+    def _stop_reading(self, stop: Stop) -> None:
+        if self._told_to_stop is not None:
+            return
+        self._told_to_stop = stop
+        if self._started_at is None:
+            self._end(Result(Ending.CLOSED))
+        else:
+            self._stream.close()
+
+    def _end(self, result: Result) -> None:
+        self._report(result)
+        self.stop()
+
+    def _reader_ended(self, result: Result) -> None:
+        # Runs in the hub. If the actor has failed meanwhile, its request still gets its report.
+        if not tell(self.actor_ref, ReaderEnded(result)) or self._is_closed:
+            failed = Result(
+                Ending.FAILED, StreamError("the gateway failed"), closed_at=result.closed_at
+            )
+            self._report(failed)
+
+    def _report(self, result: Result) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        self._advance(self._final_state(result))
+        self._count(result)
+        if self._state is RequestState.INTERRUPTED:
+            _log.info(
+                "LLM stream cancelled by user",
+                session_id=self._session_id,
+                request_id=self._request_id,
+            )
+        elif self._state is RequestState.FAILED:
+            _log.warning(
+                "Generation failed",
+                session_id=self._session_id,
+                request_id=self._request_id,
+                error=str(result.error),
+            )
+        tell(self._session, RequestReported(self._request_id, result))
+        self._tell_supervisor(GenerationEnded(self.actor_urn))
+
+    def _final_state(self, result: Result) -> RequestState:
+        match result.ending:
+            case Ending.COMPLETED:
+                return RequestState.COMPLETED
+            case Ending.FAILED:
+                return RequestState.FAILED
+            case Ending.CLOSED:
+                reaped = self._told_to_stop is not None and self._told_to_stop.reaped
+                return RequestState.REAPED if reaped else RequestState.INTERRUPTED
+
+    def _count(self, result: Result) -> None:
+        metrics = self._metrics
+        if self._started_at is not None:
+            ended_at = result.closed_at or time.monotonic()
+            metrics.generation_seconds.labels(self._state.value).observe(
+                max(0.0, ended_at - self._started_at)
+            )
+        if result.error is not None:
+            kind = type(result.error).__name__.removesuffix("Error")
+            metrics.llm_errors.labels(kind).inc()
+        if result.usage is not None:
+            metrics.llm_tokens.labels("prompt").inc(result.usage.prompt_tokens)
+            metrics.llm_tokens.labels("completion").inc(result.usage.completion_tokens)
+
+    def _advance(self, state: RequestState) -> None:
+        if state not in _TRANSITIONS[self._state]:
+            return
+        active = self._metrics.requests_active
+        active.labels(self._state.value).dec()
+        if state not in _ENDS:
+            active.labels(state.value).inc()
+        self._state = state
+
+
+class _Relay:
+    """The reader's side: text goes to the outlet, milestones to the mailbox."""
+
+    def __init__(self, request: pykka.ActorRef[Any], outlet: TextOutlet) -> None:
+        self._request = request
+        self._outlet = outlet
+        self._first = True
+
+    def opened(self) -> None:
+        tell(self._request, StreamOpened())
+
+    def put(self, delta: Delta) -> None:
+        if self._first:
+            self._first = False
+            tell(self._request, FirstToken())
+        if delta.text:
+            self._outlet.put(delta.text)

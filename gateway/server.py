@@ -1,0 +1,390 @@
+"""Sockets: accept, the WebSocket handshake, plain HTTP GETs on the same port, the read loop.
+
+websockets' Sans-I/O layer on a gevent server: one greenlet per connection reads, turns frames into
+typed messages for the session, and is the only one who closes the socket. Everything that goes out
+goes through the connection's outbox.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import http
+import ipaddress
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import gevent
+import gevent.event
+import gevent.server
+import gevent.socket
+import msgspec
+from websockets.datastructures import Headers, MultipleValuesError
+from websockets.frames import Frame, Opcode
+from websockets.http11 import Request, Response
+from websockets.protocol import OPEN, State
+from websockets.server import ServerProtocol
+
+from gateway.outbox import Outbox, OutboxSettings
+from gateway.protocol import (
+    MAX_FRAME_BYTES,
+    ClientFrame,
+    ErrorCode,
+    FrameError,
+    decode,
+)
+from metrics.instruments import Metrics
+from metrics.logs import get_logger
+
+PATH = "/ws/agent/stream"
+
+_READ_BYTES = 64 * 1024
+_HANDSHAKE_SECONDS = 10.0
+_CLOSE_SECONDS = 5.0
+"""How long a client may take to answer a close frame."""
+
+_BACKLOG = 1024
+_NOTSENT_BYTES = 16 * 1024
+"""What the kernel may hold unsent for a client: more would be stale, and out of our reach."""
+
+_TURN_FRAMES = 32
+"""After so many frames from one client everybody else gets a turn."""
+
+_log = get_logger("WS")
+
+
+class Session(Protocol):
+    """What the server tells a session. None of it blocks."""
+
+    def frame(self, frame: ClientFrame, read_at: float) -> None:
+        """A frame, read at this `time.monotonic()`."""
+
+    def bad_frame(self, error: FrameError) -> None:
+        """A frame that was not understood."""
+
+    def connection_lost(self, reason: str) -> None:
+        """Nothing can be read or written any more. May be told more than once."""
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Where to listen, and how to treat connections.
+
+    Args:
+        host: address to listen on.
+        port: TCP port; 0 takes a free one.
+        allowed_origins: origins of web pages that may connect besides our own, such as
+            ``https://chat.example.com``; their hosts are also accepted as `Host`.
+        ping_interval: seconds of silence until a WebSocket ping is sent; 0 sends none.
+        ping_timeout: seconds without any sign of life after it until the connection is dropped.
+        outbox: bounds of what goes out.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    allowed_origins: tuple[str, ...] = ()
+    ping_interval: float = 20.0
+    ping_timeout: float = 20.0
+    outbox: OutboxSettings = OutboxSettings()
+
+
+class Server:
+    """Listens, and makes a session of each WebSocket connection.
+
+    Args:
+        settings: where and how.
+        open_session: makes the session of a connection, given its outbox and peer address.
+        health: the fields of `/health`.
+        metrics: counts refusals and slow clients.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        open_session: Callable[[Outbox, str], Session],
+        health: Callable[[], dict[str, object]],
+        metrics: Metrics,
+    ) -> None:
+        self.settings = settings
+        self.open_session = open_session
+        self.health = health
+        self.metrics = metrics
+        self._connections: set[_Connection] = set()
+        self._empty = gevent.event.Event()
+        self._empty.set()
+        self._listener: gevent.server.StreamServer | None = None
+        self._pinger: gevent.Greenlet[[], None] | None = None
+        self._hosts = {"localhost", settings.host.lower()} | {
+            host for origin in settings.allowed_origins if (host := urlsplit(origin).hostname)
+        }
+        self._origins = {origin.lower().rstrip("/") for origin in settings.allowed_origins}
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        assert self._listener is not None
+        port = self._listener.server_port
+        assert port is not None
+        return port
+
+    @property
+    def connections(self) -> int:
+        """How many connections are open, of any kind."""
+        return len(self._connections)
+
+    def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address cannot be had.
+        """
+        self._listener = gevent.server.StreamServer(
+            (self.settings.host, self.settings.port), self._serve, backlog=_BACKLOG
+        )
+        self._listener.start()
+        if self.settings.ping_interval > 0:
+            self._pinger = gevent.spawn(self._ping_for_ever)
+
+    def stop_listening(self) -> None:
+        """Take no more connections; those that stand are left alone."""
+        if self._listener is not None:
+            self._listener.close()
+
+    def stop(self) -> None:
+        """Stop listening and drop every connection."""
+        if self._pinger is not None:
+            self._pinger.kill()
+        self.stop_listening()
+        for connection in list(self._connections):
+            connection.drop("server stopped")
+        if self._listener is not None:
+            self._listener.stop(timeout=_CLOSE_SECONDS)
+
+    def wait_until_empty(self, seconds: float) -> None:
+        """Wait until every connection has ended, but no longer than this."""
+        self._empty.wait(seconds)
+
+    def refusal(self, request: Request) -> str | None:
+        """Why a request is refused by its Host or Origin, or None.
+
+        A page in the user's browser may send requests anywhere. Its origin must be ours, and the
+        host a name that is ours, since a foreign name may have been pointed at our address.
+        """
+        try:
+            host_header = request.headers["Host"]
+            origin = request.headers.get("Origin")
+        except (KeyError, MultipleValuesError):
+            return "a request needs one Host, and at most one Origin"
+        try:
+            host = urlsplit(f"//{host_header}").hostname or ""
+        except ValueError:
+            host = ""
+        if host not in self._hosts and not _is_address(host):
+            return f"host {host_header[:100]!r} is not served here"
+        if origin is None or origin.lower() in self._origins:
+            return None
+        if origin.lower().partition("://")[2] == host_header.lower():
+            return None
+        return f"pages of origin {origin[:100]!r} may not connect"
+
+    def _serve(self, sock: gevent.socket.socket, address: tuple[str, int]) -> None:
+        connection = _Connection(self, sock, f"{address[0]}:{address[1]}")
+        self._connections.add(connection)
+        self._empty.clear()
+        try:
+            connection.run()
+        finally:
+            self._connections.discard(connection)
+            if not self._connections:
+                self._empty.set()
+
+    def _ping_for_ever(self) -> None:
+        # One greenlet for all connections: ten thousand idle ones must not cost as many timers.
+        pause = min(self.settings.ping_interval, self.settings.ping_timeout) / 4
+        while True:
+            gevent.sleep(pause)
+            now = time.monotonic()
+            for connection in list(self._connections):
+                connection.check(now)
+
+
+class _Connection:
+    """One TCP connection, from accept to close."""
+
+    def __init__(self, server: Server, sock: gevent.socket.socket, peer: str) -> None:
+        self._server = server
+        self._sock = sock
+        self._peer = peer
+        self._protocol = ServerProtocol(max_size=MAX_FRAME_BYTES)
+        self._session: Session | None = None
+        self._message: list[bytes] = []
+        self._message_opcode = Opcode.TEXT
+        self._heard_at = self._opened_at = time.monotonic()
+        self._pinged_at: float | None = None
+        self._closing_since: float | None = None
+        _tune(sock)
+        sock.settimeout(0)  # every wait is explicit, so that writes never block
+        self._outbox = Outbox(
+            sock, self._protocol, server.settings.outbox, server.metrics, self._died
+        )
+
+    def run(self) -> None:
+        """Serve the connection until it ends, in its own greenlet."""
+        reason = "closed by the client"
+        try:
+            while (data := self._read()) and not self._is_over():
+                self._protocol.receive_data(data)
+                self._after_receiving()
+            self._protocol.receive_eof()
+            self._outbox.send_wire(self._protocol.data_to_send())
+        except OSError as error:
+            reason = f"connection lost: {error.strerror or error}"
+        finally:
+            self._outbox.die(reason)
+            self._died(reason)  # once more, for a session that was opened on a dead connection
+            self._sock.close()
+
+    def drop(self, reason: str) -> None:
+        """End it at once."""
+        self._outbox.die(reason)
+
+    def check(self, now: float) -> None:
+        """Called every few seconds: finds connections that are dead, or too slow to shake hands."""
+        settings = self._server.settings
+        if self._protocol.state is State.CONNECTING:
+            if now - self._opened_at > _HANDSHAKE_SECONDS:
+                self.drop("no handshake in time")
+        elif self._protocol.state is not OPEN:
+            self._closing_since = self._closing_since or now
+            if now - self._closing_since > _CLOSE_SECONDS:
+                self.drop("close frame unanswered")
+        elif self._pinged_at is not None and self._heard_at >= self._pinged_at:
+            self._pinged_at = None
+        elif self._pinged_at is not None:
+            if now - self._pinged_at > settings.ping_timeout:
+                self.drop(f"no answer to a ping within {settings.ping_timeout:g} s")
+        elif now - self._heard_at > settings.ping_interval:
+            self._pinged_at = now
+            self._outbox.ping()
+
+    def _read(self) -> bytes:
+        while True:
+            try:
+                data: bytes = self._sock.recv(_READ_BYTES)
+            except BlockingIOError:
+                gevent.socket.wait_read(self._sock.fileno())
+            else:
+                self._heard_at = time.monotonic()
+                return data
+
+    def _is_over(self) -> bool:
+        return self._protocol.state is State.CLOSED
+
+    def _after_receiving(self) -> None:
+        frames = 0
+        for event in self._protocol.events_received():
+            if isinstance(event, Request):
+                self._answer_http(event)
+            elif isinstance(event, Frame):
+                self._take(event)
+                frames += 1
+                if frames % _TURN_FRAMES == 0:
+                    gevent.sleep(0)
+        self._outbox.send_wire(self._protocol.data_to_send())
+        if frames:
+            # A client that never pauses must not starve the others, nor outrun its session.
+            gevent.sleep(0)
+            self._outbox.wait_for_room_for_control()
+
+    def _take(self, frame: Frame) -> None:
+        if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
+            self._message_opcode = frame.opcode
+            self._message = [bytes(frame.data)]
+        elif frame.opcode is Opcode.CONT:
+            self._message.append(bytes(frame.data))
+        else:
+            return  # pings, pongs and closes are answered by the protocol itself
+        if frame.fin and self._session is not None:
+            message, self._message = b"".join(self._message), []
+            self._deliver(self._session, message)
+
+    def _deliver(self, session: Session, message: bytes) -> None:
+        read_at = self._heard_at
+        try:
+            if self._message_opcode is Opcode.BINARY:
+                raise FrameError(ErrorCode.MALFORMED_PAYLOAD, "a binary frame outside of a request")
+            frame = decode(message)
+        except FrameError as error:
+            _log.info("Refused message", session_id=None, code=error.code, detail=error.detail)
+            session.bad_frame(error)
+        else:
+            _log.info(
+                "Received message", session_id=frame.session_id, msg_type=frame.payload.msg_type
+            )
+            session.frame(frame, read_at)
+
+    def _answer_http(self, request: Request) -> None:
+        protocol = self._protocol
+        refusal = self._server.refusal(request)
+        path = request.path.partition("?")[0]
+        if refusal is not None:
+            self._server.metrics.refused.labels("origin").inc()
+            _log.warning("Refused connection", peer=self._peer, reason=refusal)
+            protocol.send_response(_response(http.HTTPStatus.FORBIDDEN, refusal + "\n"))
+        elif path == PATH:
+            response = protocol.accept(request)
+            protocol.send_response(response)
+            if protocol.state is OPEN:
+                self._outbox.send_wire(protocol.data_to_send())
+                self._session = self._server.open_session(self._outbox, self._peer)
+        elif request.method != "GET":
+            refused = _response(http.HTTPStatus.METHOD_NOT_ALLOWED, "only GET is served here\n")
+            refused.headers["Allow"] = "GET"
+            protocol.send_response(refused)
+        elif path == "/health":
+            body = msgspec.json.encode(self._server.health()).decode()
+            protocol.send_response(_response(http.HTTPStatus.OK, body, "application/json"))
+        else:
+            text = f"nothing at {path[:100]!r}; the WebSocket is at {PATH}\n"
+            protocol.send_response(_response(http.HTTPStatus.NOT_FOUND, text))
+
+    def _died(self, reason: str) -> None:
+        if self._session is not None:
+            self._session.connection_lost(reason)
+
+
+def _tune(sock: gevent.socket.socket) -> None:
+    """Send each frame at once, and keep what the kernel holds small."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    notsent_lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if notsent_lowat is not None:
+        sock.setsockopt(socket.IPPROTO_TCP, notsent_lowat, _NOTSENT_BYTES)
+
+
+def _response(
+    status: http.HTTPStatus, body: str, content_type: str = "text/plain; charset=utf-8"
+) -> Response:
+    data = body.encode()
+    headers = Headers(
+        {
+            "Date": email.utils.formatdate(usegmt=True),
+            "Connection": "close",
+            "Content-Length": str(len(data)),
+            "Content-Type": content_type,
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+        }
+    )
+    return Response(status.value, status.phrase, headers, data)
+
+
+def _is_address(host: str) -> bool:
+    # No name was resolved to get here, so no foreign name can have been pointed at us.
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,136 @@
+"""OpenAI chat completions, as pure data: user text to request body, stream chunks to deltas.
+
+The shapes are those of the OpenAI API reference, "Create chat completion" and "The chat completion
+chunk object", read leniently: every compatible server leaves out or adds something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+
+DONE = "[DONE]"
+"""The data of the event that ends a stream (OpenAI API reference, `stream`)."""
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of the conversation that is sent to the model."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one generation, as the provider counted them."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+
+
+class Delta(msgspec.Struct, frozen=True):
+    """What one chunk adds to the answer."""
+
+    text: str = ""
+    reasoning_chars: int = 0
+    """Length of reasoning text in Unicode code points; the text itself is not relayed."""
+    finish_reason: str | None = None
+    usage: Usage | None = None
+
+    @property
+    def is_token(self) -> bool:
+        """True when it carries part of the answer, of any kind."""
+        return bool(self.text or self.reasoning_chars)
+
+
+class MalformedChunkError(ValueError):
+    """The data of an event is not a chat completion chunk."""
+
+
+class ErrorChunkError(Exception):
+    """The provider reported an error inside a stream; the text is its message."""
+
+
+class _ChunkDelta(msgspec.Struct):
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _ChunkDelta | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: Usage | None = None
+    error: Any = None
+
+
+_chunk_decoder = msgspec.json.Decoder(_Chunk)
+_any_decoder = msgspec.json.Decoder()
+_encoder = msgspec.json.Encoder()
+
+
+def encode_body(model: str, messages: Sequence[Message]) -> bytes:
+    """The JSON body of a streaming chat completion request."""
+    return _encoder.encode({"model": model, "messages": messages, "stream": True})
+
+
+def parse_chunk(data: str) -> Delta:
+    """Read the data of one event.
+
+    Args:
+        data: JSON text of a chat completion chunk (not the final ``[DONE]``).
+
+    Raises:
+        MalformedChunkError: it is not JSON, or not of the shape of a chunk.
+        ErrorChunkError: it is an error object, with the provider's message.
+    """
+    try:
+        chunk = _chunk_decoder.decode(data)
+    except msgspec.DecodeError as error:
+        message = error_message(data)
+        if message is not None:
+            raise ErrorChunkError(message) from None
+        raise MalformedChunkError(str(error)) from None
+    if chunk.error:
+        raise ErrorChunkError(error_message(data) or "no message")
+    if chunk.choices is None and chunk.usage is None:
+        raise MalformedChunkError("Object has neither `choices` nor `usage`")
+    # Only one choice is ever asked for; some servers send an empty list with the usage.
+    if not chunk.choices:
+        return Delta(usage=chunk.usage)
+    choice = chunk.choices[0]
+    delta = choice.delta
+    if delta is None:
+        return Delta(finish_reason=choice.finish_reason, usage=chunk.usage)
+    reasoning = delta.reasoning_content or delta.reasoning
+    return Delta(
+        delta.content or "",
+        len(reasoning) if reasoning else 0,
+        choice.finish_reason,
+        chunk.usage,
+    )
+
+
+def error_message(text: str | bytes) -> str | None:
+    """The message in a provider's JSON error body, or None where there is none.
+
+    Forms seen: ``{"error": {"message": …}}``, ``{"error": "…"}``, ``{"message": …}``, ``{"detail": …}``.
+    """
+    try:
+        body = _any_decoder.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    if not isinstance(body, dict):
+        return None
+    inner = body.get("error", body)
+    if isinstance(inner, dict):
+        inner = inner.get("message") or inner.get("detail")
+    if isinstance(inner, str):
+        return inner
+    return None if inner is None else _encoder.encode(inner).decode()

@@ -1,0 +1,74 @@
+"""Logs: one event a line, for people on a terminal and as JSON for machines.
+
+Text form: ``2026-01-31T12:00:00.123Z [WS] [INFO] Received message | {"msg_type": "INTERRUPT"}``.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any, Literal, TextIO
+
+import msgspec
+import structlog
+
+Component = Literal["WS", "ACTOR", "LLM", "SYS"]
+LEVELS = ("debug", "info", "warning", "error")
+
+_encoder = msgspec.json.Encoder(enc_hook=str)
+
+
+def get_logger(component: Component) -> Any:
+    """The logger of one component; its methods take the event and its fields by keyword."""
+    return structlog.get_logger(component=component)
+
+
+def configure(level: str, log_format: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
+    """Set up logging for the process, once, before the first event.
+
+    Args:
+        level: one of `LEVELS`; what is below it costs next to nothing.
+        log_format: text for people, json for machines.
+        stream: where the lines go.
+    """
+    number = logging.getLevelNamesMapping()[level.upper()]
+    processors: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _text_line if log_format == "text" else _json_line,
+    ]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(stream),
+        cache_logger_on_first_use=True,
+    )
+    # Libraries log through the standard module; theirs become lines of the same form.
+    root = logging.getLogger()
+    root.handlers[:] = [_ToStructlog()]
+    root.setLevel(max(number, logging.WARNING))
+
+
+class _ToStructlog(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        get_logger("SYS").log(
+            record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
+        )
+
+
+def _text_line(_logger: object, _name: str, event: MutableMapping[str, Any]) -> str:
+    head = "{}Z [{}] [{}] {}".format(
+        event.pop("timestamp").rstrip("Z")[:23],
+        event.pop("component", "SYS"),
+        event.pop("level").upper(),
+        event.pop("event"),
+    )
+    trace = event.pop("exception", None)
+    line = f"{head} | {_encoder.encode(event).decode()}" if event else head
+    return f"{line}\n{trace}" if trace else line
+
+
+def _json_line(_logger: object, _name: str, event: MutableMapping[str, Any]) -> str:
+    return _encoder.encode(event).decode()

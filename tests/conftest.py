@@ -1,0 +1,62 @@
+"""What the integration tests stand on: a provider in its own process, and gateways in this one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from gateway.server import ServerSettings
+from llm.stream import Provider
+from run import Gateway, Settings
+from tests.harness.client import Client
+from tests.harness.provider_process import ProviderProcess
+
+
+@pytest.fixture(scope="session")
+def provider() -> Iterator[ProviderProcess]:
+    """The scripted provider: one process for the whole run, told apart by script names."""
+    with ProviderProcess() as process:
+        yield process
+
+
+@pytest.fixture
+def make_gateway(provider: ProviderProcess) -> Iterator[Callable[..., Gateway]]:
+    """Starts gateways on free ports, and stops them after the test.
+
+    Keyword arguments of what is made: fields of `Provider` (its `base_url` is the scripted
+    provider's unless given); `server`, `supervisor`, `on_new_request` of `Settings`.
+    """
+    gateways: list[Gateway] = []
+
+    def make(**fields: Any) -> Gateway:
+        settings = {
+            name: fields.pop(name)
+            for name in ("server", "supervisor", "on_new_request")
+            if name in fields
+        }
+        server = dataclasses.replace(settings.pop("server", ServerSettings()), port=0)
+        llm = {"base_url": provider.base_url, "model": "test", **fields}
+        gateway = Gateway(Settings(provider=Provider(**llm), server=server, **settings))
+        gateway.start()
+        gateways.append(gateway)
+        return gateway
+
+    yield make
+    for gateway in gateways:
+        gateway.stop()
+
+
+@pytest.fixture
+def gateway(make_gateway: Callable[..., Gateway]) -> Gateway:
+    """A gateway with default settings, in front of the scripted provider."""
+    return make_gateway()
+
+
+@pytest.fixture
+def client(gateway: Gateway) -> Iterator[Client]:
+    """A registered client of `gateway`."""
+    with Client(gateway.server.port) as client:
+        yield client

@@ -1,0 +1,510 @@
+"""The demo provider, spoken to over loopback HTTP; its pure parts also directly."""
+
+import json
+import math
+import re
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import gevent
+import pytest
+import requests
+
+from llm import demo
+from llm.demo import DemoProvider
+from llm.stories import CHINESE_STORY, ENGLISH_STORY, answer, tokens
+
+HAN = re.compile("[\u4e00-\u9fff]")
+LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
+
+
+@pytest.fixture
+def provider() -> Iterator[DemoProvider]:
+    """As fast as the client reads: for what is said, not when."""
+    with DemoProvider(tokens_per_second=math.inf) as running:
+        yield running
+
+
+@pytest.fixture
+def slow() -> Iterator[DemoProvider]:
+    """Says its role, then nothing for ten minutes: whatever ends sooner was ended."""
+    with DemoProvider(tokens_per_second=1 / 600) as running:
+        yield running
+
+
+def chat(text: str = "Tell me a story", **fields: Any) -> dict[str, Any]:
+    message = {"role": "user", "content": text}
+    return {"model": "demo-story", "messages": [message], "stream": True} | fields
+
+
+def post(
+    provider: DemoProvider, body: dict[str, Any] | list[Any] | bytes, stream: bool = False
+) -> requests.Response:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    url = f"{provider.base_url}/chat/completions"
+    return requests.post(url, data=data, stream=stream, timeout=LIMIT)
+
+
+def events_of(response: requests.Response) -> list[str]:
+    """The data of each event; anything in the body that is not one `data:` line fails the test."""
+    parts = response.content.decode().split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data: ") and "\n" not in part for part in parts)
+    return [part.removeprefix("data: ") for part in parts]
+
+
+def chunks_of(response: requests.Response) -> list[dict[str, Any]]:
+    *chunks, done = events_of(response)
+    assert done == "[DONE]"
+    return [json.loads(chunk) for chunk in chunks]
+
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+
+
+def port_of(provider: DemoProvider) -> int:
+    port = urlsplit(provider.base_url).port
+    assert port
+    return port
+
+
+def open_stream(provider: DemoProvider) -> socket.socket:
+    """A raw client that has already got the first event, so that its stream is surely live."""
+    client = socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT)
+    body = json.dumps(chat()).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body)
+    received = b""
+    while b'"assistant"' not in received:
+        piece = client.recv(65536)
+        assert piece
+        received += piece
+    return client
+
+
+# ---- what is streamed
+
+
+def test_a_stream_is_role_then_tokens_then_finish_reason_then_done(provider: DemoProvider) -> None:
+    response = post(provider, chat(model="any-name"))
+    assert response.status_code == 200
+    assert response.headers["Content-Type"] == "text/event-stream"
+    first, *middle, last = chunks_of(response)
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all(list(c["choices"][0]["delta"]) == ["content"] for c in middle)
+    assert all(c["choices"][0]["finish_reason"] is None for c in [first, *middle])
+    assert last["choices"][0]["delta"] == {}
+    assert last["choices"][0]["finish_reason"] == "stop"
+
+
+def test_every_chunk_of_a_stream_carries_the_same_id_time_and_model(
+    provider: DemoProvider,
+) -> None:
+    before = int(time.time())
+    chunks = chunks_of(post(provider, chat(model="some-model")))
+    heads = {(c["id"], c["object"], c["created"], c["model"]) for c in chunks}
+    ((completion_id, kind, created, model),) = heads
+    assert completion_id.startswith("chatcmpl-")
+    assert (kind, model) == ("chat.completion.chunk", "some-model")
+    assert before <= created <= time.time()
+    assert all("usage" not in c for c in chunks)
+
+
+def test_two_streams_have_different_ids(provider: DemoProvider) -> None:
+    ids = {chunks_of(post(provider, chat("stop")))[0]["id"] for _ in range(2)}
+    assert len(ids) == 2
+
+
+def test_usage_comes_last_with_no_choices_and_is_null_before(provider: DemoProvider) -> None:
+    options = {"include_usage": True}
+    *chunks, last = chunks_of(post(provider, chat("one two three", stream_options=options)))
+    assert all(c["usage"] is None for c in chunks)
+    assert last["choices"] == []
+    said = sum(bool(c["choices"][0]["delta"].get("content")) for c in chunks)
+    assert last["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": said,
+        "total_tokens": 3 + said,
+    }
+
+
+def test_an_english_request_gets_a_long_english_story(provider: DemoProvider) -> None:
+    text = text_of(chunks_of(post(provider, chat("Tell me about the sea."))))
+    opening, story = text.split("\n\n", 1)
+    assert "Tell me about the sea" in opening
+    assert story == ENGLISH_STORY
+    assert len(story.split()) >= 600
+    assert not HAN.search(text)
+
+
+def test_a_chinese_request_gets_a_long_chinese_story(provider: DemoProvider) -> None:
+    text = text_of(chunks_of(post(provider, chat("给我讲一个故事吧"))))
+    opening, story = text.split("\n\n", 1)
+    assert "给我讲一个故事吧" in opening
+    assert story == CHINESE_STORY
+    assert len(HAN.findall(story)) >= 900
+    assert not re.search("[A-Za-z ]", story)
+
+
+def test_the_last_user_message_chooses_the_language(provider: DemoProvider) -> None:
+    messages = [
+        {"role": "system", "content": "用中文回答"},
+        {"role": "user", "content": "讲个故事"},
+        {"role": "assistant", "content": None},
+        {"role": "user", "content": [{"type": "text", "text": "in English"}, {"type": "image"}]},
+        {"role": "tool", "content": "晴"},
+    ]
+    text = text_of(chunks_of(post(provider, chat(messages=messages))))
+    assert text.startswith("“in English”")
+    assert text.endswith(ENGLISH_STORY)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["stop", "Stop!", "OK, please stop.", "That's enough", "Stop the story, I would like my lunch"],
+)
+def test_an_english_stop_gets_one_short_sentence(provider: DemoProvider, text: str) -> None:
+    said = text_of(chunks_of(post(provider, chat(text))))
+    assert 0 < len(said) < 100
+    assert not HAN.search(said)
+
+
+@pytest.mark.parametrize("text", ["停", "停止！", "请停一下", "别说了", "不要再讲了", "够了"])
+def test_a_chinese_stop_gets_one_short_chinese_sentence(provider: DemoProvider, text: str) -> None:
+    said = text_of(chunks_of(post(provider, chat(text))))
+    assert 0 < len(said) < 50
+    assert HAN.search(said)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Please don't stop",
+        "What was it about the bus stop by the harbour?",
+        "别停",
+        "停车场在哪",
+    ],
+)
+def test_what_only_looks_like_a_stop_gets_its_story(text: str) -> None:
+    assert len(answer(text)) > 900
+
+
+def test_a_pasted_page_does_not_lengthen_the_first_sentence() -> None:
+    assert len(answer("why? " * 1000).split("\n\n")[0]) < 100
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_token_limit_cuts_the_answer_and_says_length(provider: DemoProvider, field: str) -> None:
+    fields = {"max_tokens": 9} | {field: 7}
+    chunks = chunks_of(post(provider, chat("Go on", **fields)))
+    assert text_of(chunks) == "".join(tokens(answer("Go on"))[:7])
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_token_limit_that_is_not_reached_changes_nothing(provider: DemoProvider) -> None:
+    fits = len(tokens(answer("stop")))
+    chunks = chunks_of(post(provider, chat("stop", max_tokens=fits)))
+    assert text_of(chunks) == answer("stop")
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("text", [ENGLISH_STORY, CHINESE_STORY, " a\n\n你好ok, 吗？ ", "   ", ""])
+def test_tokens_joined_are_exactly_the_text(text: str) -> None:
+    assert "".join(tokens(text)) == text
+
+
+def test_english_tokens_are_words_with_their_space_and_chinese_ones_at_most_two_characters() -> (
+    None
+):
+    assert tokens("Well, said Ines.") == ["Well,", " said", " Ines."]
+    assert tokens("三爷走了，停") == ["三爷", "走了", "，", "停"]
+    assert {len(HAN.findall(token)) for token in tokens(CHINESE_STORY)} == {0, 1, 2}
+
+
+# ---- what is not streamed
+
+
+def test_a_request_without_stream_gets_one_whole_completion(provider: DemoProvider) -> None:
+    response = post(provider, chat("讲个故事", stream=False))
+    assert response.headers["Content-Type"] == "application/json"
+    body = response.json()
+    assert body["object"] == "chat.completion"
+    (choice,) = body["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert HAN.search(choice["message"]["content"])
+    assert choice["finish_reason"] == "stop"
+    usage = body["usage"]
+    assert usage["completion_tokens"] == len(tokens(choice["message"]["content"]))
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_the_models_are_listed(provider: DemoProvider) -> None:
+    body = requests.get(f"{provider.base_url}/models", timeout=LIMIT).json()
+    assert body["object"] == "list"
+    assert [model["id"] for model in body["data"]] == list(demo.SCENARIOS)
+    assert all(model["object"] == "model" for model in body["data"])
+
+
+def test_a_scenario_is_chosen_by_model_name(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(demo.SCENARIOS, "just-done", lambda _: iter([demo.sse("[DONE]")]))
+    assert events_of(post(provider, chat(model="just-done"))) == ["[DONE]"]
+
+
+# ---- bad requests
+
+
+def assert_refused(response: requests.Response, status: int, param: str | None = None) -> None:
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff\xfe\xff", b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_refused(provider: DemoProvider, body: bytes) -> None:
+    assert_refused(post(provider, body), 400)
+
+
+def test_a_request_without_a_model_is_refused(provider: DemoProvider) -> None:
+    assert_refused(post(provider, chat(model=None)), 400)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": ["hello"]}, "messages[0]"),
+        ({"messages": [{"content": "hello"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": []}, "stream_options"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": "9"}, "max_completion_tokens"),
+    ],
+)
+def test_a_bad_parameter_is_refused_by_name(
+    provider: DemoProvider, fields: dict[str, Any], param: str
+) -> None:
+    assert_refused(post(provider, chat(**fields)), 400, param)
+
+
+def test_an_unknown_path_is_404(provider: DemoProvider) -> None:
+    assert_refused(requests.get(f"{provider.base_url}/nothing", timeout=LIMIT), 404)
+
+
+def test_a_wrong_method_is_405_and_names_the_right_one(provider: DemoProvider) -> None:
+    response = requests.get(f"{provider.base_url}/chat/completions", timeout=LIMIT)
+    assert_refused(response, 405)
+    assert response.headers["Allow"] == "POST"
+    assert_refused(requests.post(f"{provider.base_url}/models", timeout=LIMIT), 405)
+
+
+def test_a_head_gets_no_body_so_the_connection_stays_in_step(provider: DemoProvider) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT) as client:
+        client.sendall(b"HEAD /v1/models HTTP/1.1\r\nConnection: close\r\n\r\n")
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 405 ")
+    assert received.endswith(b"\r\n\r\n")
+
+
+def test_a_body_over_the_limit_is_413(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "MAX_BODY_BYTES", 100)
+    assert_refused(post(provider, chat("x" * 100)), 413)
+
+
+def test_text_that_utf8_cannot_say_breaks_nothing(provider: DemoProvider) -> None:
+    body = chat("\ud800", model="\ud800")  # json.dumps escapes them, which is valid JSON
+    assert text_of(chunks_of(post(provider, body))).endswith(ENGLISH_STORY)
+    assert post(provider, body | {"stream": "\ud800"}).status_code == 400
+    assert requests.get(f"{provider.base_url}/%ff", timeout=LIMIT).status_code == 404
+
+
+# ---- time, and the end of streams
+
+
+def test_tokens_come_at_their_pace_and_one_by_one() -> None:
+    with (
+        DemoProvider(tokens_per_second=200) as provider,
+        post(provider, chat(max_tokens=40), stream=True) as response,
+    ):
+        began = time.monotonic()
+        arrivals = [time.monotonic() for line in response.iter_lines(1) if b'"content"' in line]
+    # 40 pauses of 5 ms. Early is a defect at any load; late may be a busy machine.
+    assert arrivals[-1] - began >= 39 * 0.005
+    assert len(set(arrivals)) == 41
+
+
+def test_a_closed_connection_ends_the_stream_in_the_middle_of_a_pause(slow: DemoProvider) -> None:
+    client = open_stream(slow)
+    assert slow.live_streams == 1
+    client.close()
+    assert slow.wait_idle(LIMIT)
+    assert slow.live_streams == 0
+    assert slow._connections.join(LIMIT)  # the greenlet too
+
+
+def test_a_reset_connection_ends_the_stream_quietly(
+    slow: DemoProvider, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    client = open_stream(slow)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    client.close()
+    assert slow._connections.join(LIMIT)
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_a_client_that_reads_nothing_and_goes_ends_its_stream(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flood(_: demo.Completion) -> Iterator[demo.Step]:
+        yield demo.sse('"assistant"')
+        while True:
+            blocked.set()
+            yield demo.Send(b"x" * 1_000_000)
+            blocked.clear()
+            yield demo.Pause(0)
+
+    blocked = gevent.event.Event()
+    monkeypatch.setitem(demo.SCENARIOS, "demo-story", flood)
+    client = open_stream(provider)
+    assert blocked.wait(LIMIT)
+    client.close()
+    assert provider._connections.join(LIMIT)
+    assert provider.live_streams == 0
+
+
+def test_a_client_that_goes_within_its_request_leaves_no_trace(
+    provider: DemoProvider, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT) as client:
+        client.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99\r\n\r\n{")
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(100) == b""
+    assert provider._connections.join(LIMIT)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pipelined_request_neither_ends_the_stream_nor_hurries_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def pausing(_: demo.Completion) -> Iterator[demo.Step]:
+        yield demo.sse('"assistant"')
+        began = time.monotonic()
+        yield demo.Pause(0.05)
+        paused.append(time.monotonic() - began)
+        yield demo.sse("[DONE]")
+
+    paused: list[float] = []
+
+    monkeypatch.setitem(demo.SCENARIOS, "demo-story", pausing)
+    with DemoProvider() as provider, open_stream(provider) as client:
+        client.sendall(b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n\r\n")
+        received = b"".join(iter(lambda: client.recv(65536), b""))
+    assert received.index(b"[DONE]") < received.index(b'"list"')
+    assert paused[0] >= 0.05
+
+
+def test_a_fast_stream_lets_others_have_their_turn(provider: DemoProvider) -> None:
+    with post(provider, chat(), stream=True) as response:
+        lines = response.iter_lines()
+        next(lines)
+        # Its whole story fits in the socket's buffers; only a yielding stream lets us in between.
+        assert provider.live_streams == 1
+        assert sum(1 for _ in lines) > 900
+
+
+def test_connections_are_kept_between_requests(provider: DemoProvider) -> None:
+    with requests.Session() as session:
+        for _ in range(2):
+            url = f"{provider.base_url}/chat/completions"
+            assert session.post(url, json=chat("stop"), timeout=LIMIT).ok
+            assert len(provider._connections) == 1
+
+
+def test_a_defect_in_a_scenario_is_logged_and_cuts_the_stream(
+    provider: DemoProvider,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def broken(_: demo.Completion) -> Iterator[demo.Step]:
+        yield demo.sse("{}")
+        raise LookupError("a defect")
+
+    monkeypatch.setitem(demo.SCENARIOS, "broken", broken)
+    with pytest.raises(requests.exceptions.ChunkedEncodingError):
+        post(provider, chat(model="broken"))
+    assert provider.wait_idle(LIMIT)
+    assert "a defect" in caplog.text
+    assert capfd.readouterr().err == ""
+
+
+def test_a_defect_before_the_stream_is_a_500(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(demo, "reply_to", lambda *_, **__: 1 / 0)
+    response = post(provider, chat())
+    assert response.status_code == 500
+    assert response.json()["error"]["type"] == "server_error"
+    assert "ZeroDivisionError" in caplog.text
+
+
+# ---- starting and stopping
+
+
+def test_stopping_cuts_live_streams_off_and_frees_the_port(slow: DemoProvider) -> None:
+    with open_stream(slow) as client, requests.Session() as idle:
+        url = f"{slow.base_url}/models"
+        assert idle.get(url, timeout=LIMIT).ok
+        began = time.monotonic()
+        slow.stop()
+        assert time.monotonic() - began < 1
+        assert slow.live_streams == 0
+        assert len(slow._connections) == 0
+        assert client.recv(65536) == b""  # no last chunk: cut off, not finished
+        with pytest.raises(requests.ConnectionError):
+            requests.get(url, timeout=LIMIT)
+
+
+def test_starting_and_stopping_twice_is_harmless_and_it_can_start_again() -> None:
+    provider = DemoProvider()
+    provider.stop()
+    for _ in range(2):
+        provider.start()
+        url = provider.base_url
+        provider.start()
+        assert provider.base_url == url
+        assert requests.get(f"{url}/models", timeout=LIMIT).ok
+        provider.stop()
+        provider.stop()
+
+
+def test_before_the_start_there_is_no_address() -> None:
+    with pytest.raises(RuntimeError, match="not started"):
+        _ = DemoProvider().base_url
+
+
+def test_a_taken_port_is_an_error_at_once(provider: DemoProvider) -> None:
+    with pytest.raises(OSError, match="in use"):
+        DemoProvider(port=port_of(provider)).start()
+
+
+@pytest.mark.parametrize("pace", [0, -1, math.nan])
+def test_a_pace_that_is_none_is_refused(pace: float) -> None:
+    with pytest.raises(ValueError, match="tokens_per_second"):
+        DemoProvider(tokens_per_second=pace)
