@@ -8,12 +8,15 @@ from __future__ import annotations
 import gevent
 
 gevent.config.resolver = "ares"
+# Who spawned whom, with a stack for each greenlet, is for debugging and costs more than the rest.
+gevent.config.track_greenlet_tree = False
 
 import gevent.monkey
 
 gevent.monkey.patch_all()
 
 import argparse
+import gc
 import ipaddress
 import os
 import signal
@@ -42,6 +45,13 @@ from llm.demo import DemoProvider
 from llm.stream import LlmClient, Provider
 from metrics.instruments import Metrics
 from metrics.logs import LEVELS, configure, get_logger
+
+_CALLBACK_SECONDS = 1.0
+"""How long the loop may run what is ready before it looks for more. Long, so that an interrupt's
+few steps from mailbox to mailbox follow each other at once, whatever else came in; a greenlet that
+always has work yields to the whole loop (`llm/lines.py`)."""
+
+_GC_THRESHOLDS = (10_000, 20, 50)
 
 _SHUTDOWN_SECONDS = 5.0
 """How long the sessions may take to end in order, and then their clients to say goodbye."""
@@ -96,6 +106,7 @@ class Gateway:
             raise
 
     def _start(self) -> None:
+        gevent.setswitchinterval(_CALLBACK_SECONDS)
         provider = self.settings.provider or self._start_demo()
         self.provider = provider
         client = LlmClient(provider)
@@ -203,6 +214,11 @@ def serve(settings: Settings) -> int:
     print(f"bargein {bargein_version()}")
     print(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
     print(f"provider {gateway.provider.base_url}{demo}, model {gateway.provider.model}", flush=True)
+    # What stands now lives as long as the process: the collector need not look at it again and
+    # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
     code = stop.get() or 0
     gateway.stop()
     return code
@@ -323,7 +339,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         provider = Provider(
             base_url=url,
             model=args.llm_model,
-            api_key=os.environ.get("OPENAI_API_KEY") or None,
+            api_key=_key_from_environment(faults),
             connect_timeout=args.llm_connect_timeout,
             first_token_timeout=args.llm_first_token_timeout,
             idle_timeout=args.llm_idle_timeout,
@@ -349,6 +365,15 @@ def settings_from(args: argparse.Namespace) -> Settings:
         supervisor=SupervisorSettings(args.stale_after, args.reap_interval, args.request_max_age),
         on_new_request=OnNewRequest(args.on_new_request),
     )
+
+
+def _key_from_environment(faults: list[str]) -> str | None:
+    # Keys that come from files end in a newline.
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    # RFC 6750, section 2.1: a bearer token is of visible ASCII characters.
+    if not all("!" <= char <= "~" for char in key):
+        faults.append("OPENAI_API_KEY holds characters that no key has (its value is not shown)")
+    return key or None
 
 
 class SettingsError(Exception):

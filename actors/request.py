@@ -29,6 +29,10 @@ from llm.stream import Ending, Result, Sink
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
+_MAX_TOKENS = 1_000_000_000
+"""Of one generation, as its provider says. What is more, or less than none, is no count, and the
+counter would raise."""
+
 _log = get_logger("LLM")
 
 
@@ -120,6 +124,8 @@ class RequestActor(GreenletActor):
         self._created_at = time.monotonic()
         self._started_at: float | None = None
         self._told_to_stop: Stop | None = None
+        self._reader_result: Result | None = None
+        """There as soon as the reader is dead."""
         self._reported = False
         metrics.requests_active.labels(self._state.value).inc()
 
@@ -146,8 +152,8 @@ class RequestActor(GreenletActor):
     def closed(self, error: BaseException | None) -> None:
         if self._reported:
             return
-        if self._started_at is None:
-            self._report(Result(Ending.FAILED, StreamError("the gateway failed")))
+        if self._started_at is None or self._reader_result is not None:
+            self._report_failure()
         else:
             self._stream.close()  # its end reports
 
@@ -164,6 +170,8 @@ class RequestActor(GreenletActor):
                 stream.kill_again,
             )
         )
+        if self._reported:  # asked again while it is about to leave
+            self._tell_supervisor(GenerationEnded(self.actor_urn))
 
     def _start(self) -> None:
         if self._told_to_stop is None and self._started_at is None:
@@ -191,18 +199,25 @@ class RequestActor(GreenletActor):
         self.stop()
 
     def _reader_ended(self, result: Result) -> None:
-        # Runs in the hub. If the actor has failed meanwhile, its request still gets its report.
-        if not tell(self.actor_ref, ReaderEnded(result)) or self._is_closed:
-            failed = Result(
-                Ending.FAILED, StreamError("the gateway failed"), closed_at=result.closed_at
-            )
-            self._report(failed)
+        # Runs in the hub. If the actor has failed meanwhile, or fails before it gets the message,
+        # its request still gets its report.
+        self._reader_result = result
+        if self._is_closed or not tell(self.actor_ref, ReaderEnded(result)):
+            self._report_failure()
+
+    def _report_failure(self) -> None:
+        closed_at = None if self._reader_result is None else self._reader_result.closed_at
+        error = StreamError("the gateway failed")
+        self._report(Result(Ending.FAILED, error, closed_at=closed_at))
 
     def _report(self, result: Result) -> None:
         if self._reported:
             return
         self._reported = True
         self._advance(self._final_state(result))
+        # First of all what others wait for: counting and logging may fail.
+        tell(self._session, RequestReported(self._request_id, result))
+        self._tell_supervisor(GenerationEnded(self.actor_urn))
         self._count(result)
         if self._state is RequestState.INTERRUPTED:
             _log.info(
@@ -217,8 +232,6 @@ class RequestActor(GreenletActor):
                 request_id=self._request_id,
                 error=str(result.error),
             )
-        tell(self._session, RequestReported(self._request_id, result))
-        self._tell_supervisor(GenerationEnded(self.actor_urn))
 
     def _final_state(self, result: Result) -> RequestState:
         match result.ending:
@@ -241,8 +254,12 @@ class RequestActor(GreenletActor):
             kind = type(result.error).__name__.removesuffix("Error")
             metrics.llm_errors.labels(kind).inc()
         if result.usage is not None:
-            metrics.llm_tokens.labels("prompt").inc(result.usage.prompt_tokens)
-            metrics.llm_tokens.labels("completion").inc(result.usage.completion_tokens)
+            self._count_tokens("prompt", result.usage.prompt_tokens)
+            self._count_tokens("completion", result.usage.completion_tokens)
+
+    def _count_tokens(self, kind: str, tokens: int) -> None:
+        if 0 <= tokens <= _MAX_TOKENS:
+            self._metrics.llm_tokens.labels(kind).inc(tokens)
 
     def _advance(self, state: RequestState) -> None:
         if state not in _TRANSITIONS[self._state]:

@@ -11,7 +11,7 @@ from typing import Any, assert_never
 import gevent
 import pykka
 
-from actors.greenlet import GreenletActor, tell
+from actors.greenlet import ActorFailedError, GreenletActor, tell
 from actors.messages import (
     Census,
     EndSession,
@@ -69,10 +69,14 @@ class SupervisorActor(GreenletActor):
 
     Args:
         settings: what is stale.
-        on_failure: called when this actor fails.
+        on_fail: called when this actor fails, with the sessions that it knew.
     """
 
-    def __init__(self, settings: SupervisorSettings, on_fail: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: SupervisorSettings,
+        on_fail: Callable[[list[pykka.ActorRef[Any]]], None],
+    ) -> None:
         super().__init__()
         self._settings = settings
         self._on_fail = on_fail
@@ -89,7 +93,9 @@ class SupervisorActor(GreenletActor):
             case SessionEnded(urn):
                 self._on_session_ended(urn)
             case RequestAccepted():
-                self._requests[message.request.actor_urn] = _Entry(message)
+                # Of a session that has failed meanwhile, nobody will say that it is over.
+                known = message.session.actor_urn in self._sessions
+                self._requests[message.request.actor_urn] = _Entry(message, over=not known)
             case RequestOver(urn):
                 self._update(urn, over=True)
             case GenerationEnded(urn):
@@ -114,7 +120,7 @@ class SupervisorActor(GreenletActor):
 
     def closed(self, error: BaseException | None) -> None:
         if error is not None:
-            self._on_fail()
+            self._on_fail(list(self._sessions.values()))
 
     def _on_session_ended(self, urn: str) -> None:
         self._sessions.pop(urn, None)
@@ -189,6 +195,7 @@ class Supervision:
         self._clock = clock
         self._failures: deque[float] = deque(maxlen=MAX_RESTARTS)
         self._reaper: gevent.Greenlet[[], None] | None = None
+        self._shut_down: ShutDown | None = None
         self.ref = self._start_one()
 
     def start(self) -> None:
@@ -204,20 +211,22 @@ class Supervision:
 
     def tell(self, message: SupervisorMessage) -> None:
         """Put a message in the mailbox of whoever is the supervisor now."""
+        if isinstance(message, ShutDown):
+            self._shut_down = message  # whoever comes next must know
         tell(self.ref, message)
 
     def census(self) -> Census | None:
         """What is alive; None when the supervisor does not answer."""
         try:
             census: Census = self.ref.ask(TakeCensus(), block=True, timeout=_CENSUS_SECONDS)
-        except (pykka.ActorDeadError, pykka.Timeout):
+        except (pykka.ActorDeadError, pykka.Timeout, ActorFailedError):
             return None
         return census
 
     def _start_one(self) -> pykka.ActorRef[SupervisorActor]:
         return SupervisorActor.start(self._settings, self._restart)
 
-    def _restart(self) -> None:
+    def _restart(self, sessions: list[pykka.ActorRef[Any]]) -> None:
         now = self._clock()
         if len(self._failures) == MAX_RESTARTS and (
             now - self._failures[0] < RESTART_WINDOW_SECONDS
@@ -228,8 +237,13 @@ class Supervision:
         self._failures.append(now)
         _log.error("Supervisor restarted")
         self.ref = self._start_one()
+        for session in sessions:
+            if session.is_alive():
+                self.tell(SessionStarted(session))
         for ref in pykka.ActorRegistry.get_by_class_name("SessionActor"):
             tell(ref, RegisterAgain())
+        if self._shut_down is not None:
+            self.tell(self._shut_down)
 
     def _reap_for_ever(self) -> None:
         while True:

@@ -11,6 +11,7 @@ over. Readers wait on their outlet, never inside a write.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections import deque
@@ -73,7 +74,7 @@ class _Wire:
     """The frame that is being written, and what is left of its bytes."""
 
     frame: _Frame
-    rest: memoryview
+    rest: bytes | memoryview
     begun: bool = False
     """True when the kernel has some of it, so that the rest must follow."""
 
@@ -176,10 +177,8 @@ class Outbox:
         self._room.set()
         self._control_room.set()
         # Wakes whoever waits for the socket; closing it is its reader's business.
-        try:
+        with contextlib.suppress(OSError):  # the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
         self._on_dead(reason)
 
     # For outlets.
@@ -267,7 +266,7 @@ class Outbox:
             self.accepted_at = time.monotonic()
             wire.begun = True
             if sent < len(wire.rest):
-                wire.rest = wire.rest[sent:]
+                wire.rest = memoryview(wire.rest)[sent:]
             else:
                 self._wire = None
                 self._written(wire.frame)
@@ -290,12 +289,12 @@ class Outbox:
             if frame.payload == SEND_EOF:
                 self._shut_write()
             else:
-                self._wire = _Wire(frame, memoryview(frame.payload))
+                self._wire = _Wire(frame, frame.payload)
         elif not frame.payload:  # only a mark in the queue
             self._written(frame)
         elif self._protocol.state is State.OPEN:  # else it is too late for any frame
             self._protocol.send_text(frame.payload)
-            self._wire = _Wire(frame, memoryview(b"".join(self._protocol.data_to_send())))
+            self._wire = _Wire(frame, b"".join(self._protocol.data_to_send()))
         return True
 
     def _written(self, frame: _Frame) -> None:
@@ -349,11 +348,11 @@ class Outlet:
         """True while its reader waits for the client."""
         self.delivered_text_chars = 0
         """What was handed to the kernel in whole frames, in Unicode code points."""
-        self._terminal_written = False
+        self._finishing = self._terminal_written = False
 
     @property
     def done(self) -> bool:
-        """True when the terminal frame was handed to the kernel, or cannot be held back any more."""
+        """True when the terminal frame was handed to the kernel, or cannot be held back now."""
         begun = self._outbox.begun_frame(self)
         return self._terminal_written or (begun is not None and begun.terminal)
 
@@ -377,6 +376,7 @@ class Outlet:
                 outlet was shut before.
         """
         if not self._shut:
+            self._finishing = True
             self._flush()
             self._outbox.put_data(
                 _Frame(payload, outlet=self, terminal=True, on_written=on_written)
@@ -396,8 +396,8 @@ class Outlet:
             begun.chars = 0
 
     def progress_at(self) -> float:
-        """`time.monotonic()` of the client's last progress while its reader waits, else 0."""
-        return self._outbox.accepted_at if self.waiting else 0.0
+        """`time.monotonic()` of the client's last progress while all waits for it, else 0."""
+        return self._outbox.accepted_at if self.waiting or self._finishing else 0.0
 
     def frame_written(self, frame: _Frame) -> None:
         """A frame of ours was handed to the kernel."""

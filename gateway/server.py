@@ -13,7 +13,7 @@ import ipaddress
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -41,7 +41,10 @@ from metrics.logs import get_logger
 
 PATH = "/ws/agent/stream"
 
-_READ_BYTES = 64 * 1024
+_READ = 1
+"""The event of gevent's `loop.io` for "readable"."""
+
+_READ_BYTES = 16 * 1024
 _HANDSHAKE_SECONDS = 10.0
 _CLOSE_SECONDS = 5.0
 """How long a client may take to answer a close frame."""
@@ -88,7 +91,7 @@ class ServerSettings:
     allowed_origins: tuple[str, ...] = ()
     ping_interval: float = 20.0
     ping_timeout: float = 20.0
-    outbox: OutboxSettings = OutboxSettings()
+    outbox: OutboxSettings = field(default_factory=OutboxSettings)
 
 
 class Server:
@@ -116,7 +119,7 @@ class Server:
         self._empty = gevent.event.Event()
         self._empty.set()
         self._listener: gevent.server.StreamServer | None = None
-        self._pinger: gevent.Greenlet[[], None] | None = None
+        self._checker: gevent.Greenlet[[], None] | None = None
         self._hosts = {"localhost", settings.host.lower()} | {
             host for origin in settings.allowed_origins if (host := urlsplit(origin).hostname)
         }
@@ -145,8 +148,7 @@ class Server:
             (self.settings.host, self.settings.port), self._serve, backlog=_BACKLOG
         )
         self._listener.start()
-        if self.settings.ping_interval > 0:
-            self._pinger = gevent.spawn(self._ping_for_ever)
+        self._checker = gevent.spawn(self._check_for_ever)
 
     def stop_listening(self) -> None:
         """Take no more connections; those that stand are left alone."""
@@ -155,8 +157,8 @@ class Server:
 
     def stop(self) -> None:
         """Stop listening and drop every connection."""
-        if self._pinger is not None:
-            self._pinger.kill()
+        if self._checker is not None:
+            self._checker.kill()
         self.stop_listening()
         for connection in list(self._connections):
             connection.drop("server stopped")
@@ -201,9 +203,10 @@ class Server:
             if not self._connections:
                 self._empty.set()
 
-    def _ping_for_ever(self) -> None:
+    def _check_for_ever(self) -> None:
         # One greenlet for all connections: ten thousand idle ones must not cost as many timers.
-        pause = min(self.settings.ping_interval, self.settings.ping_timeout) / 4
+        limits = (self.settings.ping_interval, self.settings.ping_timeout, _CLOSE_SECONDS)
+        pause = min(limit for limit in limits if limit > 0) / 4
         while True:
             gevent.sleep(pause)
             now = time.monotonic()
@@ -227,6 +230,10 @@ class _Connection:
         self._closing_since: float | None = None
         _tune(sock)
         sock.settimeout(0)  # every wait is explicit, so that writes never block
+        loop = gevent.get_hub().loop
+        # What clients say goes before what providers say: it may be an INTERRUPT. (libuv, on
+        # Windows, knows no priorities.)
+        self._readable = loop.io(sock.fileno(), _READ, priority=getattr(loop, "MAXPRI", None))
         self._outbox = Outbox(
             sock, self._protocol, server.settings.outbox, server.metrics, self._died
         )
@@ -245,6 +252,7 @@ class _Connection:
         finally:
             self._outbox.die(reason)
             self._died(reason)  # once more, for a session that was opened on a dead connection
+            self._readable.close()
             self._sock.close()
 
     def drop(self, reason: str) -> None:
@@ -266,45 +274,55 @@ class _Connection:
         elif self._pinged_at is not None:
             if now - self._pinged_at > settings.ping_timeout:
                 self.drop(f"no answer to a ping within {settings.ping_timeout:g} s")
-        elif now - self._heard_at > settings.ping_interval:
+        elif 0 < settings.ping_interval < now - self._heard_at:
             self._pinged_at = now
             self._outbox.ping()
 
     def _read(self) -> bytes:
         while True:
+            # Always through the loop, so that a client that never pauses gets one read in a turn.
+            gevent.get_hub().wait(self._readable)
             try:
                 data: bytes = self._sock.recv(_READ_BYTES)
             except BlockingIOError:
-                gevent.socket.wait_read(self._sock.fileno())
-            else:
-                self._heard_at = time.monotonic()
-                return data
+                continue
+            self._heard_at = time.monotonic()
+            return data
 
     def _is_over(self) -> bool:
         return self._protocol.state is State.CLOSED
 
     def _after_receiving(self) -> None:
+        # Pongs and close frames first, lest they get into the bytes of a frame of the outbox's.
+        self._outbox.send_wire(self._protocol.data_to_send())
         frames = 0
         for event in self._protocol.events_received():
             if isinstance(event, Request):
                 self._answer_http(event)
+                self._outbox.send_wire(self._protocol.data_to_send())
             elif isinstance(event, Frame):
                 self._take(event)
                 frames += 1
                 if frames % _TURN_FRAMES == 0:
-                    gevent.sleep(0)
-        self._outbox.send_wire(self._protocol.data_to_send())
+                    self._pause_reading()
         if frames:
-            # A client that never pauses must not starve the others, nor outrun its session.
-            gevent.sleep(0)
-            self._outbox.wait_for_room_for_control()
+            self._pause_reading()
+        if self._protocol.state is not OPEN:
+            # No frame may follow a close frame. The end of TCP may be long in coming.
+            self._died("closed by the client")
+
+    def _pause_reading(self) -> None:
+        # A client that never pauses must not starve the others, nor outrun its session.
+        gevent.sleep(0)
+        self._outbox.wait_for_room_for_control()
 
     def _take(self, frame: Frame) -> None:
         if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
             self._message_opcode = frame.opcode
             self._message = [bytes(frame.data)]
         elif frame.opcode is Opcode.CONT:
-            self._message.append(bytes(frame.data))
+            if frame.data:  # empty ones count for nothing in the limit on a message
+                self._message.append(bytes(frame.data))
         else:
             return  # pings, pongs and closes are answered by the protocol itself
         if frame.fin and self._session is not None:

@@ -92,7 +92,7 @@ def parse_chunk(data: str) -> Delta:
     """
     try:
         chunk = _chunk_decoder.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         message = error_message(data)
         if message is not None:
             raise ErrorChunkError(message) from None
@@ -100,6 +100,9 @@ def parse_chunk(data: str) -> Delta:
     if chunk.error:
         raise ErrorChunkError(error_message(data) or "no message")
     if chunk.choices is None and chunk.usage is None:
+        message = error_message(data)
+        if message is not None:
+            raise ErrorChunkError(message)
         raise MalformedChunkError("Object has neither `choices` nor `usage`")
     # Only one choice is ever asked for; some servers send an empty list with the usage.
     if not chunk.choices:
@@ -120,15 +123,16 @@ def parse_chunk(data: str) -> Delta:
 def error_message(text: str | bytes) -> str | None:
     """The message in a provider's JSON error body, or None where there is none.
 
-    Forms seen: ``{"error": {"message": …}}``, ``{"error": "…"}``, ``{"message": …}``, ``{"detail": …}``.
+    Forms seen: ``{"error": {"message": …}}``, ``{"error": "…"}``, ``{"message": …}``,
+    ``{"detail": …}``.
     """
     try:
         body = _any_decoder.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     if not isinstance(body, dict):
         return None
-    inner = body.get("error", body)
+    inner = body.get("error") or body
     if isinstance(inner, dict):
         inner = inner.get("message") or inner.get("detail")
     if isinstance(inner, str):

@@ -17,6 +17,10 @@ from llm.errors import MalformedStreamError
 MAX_EVENT_BYTES = 4 * 1024 * 1024
 """The longest event, and so the longest line: far over any delta, far under what hurts."""
 
+MAX_EVENT_LINES = 1024
+"""The most lines of an event: far over a chunk printed with one value a line. requests-sse copies
+what an event has so far at each of its lines: 4 MiB of tiny ones would take half a minute."""
+
 _READ_BYTES = 16 * 1024
 """At most so much from one read, after decompression; also bounds what a read may allocate."""
 
@@ -24,12 +28,14 @@ _TURN_BYTES = 8 * 1024
 """After so many bytes other greenlets get their turn: a socket that always has data never yields
 by itself. At 250 bytes an event that is about a millisecond of work."""
 
+_MOMENT_SECONDS = 1e-6
+
 _MAX_STRAY_BYTES = 4096
 _BOM = b"\xef\xbb\xbf"
 _FIELDS = (b"data", b"event", b"id", b"retry", b":")
 
 
-class BodyEnded(Exception):  # noqa: N818 - an end is no error in itself
+class BodyEnded(Exception):
     """The body is over.
 
     Deliberately no `StopIteration` and no `requests` exception: on either one requests-sse would
@@ -65,6 +71,7 @@ class Lines:
         on_bytes: Callable[[], None],
     ) -> None:
         self._raw = raw
+        self._is_compressed = "content-encoding" in raw.headers
         self._before_read = before_read
         self._on_bytes = on_bytes
         self.stray = b""
@@ -77,16 +84,11 @@ class Lines:
 
         Raises:
             BodyEnded: after the last line, or when the transport broke.
-            MalformedStreamError: an event of over `MAX_EVENT_BYTES`, or bad compression.
+            MalformedStreamError: an event of over `MAX_EVENT_BYTES` or `MAX_EVENT_LINES`, or bad
+                compression.
         """
-        for line in self._split():
-            if line and not line.startswith(_FIELDS):
-                self.stray = (self.stray + line + b"\n")[:_MAX_STRAY_BYTES]
-            yield line
-
-    def _split(self) -> Iterator[bytes]:
-        tail: list[bytes] = []  # the begun line in pieces: joined once, so long lines stay linear
-        event_bytes = turn_bytes = 0
+        tail = bytearray()  # the begun line: grows in place, so that long lines stay linear
+        event_bytes = event_lines = turn_bytes = 0
         skip_lf = False
         first = True
         while True:
@@ -101,49 +103,52 @@ class Lines:
             if b"\r" in data:
                 data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
             lines = data.split(b"\n")
-            if len(lines) == 1:
-                tail.append(data)
-                event_bytes += len(data)
-            else:
+            last = lines.pop()
+            if lines:
                 if tail:
-                    tail.append(lines[0])
-                    lines[0] = b"".join(tail)
-                    tail = []
-                last = lines.pop()
-                if last:
-                    tail.append(last)
+                    lines[0] = bytes(tail + lines[0])
+                    tail.clear()
                 if first:
                     lines[0] = lines[0].removeprefix(_BOM)
                     first = False
                 for line in lines:
-                    if line:
-                        event_bytes += len(line)
-                        self._check(event_bytes)
+                    if not line:
+                        event_bytes = event_lines = 0
                     else:
-                        event_bytes = 0
+                        event_bytes += len(line)
+                        event_lines += 1
+                        if event_bytes > MAX_EVENT_BYTES or event_lines > MAX_EVENT_LINES:
+                            raise _too_long(event_bytes)
+                        if not line.startswith(_FIELDS):
+                            self._keep_stray(line)
                     yield line
-                event_bytes += len(last)
-            self._check(event_bytes)
+            if last:
+                tail += last
+                if event_bytes + len(tail) > MAX_EVENT_BYTES:
+                    raise _too_long(event_bytes + len(tail))
             if turn_bytes >= _TURN_BYTES:
                 turn_bytes = 0
-                gevent.sleep(0)
+                # Not `sleep(0)`, which lets only those run who are ready by now: a whole turn of
+                # the loop, in which it also looks what has come for everybody else.
+                gevent.sleep(_MOMENT_SECONDS)
         self.ended = True
         if tail:
-            line = b"".join(tail)
-            yield line.removeprefix(_BOM) if first else line
+            line = bytes(tail)
+            if first:
+                line = line.removeprefix(_BOM)
+            if not line.startswith(_FIELDS):
+                self._keep_stray(line)
+            yield line
         yield b""
         raise BodyEnded(None)
 
-    def _check(self, event_bytes: int) -> None:
-        if event_bytes > MAX_EVENT_BYTES:
-            raise MalformedStreamError(
-                f"malformed stream: an event of over {MAX_EVENT_BYTES >> 20} MiB"
-            )
+    def _keep_stray(self, line: bytes) -> None:
+        self.stray = (self.stray + line + b"\n")[:_MAX_STRAY_BYTES]
 
     def _read(self) -> bytes:
         """Whatever is there, waiting for at least one byte; empty at the end of the body."""
         try:
-            data = self._raw.read1(_READ_BYTES)
+            data = self._raw.read1(_READ_BYTES, self._is_compressed)
         except DecodeError as error:
             raise MalformedStreamError("malformed stream: bad compression") from error
         except HTTPError as error:
@@ -172,3 +177,9 @@ class Lines:
     def close(self) -> None:
         """Close the connection, unless the body was read to its end and it went to the pool."""
         self._raw.close()
+
+
+def _too_long(event_bytes: int) -> MalformedStreamError:
+    many = event_bytes <= MAX_EVENT_BYTES
+    how = f"{MAX_EVENT_LINES} lines" if many else f"{MAX_EVENT_BYTES >> 20} MiB"
+    return MalformedStreamError(f"malformed stream: an event of over {how}")

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import http.cookiejar
 import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -94,7 +93,7 @@ class Sink(Protocol):
         """The provider answered with an event stream."""
 
     def put(self, delta: Delta) -> None:
-        """Take what came in one read. May block: then this provider's stream waits, and no other."""
+        """Take what came in one read. May block: then this stream waits, and no other."""
 
 
 class Ending(enum.Enum):
@@ -132,24 +131,18 @@ class LlmClient:
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
-        self._url = provider.base_url.rstrip("/") + "/chat/completions"
-        session = self._session = requests.Session()
-        # Proxies and netrc would be read from the environment at each request, and netrc would
-        # replace the key.
-        session.trust_env = False
-        session.verify = provider.ca_file or True
-        # A provider's cookies would tie the users of one gateway together.
-        session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        adapter = _Adapter(pool_maxsize=provider.pool_size, pool_block=False, max_retries=0)
-        session.mount("http://", adapter)
-        session.mount("https://", adapter)
-        self._headers = {
+        headers = {
             "Content-Type": "application/json",
             # Compression on the way would hold events back until a block is full.
             "Accept-Encoding": "identity",
         }
         if provider.api_key:
-            self._headers["Authorization"] = f"Bearer {provider.api_key}"
+            headers["Authorization"] = f"Bearer {provider.api_key}"
+        url = provider.base_url.rstrip("/") + "/chat/completions"
+        self._request = requests.Request("POST", url, headers).prepare()
+        self._adapter = _Adapter(
+            pool_connections=1, pool_maxsize=provider.pool_size, pool_block=False, max_retries=0
+        )
 
     def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> Generation:
         """A generation that has not started yet.
@@ -163,30 +156,38 @@ class LlmClient:
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._session.close()
+        self._adapter.close()
 
-    def event_source(self, body: bytes, adopt: Callable[..., requests.Response]) -> EventSource:
-        """An event source for one POST, whose response goes through `adopt` first."""
-        # Annotated as a number, but handed on to requests, which takes the pair: a limit for
-        # connecting, and none for reading, which the watchdog bounds.
-        timeout: Any = (self.provider.connect_timeout or None, None)
-        return EventSource(
-            self._url,
-            method="POST",
-            session=self._session,
-            max_connect_retry=0,
+    def post(self, body: bytes, headers: Mapping[str, str]) -> requests.Response:
+        """POST once, and return when the headers of the answer are there.
+
+        Straight through the adapter: a `requests.Session` would look for proxies and for a netrc
+        in place of our key at each request, read the body of a redirect, and keep cookies that
+        tie the users of one gateway together.
+        """
+        request = self._request.copy()
+        request.headers.update(headers)
+        request.headers["Content-Length"] = str(len(body))
+        request.body = body
+        # A limit for connecting, and none for reading, which the watchdog bounds.
+        connect = self.provider.connect_timeout
+        timeout = (connect, None) if connect > 0 else None
+        return self._adapter.send(
+            request,
+            stream=True,
             timeout=timeout,
-            data=body,
-            headers=self._headers,
-            # A redirect would carry the key elsewhere.
-            allow_redirects=False,
-            hooks={"response": adopt},
+            verify=self.provider.ca_file or True,
         )
 
-    def without_key(self, text: str) -> str:
-        """The text with the key blotted out: providers quote it in their errors."""
+    @property
+    def url(self) -> str:
+        """Where generations are asked for."""
+        return self._request.url or ""
+
+    def quote(self, text: str) -> str:
+        """What a provider said, within a bound and with the key blotted out: some echo it."""
         key = self.provider.api_key
-        return text.replace(key, "***") if key else text
+        return (text.replace(key, "***") if key else text).strip()[:_ERROR_MESSAGE_CHARS]
 
 
 class Generation:
@@ -244,7 +245,8 @@ class Generation:
         self._reader.kill(block=False)
 
     def _ended(self, _reader: object) -> None:
-        self._on_end(self._result or Result(Ending.CLOSED, closed_at=self._closed_at))
+        on_end, self._on_end = self._on_end, _end_was_told  # no cycle is left for the collector
+        on_end(self._result or Result(Ending.CLOSED, closed_at=self._closed_at))
 
     # In the reader's greenlet from here on.
 
@@ -265,6 +267,7 @@ class Generation:
         finally:
             watchdog.stop()
             self._closed_at = time.monotonic()
+            self._lines = None  # it knows us, too: no cycle is left for the collector
         self._result = Result(
             ending,
             error,
@@ -280,7 +283,9 @@ class Generation:
         Raises:
             StreamError: what went wrong, in words for the client.
         """
-        source = self._client.event_source(self._body, self._adopt_response())
+        # The generation itself stands in for the session: all that is asked of it is `request`.
+        session: Any = self
+        source = EventSource(self._client.url, method="POST", session=session, max_connect_retry=0)
         try:
             source.connect()
             self._sink.opened()
@@ -293,27 +298,25 @@ class Generation:
         except InvalidContentTypeError as error:
             raise self._not_a_stream(error) from None
         except requests.RequestException as error:
-            raise _connection_error(error, self._client.provider) from error
+            raise _connection_error(error, self._client) from error
         finally:
             source.close()
             if self._lines is not None:
                 self._lines.close()
 
-    def _adopt_response(self) -> Callable[..., requests.Response]:
-        # A closure, since requests-sse deep-copies its arguments: a function passes as it is.
-        def adopt(response: requests.Response, **_: object) -> requests.Response:
-            if 300 <= response.status_code < 400:
-                response.close()
-                raise BadStatusError(response.status_code, "redirects are not followed")
-            lines = self._lines = Lines(response.raw, self._hand_on, self._touch)
+    def request(self, *, headers: dict[str, str], **_: object) -> requests.Response:
+        """What requests-sse calls to connect, in place of `requests.Session.request`."""
+        response = self._client.post(self._body, headers)
+        if 300 <= response.status_code < 400:
+            response.close()
+            raise BadStatusError(response.status_code, "redirects are not followed")
+        lines = self._lines = Lines(response.raw, self._hand_on, self._touch)
 
-            def iter_lines(*_args: object, **_kwargs: object) -> Iterator[bytes]:
-                return iter(lines)
+        def iter_lines(*_args: object, **_kwargs: object) -> Iterator[bytes]:
+            return iter(lines)
 
-            response.iter_lines = iter_lines  # type: ignore[method-assign]
-            return response
-
-        return adopt
+        response.iter_lines = iter_lines  # type: ignore[method-assign]
+        return response
 
     def _touch(self) -> None:
         self.progress_at = time.monotonic()
@@ -328,17 +331,16 @@ class Generation:
                     self._hand_on()
                     return
                 self._take(parse_chunk(data))
-        except MalformedChunkError as error:
+        except (MalformedChunkError, UnicodeDecodeError) as error:
             self._hand_on()
-            if self._lines and self._lines.ended:  # cut in the middle of its last event
+            if not (self._lines and self._lines.ended):
+                why = error.reason if isinstance(error, UnicodeDecodeError) else error
+                raise MalformedStreamError(f"malformed stream: {why}") from None
+            if self._finish_reason is None:  # cut in the middle of its last event
                 raise self._incomplete(None) from None
-            raise MalformedStreamError(f"malformed stream: {error}") from None
-        except UnicodeDecodeError as error:
-            self._hand_on()
-            raise MalformedStreamError(f"malformed stream: {error.reason}") from None
         except ErrorChunkError as error:
             self._hand_on()
-            message = self._client.without_key(str(error))[:_ERROR_MESSAGE_CHARS]
+            message = self._client.quote(str(error))
             raise ProviderReportedError(f"the provider reported: {message}") from None
         except BodyEnded as end:
             self._hand_on()
@@ -360,8 +362,10 @@ class Generation:
         delta = Delta("".join(self._texts), self._reasoning_chars - self._reasoning_put)
         self._texts.clear()
         self._reasoning_put = self._reasoning_chars
-        with self._watchdog.paused():  # a slow client is not the provider's silence
-            self._sink.put(delta)
+        self._watchdog.paused = True  # a slow client is not the provider's silence
+        self._sink.put(delta)
+        self._watchdog.paused = False
+        self._watchdog.since = time.monotonic()
 
     def _give_connection_back(self) -> None:
         lines = self._lines
@@ -375,9 +379,9 @@ class Generation:
     def _incomplete(self, cause: Exception | None) -> StreamError:
         stray = error_message(self._lines.stray) if self._lines else None
         if stray:
-            message = self._client.without_key(stray)[:_ERROR_MESSAGE_CHARS]
+            message = self._client.quote(stray)
             return ProviderReportedError(f"the provider reported: {message}")
-        how = f" ({_root_cause(cause)})" if cause else ""
+        how = f" ({self._client.quote(_root_cause(cause))})" if cause else ""
         return IncompleteAnswerError(
             f"incomplete answer: the provider's stream ended before it said it was done{how}"
         )
@@ -387,16 +391,15 @@ class Generation:
         body = self._read_error_body(response)
         message = error_message(body)
         if message is None:
-            message = body.decode("utf-8", "replace").strip()
-        message = self._client.without_key(message)[:_ERROR_MESSAGE_CHARS]
-        return BadStatusError(response.status_code, message)
+            message = body.decode("utf-8", "replace")
+        return BadStatusError(response.status_code, self._client.quote(message))
 
     def _not_a_stream(self, error: InvalidContentTypeError) -> NotAStreamError:
         if error.response is not None:
             error.response.close()
         return NotAStreamError(
             "the provider's answer is not a stream: its content type is "
-            f"{error.content_type or 'missing'}, not text/event-stream"
+            f"{self._client.quote(error.content_type or 'missing')}, not text/event-stream"
         )
 
     def _read_error_body(self, response: requests.Response) -> bytes:
@@ -406,14 +409,18 @@ class Generation:
         raw = response.raw
         try:
             with _time_limit(_ERROR_BODY_SECONDS):
-                while left > 0 and (data := raw.read1(left)):
+                while left > 0 and (data := raw.read1(left, decode_content=True)):
                     parts.append(data)
                     left -= len(data)
-        except Exception as error:  # noqa: BLE001 - the status is the error; this is its footnote
+        except Exception as error:
             parts.append(f" (its message could not be read: {type(error).__name__})".encode())
         finally:
             response.close()
         return b"".join(parts)
+
+
+def _end_was_told(_result: Result) -> None:
+    raise AssertionError("a generation ends once")
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
@@ -437,34 +444,25 @@ class _Watchdog:
     """
 
     def __init__(self, provider: Provider) -> None:
+        self.since = time.monotonic()
+        """`time.monotonic()` from which the limit runs."""
+        self.paused = False
+        """True while the wait is not for the provider."""
         self._idle_timeout = provider.idle_timeout
         self._name = "first token"
         self._seconds = provider.first_token_timeout
-        self._since = time.monotonic()
-        self._paused = False
         self._reader = gevent.getcurrent()
         self._timer: Any = None
         self._set(self._seconds)
 
     def event(self, *, is_token: bool) -> None:
         """An event came."""
-        if is_token and self._name != "idle":
+        if self._name == "idle":
+            self.since = time.monotonic()
+        elif is_token:
             self._name, self._seconds = "idle", self._idle_timeout
+            self.since = time.monotonic()
             self._set(self._seconds)
-        if self._name == "idle":
-            self._since = time.monotonic()
-
-    def paused(self) -> _Watchdog:
-        """A context in which time does not count."""
-        return self
-
-    def __enter__(self) -> None:
-        self._paused = True
-
-    def __exit__(self, *_: object) -> None:
-        self._paused = False
-        if self._name == "idle":
-            self._since = time.monotonic()
 
     def stop(self) -> None:
         """Disarm it."""
@@ -480,8 +478,8 @@ class _Watchdog:
             self._timer.start(self._fired)
 
     def _fired(self) -> None:
-        left = self._since + self._seconds - time.monotonic()
-        if self._paused:
+        left = self.since + self._seconds - time.monotonic()
+        if self.paused:
             self._set(self._seconds)
         elif left > 0:
             self._set(left)
@@ -502,10 +500,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
         timeout.close()
 
 
-def _connection_error(error: requests.RequestException, provider: Provider) -> StreamError:
+def _connection_error(error: requests.RequestException, client: LlmClient) -> StreamError:
+    provider = client.provider
     if isinstance(error, requests.ConnectTimeout):
         return LimitPassedError("connect", provider.connect_timeout)
-    cause = _root_cause(error)
+    cause = client.quote(_root_cause(error))
     if isinstance(error, requests.exceptions.SSLError) or _caused_by(
         error, NewConnectionError, SSLError
     ):

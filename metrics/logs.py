@@ -5,6 +5,7 @@ Text form: ``2026-01-31T12:00:00.123Z [WS] [INFO] Received message | {"msg_type"
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import MutableMapping
@@ -42,7 +43,7 @@ def configure(level: str, log_format: Literal["text", "json"], stream: TextIO = 
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(stream),
+        logger_factory=lambda *_: _Lines(stream),
         cache_logger_on_first_use=True,
     )
     # Libraries log through the standard module; theirs become lines of the same form.
@@ -51,10 +52,30 @@ def configure(level: str, log_format: Literal["text", "json"], stream: TextIO = 
     root.setLevel(max(number, logging.WARNING))
 
 
+class _Lines:
+    """Writes the lines. A log that cannot be written (a full disk, a closed pipe) is lost: nobody
+    who logs may fail of it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def msg(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
+
+    debug = info = warning = warn = error = critical = exception = msg
+
+
 class _ToStructlog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
+        # structlog knows no levels between the usual ones.
+        level = max(record.levelno // 10 * 10, logging.DEBUG)
         get_logger("SYS").log(
-            record.levelno, record.getMessage(), logger=record.name, exc_info=record.exc_info
+            min(level, logging.CRITICAL),
+            record.getMessage(),
+            logger=record.name,
+            exc_info=record.exc_info,
         )
 
 
@@ -63,7 +84,7 @@ def _text_line(_logger: object, _name: str, event: MutableMapping[str, Any]) -> 
         event.pop("timestamp").rstrip("Z")[:23],
         event.pop("component", "SYS"),
         event.pop("level").upper(),
-        event.pop("event"),
+        " ".join(event.pop("event").splitlines()),  # a library's may have several
     )
     trace = event.pop("exception", None)
     line = f"{head} | {_encoder.encode(event).decode()}" if event else head

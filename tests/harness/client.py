@@ -6,11 +6,14 @@ before what. It reads only when it is told to, so it also plays a client that do
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import socket
+import struct
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -23,6 +26,18 @@ from websockets.uri import parse_uri
 
 PATH = "/ws/agent/stream"
 _ids = itertools.count(1)
+
+
+def wait_until(predicate: Callable[[], bool], what: str, timeout: float = 5.0) -> None:
+    """Wait for what no frame and no event tells, by looking every millisecond.
+
+    Raises:
+        AssertionError: the time is up.
+    """
+    deadline = time.monotonic() + timeout
+    while not predicate():
+        assert time.monotonic() < deadline, f"{timeout} s are over, waiting until {what}"
+        time.sleep(0.001)
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,13 @@ class Client:
         """Everything received so far."""
         self.session_id: str | None = None
         self.timeout = timeout
+        self.pings = self.pongs = 0
+        """Frames of these kinds that were received."""
         self._taken = 0
+        self._unsent = b""
+        self.texts_begun = 0
+        """Frames that `try_to_send_text` has sent, or begun to."""
+        self._corked = False
         self._sock = socket.socket()
         self._sock.settimeout(timeout)
         if receive_buffer is not None:
@@ -103,7 +124,7 @@ class Client:
                 request.headers[name] = value
             self._protocol.send_request(request)
             self._flush()
-            while self._protocol.state is State.CONNECTING and self._read_some():
+            while self._protocol.state is State.CONNECTING and self.read_some():
                 pass
             if self._protocol.state is not State.OPEN:
                 raise self._refusal()
@@ -148,6 +169,36 @@ class Client:
         self._protocol.send_binary(data)
         self._flush()
 
+    def send_fragments(self, pieces: Sequence[bytes]) -> None:
+        """Send one text message in several frames."""
+        self._protocol.send_text(pieces[0], fin=len(pieces) == 1)
+        for number, piece in enumerate(pieces[1:], 2):
+            self._protocol.send_continuation(piece, fin=number == len(pieces))
+        self._flush()
+
+    @contextlib.contextmanager
+    def one_packet(self) -> Iterator[None]:
+        """What is sent inside goes out in one write at the end."""
+        self._corked = True
+        yield
+        self._corked = False
+        data = b"".join(self._protocol.data_to_send())
+        self._sock.sendall(data)
+
+    def send_ping(self) -> None:
+        """Send a WebSocket ping; `pongs` counts the answers."""
+        self._protocol.send_ping(b"")
+        self._flush()
+
+    def send_raw(self, data: bytes) -> None:
+        """Send bytes past the WebSocket layer."""
+        self._sock.sendall(data)
+
+    def send_close(self) -> None:
+        """Send a close frame; does not wait for the answer."""
+        self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
+        self._flush()
+
     def register(self, **fields: Any) -> Received:
         """REGISTER; returns the REGISTER_ACK."""
         auth = {"type": "API_KEY", "api_key": "test"}
@@ -178,7 +229,7 @@ class Client:
             AssertionError: the time is up, or the connection ended before.
         """
         while self._taken == len(self.frames):
-            if not self._read_some():
+            if not self.read_some():
                 raise AssertionError(f"connection ended; got {self.frames[-10:]}")
         self._taken += 1
         return self.frames[self._taken - 1]
@@ -207,7 +258,7 @@ class Client:
 
     def wait_closed(self) -> int | None:
         """Read to the end of the connection; returns the close code of the gateway."""
-        while self._read_some():
+        while self.read_some():
             pass
         received = self._protocol.close_rcvd
         return None if received is None else int(received.code)
@@ -229,8 +280,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection in order, and wait for its end."""
-        self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
-        self._flush()
+        self.send_close()
         self.wait_closed()
         self._sock.close()
 
@@ -238,17 +288,61 @@ class Client:
         """Close the socket without a word."""
         self._sock.close()
 
+    def reset(self) -> None:
+        """Close the socket with an RST, as when the client's machine gave up."""
+        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._sock.close()
+
+    # What went wrong on the wire.
+
+    @property
+    def wire_error(self) -> Exception | None:
+        """Why the bytes of the gateway could not be read as WebSocket frames; None when they could.
+
+        An end of the connection without a close frame counts too.
+        """
+        return self._protocol.parser_exc
+
+    def try_to_send_text(self, data: bytes) -> bool:
+        """Send a text frame as far as the kernel takes it at once.
+
+        Returns:
+            False when the rest of the frame before is not gone yet; then this one was not begun.
+        """
+        if not self.finish_sending():
+            return False
+        self._protocol.send_text(data)
+        self.texts_begun += 1
+        self._unsent = b"".join(self._protocol.data_to_send())
+        self.finish_sending()
+        return True
+
+    def finish_sending(self) -> bool:
+        """Send what `try_to_send_text` has left; True when all of it is gone."""
+        self._sock.settimeout(0)
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+        except BlockingIOError:
+            return False
+        finally:
+            self._sock.settimeout(self.timeout)
+        return True
+
     # Bytes.
 
     def _flush(self) -> None:
+        if self._corked:
+            return
         for data in self._protocol.data_to_send():
             if data:
                 self._sock.sendall(data)
             else:
                 self._sock.shutdown(socket.SHUT_WR)
 
-    def _read_some(self) -> bool:
-        """Read once; False at the end of the connection."""
+    def read_some(self) -> bool:
+        """Read once, and answer pings; False at the end of the connection."""
         try:
             data = self._sock.recv(65536)
         except TimeoutError:
@@ -264,7 +358,11 @@ class Client:
             self._protocol.receive_eof()
         self._flush_quietly()
         for event in self._protocol.events_received():
-            if isinstance(event, Frame) and event.opcode is Opcode.TEXT:
+            if not isinstance(event, Frame):
+                continue
+            self.pings += event.opcode is Opcode.PING
+            self.pongs += event.opcode is Opcode.PONG
+            if event.opcode is Opcode.TEXT:
                 frame = json.loads(bytes(event.data))
                 self.frames.append(
                     Received(frame["msg_type"], frame["session_id"], frame["payload"], at)

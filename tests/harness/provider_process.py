@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -149,7 +148,7 @@ class ProviderProcess:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="provider-"))
-            self.ca_file = os.path.join(folder, "ca.pem")
+            self.ca_file = str(Path(folder) / "ca.pem")
             command = [sys.executable, "-m", "tests.harness.provider", "--ca-file", self.ca_file]
             # Leaving the Popen closes the provider's stdin, which ends it, and waits for it.
             process = stack.enter_context(

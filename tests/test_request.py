@@ -1,0 +1,582 @@
+"""One generation as an actor, over a stream that a test plays by hand."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gevent
+import gevent.event
+import gevent.queue
+import pykka
+import pytest
+from prometheus_client import CollectorRegistry
+
+from actors.greenlet import GreenletActor, tell
+from actors.messages import (
+    FirstToken,
+    GenerationEnded,
+    ReaderEnded,
+    RegisterAgain,
+    RequestAccepted,
+    RequestReported,
+    Start,
+    Stop,
+    StreamOpened,
+    SupervisorMessage,
+)
+from actors.request import RequestActor
+from llm.chat import Delta, Usage
+from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
+from llm.stream import Ending, LlmClient, Provider, Result, Sink
+from metrics.instruments import Metrics
+
+LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
+
+
+# Fakes: what a request stands between ------------------------------------------------------------
+
+
+class FakeStream:
+    """A generation whose reader is the test. Its end is told in the hub, as by the real one."""
+
+    def __init__(self, source: FakeSource, body: bytes, sink: Sink, on_end: Any) -> None:
+        self.body = body
+        self.sink = sink
+        self.progress_at = time.monotonic()
+        self.started = gevent.event.Event()
+        self.close_asked = gevent.event.Event()
+        self.killed_again = gevent.event.Event()
+        self.ended = False
+        self._source = source
+        self._on_end: Callable[[Result], None] = on_end
+
+    def start(self) -> None:
+        if self._source.fail_start is not None:
+            raise self._source.fail_start
+        self.started.set()
+
+    def close(self) -> None:
+        self.close_asked.set()
+        if not self._source.stuck:
+            self.end_closed()
+
+    def kill_again(self) -> None:
+        self.killed_again.set()
+
+    # The reader's part, played by the test.
+
+    def say(self, *texts: str) -> None:
+        """The provider answers, and says this."""
+        self.sink.opened()
+        for text in texts:
+            self.sink.put(Delta(text))
+
+    def end(self, result: Result) -> None:
+        """The reader dies, if it has not yet."""
+        if not self.ended:
+            self.ended = True
+            gevent.get_hub().loop.run_callback(self._on_end, result)
+
+    def end_closed(self) -> None:
+        """The reader is killed at last."""
+        self.end(Result(Ending.CLOSED, closed_at=time.monotonic()))
+
+    def complete(self) -> None:
+        """The answer is whole."""
+        self.end(Result(Ending.COMPLETED, finish_reason="stop", closed_at=time.monotonic()))
+
+
+class FakeSource:
+    """Makes fake streams.
+
+    Args:
+        stuck: their `close()` never ends them.
+        fail_start: what their `start()` raises.
+    """
+
+    def __init__(self, *, stuck: bool = False, fail_start: BaseException | None = None) -> None:
+        self.stuck = stuck
+        self.fail_start = fail_start
+        self.streams: list[FakeStream] = []
+        self._made: gevent.queue.SimpleQueue[FakeStream] = gevent.queue.SimpleQueue()
+
+    def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> FakeStream:
+        stream = FakeStream(self, body, sink, on_end)
+        self.streams.append(stream)
+        self._made.put(stream)
+        return stream
+
+    def next(self) -> FakeStream:
+        """The next stream that was made, when it was started."""
+        stream = self._made.get(timeout=LIMIT)
+        assert stream.started.wait(LIMIT), "the stream was not started"
+        return stream
+
+
+class FakeOutlet:
+    """Takes text."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.waited_at = 0.0
+
+    def put(self, text: str) -> None:
+        self.texts.append(text)
+
+    def progress_at(self) -> float:
+        return self.waited_at
+
+
+class Collector(GreenletActor):
+    """An actor that keeps what it is told."""
+
+    def __init__(self, told: gevent.queue.SimpleQueue[Any]) -> None:
+        super().__init__()
+        self._told = told
+
+    def handle(self, message: Any) -> Any:
+        self._told.put(message)
+
+
+class Given:
+    """A request-actor between fakes."""
+
+    def __init__(
+        self,
+        source: Any = None,
+        *,
+        tell_supervisor: Callable[[SupervisorMessage], None] | None = None,
+    ) -> None:
+        self.source = FakeSource() if source is None else source
+        self.outlet = FakeOutlet()
+        self.metrics = Metrics(CollectorRegistry())
+        self.session_mail: gevent.queue.SimpleQueue[Any] = gevent.queue.SimpleQueue()
+        self.session = Collector.start(self.session_mail)
+        self.supervisor_mail: list[SupervisorMessage] = []
+        self.ref = RequestActor.start(
+            session_id="sess_1",
+            request_id="req_1",
+            session=self.session,
+            tell_supervisor=tell_supervisor or self.supervisor_mail.append,
+            source=self.source,
+            body=b"{}",
+            outlet=self.outlet,
+            metrics=self.metrics,
+        )
+
+    @property
+    def stream(self) -> FakeStream:
+        stream: FakeStream = self.source.streams[0]
+        return stream
+
+    def tell(self, *messages: object) -> None:
+        for message in messages:
+            assert tell(self.ref, message)
+
+    def start(self) -> FakeStream:
+        """Start it, and wait until its stream runs."""
+        self.tell(Start())
+        assert self.stream.started.wait(LIMIT)
+        return self.stream
+
+    def report(self) -> Result:
+        """Wait for the one report."""
+        message = self.session_mail.get(timeout=LIMIT)
+        assert isinstance(message, RequestReported)
+        assert message.request_id == "req_1"
+        return message.result
+
+    def wait_ended(self) -> None:
+        """Wait until the actor has ended, and all that it said has been heard."""
+        assert self.ref.actor_stopped.wait(LIMIT)
+        self.session.ask("are you through?", timeout=LIMIT)
+
+    def assert_over(self) -> None:
+        """Nothing was reported but what a test took, and nothing is counted as going on."""
+        self.wait_ended()
+        assert self.session_mail.get() == "are you through?"
+        assert self.session_mail.empty()
+        assert self.states() == {}
+        ends = [one for one in self.supervisor_mail if isinstance(one, GenerationEnded)]
+        assert ends == [GenerationEnded(self.ref.actor_urn)]
+
+    def states(self) -> dict[str, float]:
+        """The gauge of states, but for its zeros."""
+        return {key: count for key, count in self.samples("requests_active").items() if count}
+
+    def outcomes(self) -> dict[str, float]:
+        """Of the histogram of durations, what was counted."""
+        found = self.samples("generation_seconds", suffix="_count")
+        return {key: count for key, count in found.items() if count}
+
+    def samples(self, name: str, suffix: str = "") -> dict[str, float]:
+        return {
+            next(iter(sample.labels.values()), ""): sample.value
+            for family in self.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == f"bargein_{name}{suffix}"
+        }
+
+    def settle(self) -> None:
+        """Wait until the actor has handled what it was told, which does not end it."""
+        self.ref.ask(RegisterAgain(), timeout=LIMIT)
+
+
+@pytest.fixture(autouse=True)
+def none_left() -> Iterator[None]:
+    """Whatever a test leaves running is stopped."""
+    yield
+    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
+        ref.stop(timeout=LIMIT)
+
+
+COMPLETED = Result(Ending.COMPLETED, finish_reason="stop", closed_at=1.0)
+FAILED = Result(Ending.FAILED, BadStatusError(500, "no"), closed_at=1.0)
+CLOSED = Result(Ending.CLOSED, closed_at=1.0)
+
+
+# The states --------------------------------------------------------------------------------------
+
+TO_STATE: dict[str, list[object]] = {
+    "connecting": [],
+    "waiting": [StreamOpened()],
+    "streaming": [StreamOpened(), FirstToken()],
+}
+STEPS: list[tuple[str, object, str]] = [
+    ("connecting", StreamOpened(), "waiting"),
+    ("connecting", FirstToken(), "connecting"),  # a reader says that the stream is open first
+    ("connecting", Start(), "connecting"),
+    ("waiting", StreamOpened(), "waiting"),
+    ("waiting", FirstToken(), "streaming"),
+    ("waiting", Start(), "waiting"),
+    ("streaming", StreamOpened(), "streaming"),
+    ("streaming", FirstToken(), "streaming"),
+    ("streaming", Start(), "streaming"),
+]
+
+
+@pytest.mark.parametrize(("before", "message", "after"), STEPS)
+def test_a_live_state_goes_only_where_its_table_says(
+    before: str, message: object, after: str
+) -> None:
+    given = Given()
+    given.start()
+    given.tell(*TO_STATE[before])
+    given.settle()
+    assert given.states() == {before: 1}
+    given.tell(message)
+    given.settle()
+    assert given.states() == {after: 1}
+
+
+ENDS: list[tuple[str, list[object]]] = [
+    ("completed", [ReaderEnded(COMPLETED)]),
+    ("failed", [ReaderEnded(FAILED)]),
+    ("interrupted", [Stop(), ReaderEnded(CLOSED)]),
+    ("reaped", [Stop(reaped=True), ReaderEnded(CLOSED)]),
+]
+
+
+@pytest.mark.parametrize("before", TO_STATE)
+@pytest.mark.parametrize(("outcome", "messages"), ENDS)
+def test_every_live_state_leads_to_every_end(
+    before: str, outcome: str, messages: list[object]
+) -> None:
+    given = Given(FakeSource(stuck=True))  # so that the ends come by mail alone
+    given.start()
+    given.tell(*TO_STATE[before], *messages)
+    given.report()
+    given.assert_over()
+    assert given.outcomes() == {outcome: 1}
+
+
+EVERY_MESSAGE = [
+    Start(),
+    StreamOpened(),
+    FirstToken(),
+    Stop(),
+    Stop(reaped=True),
+    ReaderEnded(COMPLETED),
+    ReaderEnded(FAILED),
+    ReaderEnded(CLOSED),
+    RegisterAgain(),
+]
+
+
+@pytest.mark.parametrize(("outcome", "messages"), ENDS)
+def test_no_message_leads_out_of_an_end(outcome: str, messages: list[object]) -> None:
+    given = Given(FakeSource(stuck=True))
+    given.start()
+    # In one go: the actor handles all of them before it takes up its own end.
+    given.tell(StreamOpened(), *messages, *EVERY_MESSAGE)
+    given.report()
+    given.wait_ended()
+    assert given.session_mail.get() == "are you through?"
+    assert given.session_mail.empty()
+    assert given.states() == {}
+    assert given.outcomes() == {outcome: 1}
+
+
+# One report, whatever happens --------------------------------------------------------------------
+
+
+def test_an_answer_goes_to_the_outlet_and_its_end_is_reported() -> None:
+    given = Given()
+    stream = given.start()
+    stream.say("Hello", ", ", "world")
+    stream.complete()
+    result = given.report()
+    assert (result.ending, result.finish_reason) == (Ending.COMPLETED, "stop")
+    assert given.outlet.texts == ["Hello", ", ", "world"]
+    given.assert_over()
+    assert given.outcomes() == {"completed": 1}
+    assert given.samples("time_to_first_chunk_seconds", "_count") == {"": 1}
+    assert given.samples("llm_posts_total") == {"": 1}
+
+
+def test_the_first_token_may_be_one_that_is_not_text() -> None:
+    given = Given()
+    stream = given.start()
+    stream.sink.opened()
+    stream.sink.put(Delta(reasoning_chars=7))
+    given.settle()
+    assert given.states() == {"streaming": 1}
+    assert given.outlet.texts == []
+    stream.complete()
+    given.report()
+    given.assert_over()
+    assert given.samples("time_to_first_chunk_seconds", "_count") == {"": 1}
+
+
+def test_a_failure_is_reported_with_its_error() -> None:
+    given = Given()
+    stream = given.start()
+    error = IncompleteAnswerError("incomplete answer")
+    stream.say("Hel")
+    stream.end(Result(Ending.FAILED, error, closed_at=time.monotonic()))
+    result = given.report()
+    assert (result.ending, result.error) == (Ending.FAILED, error)
+    given.assert_over()
+    assert given.samples("llm_errors_total") == {"IncompleteAnswer": 1}
+
+
+def test_the_usage_of_a_provider_is_counted() -> None:
+    given = Given()
+    given.start().end(Result(Ending.COMPLETED, usage=Usage(9, 12, 21), closed_at=1.0))
+    given.report()
+    given.assert_over()
+    assert given.samples("llm_tokens_total") == {"prompt": 9, "completion": 12}
+
+
+@pytest.mark.parametrize("usage", [Usage(-1, 5, 4), Usage(3, -5, 0), Usage(10**400, 1, 1)])
+def test_a_usage_that_cannot_be_counted_does_not_cost_the_report(usage: Usage) -> None:
+    given = Given()
+    given.start().end(Result(Ending.COMPLETED, usage=usage, closed_at=time.monotonic()))
+    assert given.report().ending is Ending.COMPLETED
+    given.assert_over()
+    assert given.outcomes() == {"completed": 1}
+
+
+def test_stopped_before_its_start_it_reports_at_once_and_never_starts() -> None:
+    given = Given()
+    given.tell(Stop(), Start())
+    assert given.report() == Result(Ending.CLOSED)
+    given.assert_over()
+    assert not given.stream.started.is_set()
+    assert given.outcomes() == {}  # there was no generation to measure
+    assert given.samples("llm_posts_total") == {"": 0}
+
+
+def test_stopped_it_reports_when_its_reader_is_dead_and_not_before() -> None:
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    stream.say("Hello")
+    given.tell(Stop())
+    assert stream.close_asked.wait(LIMIT)
+    given.settle()
+    assert given.session_mail.empty()
+    stream.end(CLOSED)
+    assert given.report() is CLOSED
+    given.assert_over()
+    assert given.outcomes() == {"interrupted": 1}
+
+
+def test_stopped_before_its_reader_ran_it_still_ends_in_one_report() -> None:
+    client = LlmClient(Provider("http://127.0.0.1:9/v1", "never asked"))
+    given = Given(client)
+    given.tell(Start(), Stop())  # in one go: the reader's greenlet is spawned and killed unrun
+    result = given.report()
+    assert (result.ending, result.closed_at) == (Ending.CLOSED, None)
+    given.assert_over()
+    assert given.outcomes() == {"interrupted": 1}
+    client.close()
+
+
+def test_a_second_stop_is_the_first_one() -> None:
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    given.tell(Stop(reaped=True), Stop())
+    assert stream.close_asked.wait(LIMIT)
+    stream.end(CLOSED)
+    given.report()
+    given.assert_over()
+    assert given.outcomes() == {"reaped": 1}
+
+
+@pytest.mark.parametrize("ending", [COMPLETED, FAILED])
+def test_a_stop_that_crosses_the_end_does_not_change_it(ending: Result) -> None:
+    given = Given()
+    stream = given.start()
+    stream.end(ending)
+    given.tell(Stop())  # handled first: the end is still on its way from the hub
+    assert given.report() is ending
+    given.assert_over()
+    assert given.outcomes() == {ending.ending.value: 1}
+
+
+@pytest.mark.parametrize("ending", [COMPLETED, FAILED])
+def test_a_stop_behind_the_end_is_no_error(ending: Result) -> None:
+    given = Given()
+    given.start()
+    given.tell(ReaderEnded(ending), Stop())
+    assert given.report() is ending
+    given.assert_over()
+
+
+# Failures of the actor itself --------------------------------------------------------------------
+
+NONSENSE = "no message of the protocol"
+
+
+def is_our_failure(result: Result) -> bool:
+    return result.ending is Ending.FAILED and isinstance(result.error, StreamError)
+
+
+def test_failing_in_a_handler_before_its_start_it_reports_a_failure() -> None:
+    given = Given()
+    given.tell(NONSENSE, Start())
+    assert is_our_failure(given.report())
+    given.assert_over()
+    assert not given.stream.started.is_set()
+
+
+def test_failing_while_it_opens_it_reports_a_failure() -> None:
+    ends: list[SupervisorMessage] = []
+
+    def tell_supervisor(message: SupervisorMessage) -> None:
+        if isinstance(message, RequestAccepted):
+            raise RuntimeError("no supervisor")
+        ends.append(message)
+
+    given = Given(tell_supervisor=tell_supervisor)
+    assert is_our_failure(given.report())
+    given.wait_ended()
+    assert given.states() == {}
+    assert ends == [GenerationEnded(given.ref.actor_urn)]
+
+
+@pytest.mark.parametrize("error", [OSError("no"), gevent.Timeout(60), SystemExit(1)])
+def test_failing_to_start_its_stream_it_reports_a_failure(error: BaseException) -> None:
+    given = Given(FakeSource(fail_start=error))
+    given.tell(Start())
+    assert is_our_failure(given.report())
+    given.assert_over()
+    assert given.stream.close_asked.is_set()
+
+
+def test_failing_while_its_reader_lives_it_closes_the_stream_and_reports_when_that_is_dead() -> (
+    None
+):
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    stream.say("Hel")
+    given.tell(NONSENSE)
+    assert stream.close_asked.wait(LIMIT)
+    given.session.ask("anything yet?", timeout=LIMIT)
+    assert given.session_mail.get() == "anything yet?"
+    assert given.session_mail.empty()
+    stream.end(CLOSED)
+    result = given.report()
+    assert is_our_failure(result)
+    assert result.closed_at == CLOSED.closed_at  # the stream was closed, and when
+    given.assert_over()
+    assert given.outcomes() == {"failed": 1}
+
+
+def test_failing_after_the_hub_put_the_end_in_its_mailbox_still_ends_in_one_report() -> None:
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    # The order in which the loop runs: the hub tells the end, then the actor takes up its mail.
+    loop = gevent.get_hub().loop
+    loop.run_callback(tell, given.ref, NONSENSE)
+    stream.end(COMPLETED)
+    assert is_our_failure(given.report())
+    given.assert_over()
+
+
+def test_stopped_as_an_actor_it_takes_its_stream_along_and_reports() -> None:
+    given = Given()
+    stream = given.start()
+    given.ref.stop(timeout=LIMIT)
+    assert stream.close_asked.is_set()
+    assert is_our_failure(given.report())
+    given.assert_over()
+
+
+def test_a_failed_session_does_not_keep_a_request_from_ending() -> None:
+    given = Given()
+    stream = given.start()
+    given.session.stop(timeout=LIMIT)
+    given.tell(Stop())
+    assert given.ref.actor_stopped.wait(LIMIT)
+    assert stream.close_asked.is_set()
+    assert given.states() == {}
+    assert GenerationEnded(given.ref.actor_urn) in given.supervisor_mail
+
+
+# The supervisor's view ---------------------------------------------------------------------------
+
+
+def test_it_registers_with_its_supervisor_and_again_when_asked() -> None:
+    given = Given()
+    given.settle()
+    first, second = given.supervisor_mail
+    assert isinstance(first, RequestAccepted)
+    assert isinstance(second, RequestAccepted)
+    for accepted in (first, second):
+        assert accepted.request == given.ref
+        assert accepted.session == given.session
+        assert (accepted.session_id, accepted.request_id) == ("sess_1", "req_1")
+    assert first.accepted_at == second.accepted_at
+
+
+def test_registering_again_behind_its_end_does_not_make_it_live_again() -> None:
+    given = Given()
+    given.start()
+    given.tell(ReaderEnded(COMPLETED), RegisterAgain())
+    given.report()
+    given.wait_ended()
+    assert isinstance(given.supervisor_mail[-1], GenerationEnded)
+
+
+def test_its_progress_is_the_later_one_of_provider_and_client() -> None:
+    given = Given()
+    given.settle()
+    accepted = given.supervisor_mail[0]
+    assert isinstance(accepted, RequestAccepted)
+    for provider, client in itertools.permutations([10.0, 20.0]):
+        given.stream.progress_at, given.outlet.waited_at = provider, client
+        assert accepted.progress_at() == 20.0
+
+
+def test_the_last_resort_reaches_the_stream() -> None:
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    given.settle()
+    accepted = given.supervisor_mail[0]
+    assert isinstance(accepted, RequestAccepted)
+    accepted.kill_again()
+    assert stream.killed_again.is_set()
