@@ -46,7 +46,7 @@ from llm.stream import LlmClient, Provider
 from metrics.instruments import Metrics
 from metrics.logs import LEVELS, configure, get_logger
 
-_CALLBACK_SECONDS = 1.0
+_CALLBACK_SECONDS = 0.001
 """How long the loop may run what is ready before it looks for more. Long, so that an interrupt's
 few steps from mailbox to mailbox follow each other at once, whatever else came in; a greenlet that
 always has work yields to the whole loop (`llm/lines.py`)."""
@@ -139,7 +139,9 @@ class Gateway:
         self.server.start()
 
     def stop(self) -> None:
-        """Interrupt what is live, tell the clients, close everything."""
+        """Interrupt what is live, tell the clients, close everything; a second time, nothing."""
+        if not self._teardown:
+            return
         self.server.stop_listening()
         all_ended = gevent.event.Event()
         self.supervision.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, all_ended.set))

@@ -7,13 +7,15 @@ and nothing escapes.
 
 from __future__ import annotations
 
+from collections import deque
 from types import TracebackType
 from typing import Any, final
 
 import gevent
-import gevent.queue
+import gevent.hub
 import pykka
 
+from llm.lane import control_lane
 from metrics.logs import get_logger
 
 _log = get_logger("ACTOR")
@@ -21,6 +23,31 @@ _log = get_logger("ACTOR")
 
 class ActorFailedError(Exception):
     """What Pykka is told when an actor fails, in place of whatever was raised."""
+
+
+class _Mailbox:
+    """An actor's messages, in order. Its actor is woken through the control lane, so that a message
+    is handled before any data that waits."""
+
+    def __init__(self) -> None:
+        self._messages: deque[Any] = deque()
+        self._actor: gevent.hub.Waiter[None] | None = None
+        self._lane = control_lane()
+
+    def put(self, message: Any, /) -> None:
+        self._messages.append(message)
+        if self._actor is not None:
+            actor, self._actor = self._actor, None
+            self._lane.call(actor.switch, None)
+
+    def get(self) -> Any:
+        if not self._messages:
+            self._actor = gevent.hub.Waiter()
+            self._actor.get()
+        return self._messages.popleft()
+
+    def empty(self) -> bool:
+        return not self._messages
 
 
 class GreenletActor(pykka.Actor):
@@ -52,7 +79,7 @@ class GreenletActor(pykka.Actor):
 
     @staticmethod
     def _create_actor_inbox() -> Any:
-        return gevent.queue.SimpleQueue()
+        return _Mailbox()
 
     @staticmethod
     def _create_future() -> pykka.Future[Any]:

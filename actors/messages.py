@@ -119,13 +119,20 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """The client has its terminal frame, or is gone: nothing is owed any more."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReaderEnded:
     """The reader is dead."""
 
     result: Result
 
 
-RequestMessage: TypeAlias = Start | StreamOpened | FirstToken | Stop | ReaderEnded | RegisterAgain
+RequestMessage: TypeAlias = (
+    Start | StreamOpened | FirstToken | Stop | Release | ReaderEnded | RegisterAgain
+)
 
 # To the supervisor.
 

@@ -15,8 +15,10 @@ from actors.messages import (
     GenerationEnded,
     ReaderEnded,
     RegisterAgain,
+    Release,
     RequestAccepted,
     RequestMessage,
+    RequestOver,
     RequestReported,
     Start,
     Stop,
@@ -96,6 +98,8 @@ class StreamSource(Protocol):
 class RequestActor(GreenletActor):
     """Runs one generation and reports its end to its session, exactly once.
 
+    It lives until it has reported and its session has released it.
+
     The report comes when the reader is dead, whoever wanted it to end, and even when this actor
     itself fails.
     """
@@ -120,13 +124,14 @@ class RequestActor(GreenletActor):
         self._metrics = metrics
         self._outlet = outlet
         self._stream = source.generation(body, _Relay(self.actor_ref, outlet), self._reader_ended)
-        self._state = RequestState.CONNECTING
+        self._state = self._active_state = RequestState.CONNECTING
+        self._result = Result(Ending.CLOSED)
         self._created_at = time.monotonic()
         self._started_at: float | None = None
         self._told_to_stop: Stop | None = None
         self._reader_result: Result | None = None
         """There as soon as the reader is dead."""
-        self._reported = False
+        self._reported = self._released = self._books_kept = False
         metrics.requests_active.labels(self._state.value).inc()
 
     def opened(self) -> None:
@@ -144,15 +149,19 @@ class RequestActor(GreenletActor):
                 self._stop_reading(message)
             case ReaderEnded(result):
                 self._end(result)
+            case Release():
+                self._release()
             case RegisterAgain():
                 self._register()
             case _:
                 assert_never(message)
 
     def closed(self, error: BaseException | None) -> None:
+        if error is not None and not self._released:
+            self._tell_supervisor(RequestOver(self.actor_urn))  # it will not hear of its release
         if self._reported:
-            return
-        if self._started_at is None or self._reader_result is not None:
+            self._keep_books()
+        elif self._started_at is None or self._reader_result is not None:
             self._report_failure()
         else:
             self._stream.close()  # its end reports
@@ -170,8 +179,10 @@ class RequestActor(GreenletActor):
                 stream.kill_again,
             )
         )
-        if self._reported:  # asked again while it is about to leave
+        if self._reported:
             self._tell_supervisor(GenerationEnded(self.actor_urn))
+        if self._released:
+            self._tell_supervisor(RequestOver(self.actor_urn))
 
     def _start(self) -> None:
         if self._told_to_stop is None and self._started_at is None:
@@ -196,7 +207,18 @@ class RequestActor(GreenletActor):
 
     def _end(self, result: Result) -> None:
         self._report(result)
+        if self._released:
+            self._leave()
+
+    def _release(self) -> None:
+        self._released = True
+        self._tell_supervisor(RequestOver(self.actor_urn))
+        if self._reported:
+            self._leave()
+
+    def _leave(self) -> None:
         self.stop()
+        self._keep_books()
 
     def _reader_ended(self, result: Result) -> None:
         # Runs in the hub. If the actor has failed meanwhile, or fails before it gets the message,
@@ -214,24 +236,25 @@ class RequestActor(GreenletActor):
         if self._reported:
             return
         self._reported = True
+        self._result = result
         self._advance(self._final_state(result))
-        # First of all what others wait for: counting and logging may fail.
+        # Nothing but what others wait for: the books are kept when the client has its ack.
         tell(self._session, RequestReported(self._request_id, result))
         self._tell_supervisor(GenerationEnded(self.actor_urn))
-        self._count(result)
+        if self._is_closed:
+            self._keep_books()  # it has failed, and will not hear of a release
+
+    def _keep_books(self) -> None:
+        if self._books_kept:
+            return
+        self._books_kept = True
+        self._metrics.requests_active.labels(self._active_state.value).dec()
+        self._count(self._result)
+        fields = {"session_id": self._session_id, "request_id": self._request_id}
         if self._state is RequestState.INTERRUPTED:
-            _log.info(
-                "LLM stream cancelled by user",
-                session_id=self._session_id,
-                request_id=self._request_id,
-            )
+            _log.info("LLM stream cancelled by user", **fields)
         elif self._state is RequestState.FAILED:
-            _log.warning(
-                "Generation failed",
-                session_id=self._session_id,
-                request_id=self._request_id,
-                error=str(result.error),
-            )
+            _log.warning("Generation failed", error=str(self._result.error), **fields)
 
     def _final_state(self, result: Result) -> RequestState:
         match result.ending:
@@ -264,11 +287,12 @@ class RequestActor(GreenletActor):
     def _advance(self, state: RequestState) -> None:
         if state not in _TRANSITIONS[self._state]:
             return
-        active = self._metrics.requests_active
-        active.labels(self._state.value).dec()
-        if state not in _ENDS:
-            active.labels(state.value).inc()
         self._state = state
+        if state not in _ENDS:
+            active = self._metrics.requests_active
+            active.labels(self._active_state.value).dec()
+            active.labels(state.value).inc()
+            self._active_state = state
 
 
 class _Relay:

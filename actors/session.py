@@ -21,7 +21,7 @@ from actors.messages import (
     FrameReceived,
     ReapRequest,
     RegisterAgain,
-    RequestOver,
+    Release,
     RequestReported,
     SessionEnded,
     SessionMessage,
@@ -155,6 +155,7 @@ class _PendingInterrupt:
     frame: Interrupt
     read_at: float
     targets: dict[str, _Live | InterruptResult] = field(default_factory=dict)
+    active_requests: list[str] = field(default_factory=list)
 
     def waits_for(self, live: _Live) -> bool:
         return self.targets.get(live.request_id) is live
@@ -220,7 +221,7 @@ class SessionActor(GreenletActor):
             case EndSession(reason):
                 self._end(reason, lambda: self._say_goodbye(reason, _CLOSE_SERVICE_RESTART))
             case RegisterAgain():
-                self._register_again()
+                self._tell_supervisor(SessionStarted(self.actor_ref))
             case _:
                 assert_never(message)
 
@@ -228,6 +229,7 @@ class SessionActor(GreenletActor):
         for live in self._live.values():
             live.outlet.shut()
             tell(live.actor, Stop())
+            tell(live.actor, Release())
         if error is not None:
             self._outbox.close(_CLOSE_INTERNAL_ERROR, "internal error")
         if self._session_id is not None:
@@ -299,17 +301,19 @@ class SessionActor(GreenletActor):
     def _make_way(self, request_id: str) -> bool:
         """Apply the policy for a new request while others are live; False when it is refused."""
         settings = self._settings
+        # A client that interrupts and asks again does not wait for the ack in between.
+        running = sum(not live.stopping for live in self._live.values())
         match settings.on_new_request:
             case OnNewRequest.INTERRUPT:
                 for live in list(self._live.values()):
                     self._stop_request(live, InterruptReason.USER_NEW_INPUT)
                 return True
             case OnNewRequest.PARALLEL:
-                if len(self._live) < settings.max_parallel:
+                if running < settings.max_parallel:
                     return True
-                detail = f"{len(self._live)} requests are live, as many as may be"
+                detail = f"{running} requests are live, as many as may be"
             case OnNewRequest.REJECT:
-                if not self._live:
+                if not running:
                     return True
                 detail = "another request is live"
         self._metrics.refused.labels("request").inc()
@@ -342,13 +346,7 @@ class SessionActor(GreenletActor):
                 pending.targets[request_id] = live
             elif target is not None or live is None:
                 pending.targets[request_id] = self._missed(request_id)
-        _log.info(
-            "Interrupt request details",
-            session_id=self._session_id,
-            interrupt_request_id=target,
-            active_requests=list(self._live),
-            found=any(isinstance(found, _Live) for found in pending.targets.values()),
-        )
+        pending.active_requests = list(self._live)
         self._interrupts.append(pending)
         self._settle()
 
@@ -464,29 +462,36 @@ class SessionActor(GreenletActor):
             status = AckStatus.SUCCESS
         else:
             status = AckStatus.PARTIAL
-        reason = pending.frame.known_reason
-        for result in results:
-            self._metrics.interrupts.labels(reason.value, result.outcome.value.lower()).inc()
-            if result.stream_closed_ms is not None:
-                self._metrics.stream_closed_seconds.observe(result.stream_closed_ms / 1000)
         ack = InterruptAck(
-            stopped,
-            status,
-            _ack_message(results),
-            results,
-            pending.frame.interrupt_request_id,
-        )
-        _log.info(
-            "Request interrupted",
-            session_id=self._session_id,
-            status=status.value,
-            reason=reason.value,
-            interrupted_request_ids=stopped,
+            stopped, status, _ack_message(results), results, pending.frame.interrupt_request_id
         )
         self._outbox.send_control(
             self._encode(ack),
             lambda at: self._metrics.acknowledged_seconds.observe(at - pending.read_at),
         )
+        self._keep_books(pending, ack)
+
+    def _keep_books(self, pending: _PendingInterrupt, ack: InterruptAck) -> None:
+        # Only now: logging and counting take longer than stopping did.
+        reason = pending.frame.known_reason.value
+        _log.info(
+            "Interrupt request details",
+            session_id=self._session_id,
+            interrupt_request_id=pending.frame.target,
+            active_requests=pending.active_requests,
+            found=any(isinstance(target, _Live) for target in pending.targets.values()),
+        )
+        _log.info(
+            "Request interrupted",
+            session_id=self._session_id,
+            status=ack.status.value,
+            reason=reason,
+            interrupted_request_ids=ack.interrupted_request_ids,
+        )
+        for result in ack.results:
+            self._metrics.interrupts.labels(reason, result.outcome.value.lower()).inc()
+            if result.stream_closed_ms is not None:
+                self._metrics.stream_closed_seconds.observe(result.stream_closed_ms / 1000)
 
     def _stop_result(self, live: _Live, pending: _PendingInterrupt) -> InterruptResult:
         delivered = live.outlet.delivered_text_chars
@@ -537,11 +542,11 @@ class SessionActor(GreenletActor):
 
     def _forget(self, live: _Live, outcome: Outcome) -> None:
         del self._live[live.request_id]
+        tell(live.actor, Release())
         delivered = live.outlet.delivered_text_chars
         self._remember(live.request_id, delivered)
         self._metrics.text_chars.inc(delivered)
         self._metrics.requests.labels(outcome.value.lower()).inc()
-        self._tell_supervisor(RequestOver(live.actor.actor_urn))
 
     def _remember(self, request_id: str, delivered: int) -> None:
         self._ended[request_id] = delivered
@@ -561,11 +566,6 @@ class SessionActor(GreenletActor):
     def _say_goodbye(self, reason: InterruptReason, code: int) -> None:
         self._send(Shutdown(reason.value))
         self._outbox.close(code, reason.value)
-
-    def _register_again(self) -> None:
-        self._tell_supervisor(SessionStarted(self.actor_ref))
-        for live in self._live.values():
-            tell(live.actor, RegisterAgain())
 
     # Sending.
 

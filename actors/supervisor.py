@@ -240,8 +240,9 @@ class Supervision:
         for session in sessions:
             if session.is_alive():
                 self.tell(SessionStarted(session))
-        for ref in pykka.ActorRegistry.get_by_class_name("SessionActor"):
-            tell(ref, RegisterAgain())
+        for name in ("SessionActor", "RequestActor"):  # by name: neither is ours to import
+            for ref in pykka.ActorRegistry.get_by_class_name(name):
+                tell(ref, RegisterAgain())
         if self._shut_down is not None:
             self.tell(self._shut_down)
 

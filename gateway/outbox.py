@@ -154,7 +154,7 @@ class Outbox:
         if self._closing or self._dead:
             return
         self._closing = True
-        self._drop(lambda _frame: True)
+        self._drop(lambda frame: frame.outlet is not None)
         if self._wire is None and not self._control:
             self._send_close(code, reason)
         else:
@@ -195,11 +195,8 @@ class Outbox:
     def purge(self, outlet: Outlet) -> None:
         """Drop what is queued of an outlet, but for a frame that was begun."""
         purged = self._drop(lambda frame: frame.outlet is outlet)
-        wire = self._wire
-        if wire is not None and wire.frame.outlet is outlet and not wire.begun:
-            self._wire = None
-            purged += 1
-        self._metrics.frames_purged.inc(purged)
+        if purged:
+            self._metrics.frames_purged.inc(purged)
 
     def begun_frame(self, outlet: Outlet) -> _Frame | None:
         """The frame of this outlet that is half written, if there is one."""
@@ -230,6 +227,10 @@ class Outbox:
             self._data = deque(kept)
             self._data_bytes = sum(len(frame.payload) for frame in kept)
             self._make_room()
+        wire = self._wire
+        if wire is not None and not wire.begun and belongs(wire.frame):
+            self._wire = None
+            dropped += 1
         return dropped
 
     def _make_room(self) -> None:

@@ -66,7 +66,7 @@ class _Choice(msgspec.Struct):
 
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] | None = None
-    usage: Usage | None = None
+    usage: Any = None
     error: Any = None
 
 
@@ -106,18 +106,29 @@ def parse_chunk(data: str) -> Delta:
         raise MalformedChunkError("Object has neither `choices` nor `usage`")
     # Only one choice is ever asked for; some servers send an empty list with the usage.
     if not chunk.choices:
-        return Delta(usage=chunk.usage)
+        return Delta(usage=_usage(chunk.usage))
     choice = chunk.choices[0]
     delta = choice.delta
     if delta is None:
-        return Delta(finish_reason=choice.finish_reason, usage=chunk.usage)
+        return Delta(finish_reason=choice.finish_reason, usage=_usage(chunk.usage))
     reasoning = delta.reasoning_content or delta.reasoning
     return Delta(
         delta.content or "",
         len(reasoning) if reasoning else 0,
         choice.finish_reason,
-        chunk.usage,
+        None if chunk.usage is None else _usage(chunk.usage),
     )
+
+
+def _usage(value: object) -> Usage | None:
+    """The counts, where they are some: an answer does not fail for its bill."""
+    if not isinstance(value, dict):
+        return None
+    try:
+        counts = {name: int(value.get(name) or 0) for name in Usage.__struct_fields__}
+    except (TypeError, ValueError):
+        return None
+    return Usage(**counts)
 
 
 def error_message(text: str | bytes) -> str | None:

@@ -24,9 +24,11 @@ what an event has so far at each of its lines: 4 MiB of tiny ones would take hal
 _READ_BYTES = 16 * 1024
 """At most so much from one read, after decompression; also bounds what a read may allocate."""
 
-_TURN_BYTES = 8 * 1024
-"""After so many bytes other greenlets get their turn: a socket that always has data never yields
-by itself. At 250 bytes an event that is about a millisecond of work."""
+_TURN_BYTES = 16 * 1024
+_READ_COST_BYTES = 64
+"""After so many bytes, a read counting as some more, other greenlets get their turn: what came in
+one go may be hundreds of chunks, and megabytes once it is decompressed. At 250 bytes an event that
+is two or three milliseconds of work."""
 
 _MOMENT_SECONDS = 1e-6
 
@@ -96,7 +98,7 @@ class Lines:
             data = self._read()
             if not data:
                 break
-            turn_bytes += len(data)
+            turn_bytes += len(data) + _READ_COST_BYTES
             if skip_lf and data.startswith(b"\n"):
                 data = data[1:]
             skip_lf = data.endswith(b"\r")

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import socket
-import struct
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,9 +18,7 @@ from typing import Any, Protocol
 
 import gevent
 import requests
-import requests.adapters
 from requests_sse import EventSource, InvalidContentTypeError, InvalidStatusCodeError
-from urllib3.connection import HTTPConnection
 from urllib3.exceptions import NewConnectionError, SSLError
 
 from llm.chat import (
@@ -35,6 +30,7 @@ from llm.chat import (
     error_message,
     parse_chunk,
 )
+from llm.connections import Connections
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -45,6 +41,7 @@ from llm.errors import (
     ProviderReportedError,
     StreamError,
 )
+from llm.lane import control_lane
 from llm.lines import BodyEnded, Lines
 from metrics.logs import get_logger
 
@@ -140,9 +137,7 @@ class LlmClient:
             headers["Authorization"] = f"Bearer {provider.api_key}"
         url = provider.base_url.rstrip("/") + "/chat/completions"
         self._request = requests.Request("POST", url, headers).prepare()
-        self._adapter = _Adapter(
-            pool_connections=1, pool_maxsize=provider.pool_size, pool_block=False, max_retries=0
-        )
+        self._connections = Connections(provider.pool_size)
 
     def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> Generation:
         """A generation that has not started yet.
@@ -156,7 +151,7 @@ class LlmClient:
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._adapter.close()
+        self._connections.close()
 
     def post(self, body: bytes, headers: Mapping[str, str]) -> requests.Response:
         """POST once, and return when the headers of the answer are there.
@@ -172,7 +167,7 @@ class LlmClient:
         # A limit for connecting, and none for reading, which the watchdog bounds.
         connect = self.provider.connect_timeout
         timeout = (connect, None) if connect > 0 else None
-        return self._adapter.send(
+        return self._connections.send(
             request,
             stream=True,
             timeout=timeout,
@@ -203,7 +198,7 @@ class Generation:
         self._client = client
         self._body = body
         self._sink = sink
-        self._on_end = on_end
+        self._on_end: Callable[[Result], None] | None = on_end
         self._closing = False
         self._result: Result | None = None
         self._closed_at: float | None = None
@@ -233,7 +228,13 @@ class Generation:
         """
         if not self._closing:
             self._closing = True
-            self._reader.kill(block=False)
+            control_lane().call(self._kill)
+
+    def _kill(self) -> None:
+        # In the hub. Like `Greenlet.kill`, but now, and its end is told now.
+        self._reader.throw(gevent.GreenletExit)
+        if self._reader.dead:
+            self._ended(self._reader)
 
     @property
     def ended(self) -> bool:
@@ -245,8 +246,9 @@ class Generation:
         self._reader.kill(block=False)
 
     def _ended(self, _reader: object) -> None:
-        on_end, self._on_end = self._on_end, _end_was_told  # no cycle is left for the collector
-        on_end(self._result or Result(Ending.CLOSED, closed_at=self._closed_at))
+        if self._on_end is not None:
+            on_end, self._on_end = self._on_end, None  # no cycle is left for the collector
+            on_end(self._result or Result(Ending.CLOSED, closed_at=self._closed_at))
 
     # In the reader's greenlet from here on.
 
@@ -329,6 +331,8 @@ class Generation:
                     continue
                 if data == DONE:
                     self._hand_on()
+                    if self._finish_reason is None and (bare := self._bare_error()):
+                        raise bare
                     return
                 self._take(parse_chunk(data))
         except (MalformedChunkError, UnicodeDecodeError) as error:
@@ -377,14 +381,20 @@ class Generation:
     # Errors, in words.
 
     def _incomplete(self, cause: Exception | None) -> StreamError:
-        stray = error_message(self._lines.stray) if self._lines else None
-        if stray:
-            message = self._client.quote(stray)
-            return ProviderReportedError(f"the provider reported: {message}")
+        bare = self._bare_error()
+        if bare:
+            return bare
         how = f" ({self._client.quote(_root_cause(cause))})" if cause else ""
         return IncompleteAnswerError(
             f"incomplete answer: the provider's stream ended before it said it was done{how}"
         )
+
+    def _bare_error(self) -> ProviderReportedError | None:
+        """The error that a provider put into the stream without making an event of it."""
+        message = error_message(self._lines.stray) if self._lines else None
+        if message is None:
+            return None
+        return ProviderReportedError(f"the provider reported: {self._client.quote(message)}")
 
     def _bad_status(self, response: requests.Response | None) -> BadStatusError:
         assert response is not None
@@ -417,24 +427,6 @@ class Generation:
         finally:
             response.close()
         return b"".join(parts)
-
-
-def _end_was_told(_result: Result) -> None:
-    raise AssertionError("a generation ends once")
-
-
-class _Adapter(requests.adapters.HTTPAdapter):
-    """Connections that vanish when they are closed, and send each write at once."""
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        # Linger 0: a close is a reset. A provider that does not read (its request body still
-        # waits in our buffer) would not notice anything else.
-        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-        kwargs["socket_options"] = [
-            *HTTPConnection.default_socket_options,
-            (socket.SOL_SOCKET, socket.SO_LINGER, linger),
-        ]
-        super().init_poolmanager(*args, **kwargs)
 
 
 class _Watchdog:

@@ -86,9 +86,7 @@ def _text_line(_logger: object, _name: str, event: MutableMapping[str, Any]) -> 
         event.pop("level").upper(),
         " ".join(event.pop("event").splitlines()),  # a library's may have several
     )
-    trace = event.pop("exception", None)
-    line = f"{head} | {_encoder.encode(event).decode()}" if event else head
-    return f"{line}\n{trace}" if trace else line
+    return f"{head} | {_encoder.encode(event).decode()}" if event else head
 
 
 def _json_line(_logger: object, _name: str, event: MutableMapping[str, Any]) -> str:

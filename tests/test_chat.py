@@ -194,7 +194,6 @@ def test_an_error_object_is_told_from_a_chunk(data: str, message: str) -> None:
         '{"choices": [{"delta": "text"}]}',
         '{"choices": [{"delta": {"content": 7}}]}',
         '{"choices": [{"delta": {}, "finish_reason": 7}]}',
-        '{"choices": [], "usage": "many"}',
         '{"choices": []} {"choices": []}',
         '{"choices": [{"delta": {"content": "half a pair: \\ud83d"}}]}',
         pytest.param('{"choices": [], "more": ' + "[" * 100_000, id="deep"),
@@ -243,3 +242,18 @@ def test_a_body_asks_for_a_stream_of_the_conversation() -> None:
         ],
         "stream": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("usage", "read"),
+    [
+        ({"prompt_tokens": 3.0, "completion_tokens": None}, Usage(3)),
+        ({"prompt_tokens": "many"}, None),
+        ({}, Usage()),
+        ("free of charge", None),
+        ([1], None),
+    ],
+)
+def test_an_answer_does_not_fail_for_its_bill(usage: object, read: Usage | None) -> None:
+    text = json.dumps({"choices": [{"delta": {"content": "Hi"}}], "usage": usage})
+    assert parse_chunk(text) == Delta("Hi", usage=read)

@@ -111,16 +111,22 @@ def test_an_event_of_several_lines_is_logged_on_one() -> None:
 
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
-def test_an_exception_is_logged_with_its_traceback(log_format: Any) -> None:
+def test_an_exception_is_logged_with_its_traceback_on_the_one_line_of_its_event(
+    log_format: Any,
+) -> None:
     stream = io.StringIO()
     configure("info", log_format, stream)
     try:
         raise RuntimeError("broken")
     except RuntimeError:
-        get_logger("LLM").exception("Reader failed")
-    assert "Reader failed" in stream.getvalue()
-    assert "Traceback" in stream.getvalue()
-    assert "RuntimeError: broken" in stream.getvalue()
+        get_logger("LLM").exception("Reader failed", request_id="req_1")
+        logging.getLogger("some.library").exception("failed")
+    ours, librarys = text_lines(stream)
+    assert "Reader failed" in ours
+    for line in (ours, librarys):
+        fields = json.loads(line if log_format == "json" else line.split(" | ", 1)[1])
+        assert fields["exception"].startswith("Traceback")
+        assert fields["exception"].endswith("RuntimeError: broken")
 
 
 def test_libraries_lines_have_the_same_form_from_warning_on() -> None:

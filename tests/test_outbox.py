@@ -624,6 +624,34 @@ def test_closing_sends_control_then_the_close_frame_and_no_data(pair: Pair) -> N
     assert pair.frames[-1].opcode is Opcode.CLOSE
 
 
+def test_closing_drops_a_data_frame_at_the_head_that_was_not_begun(pair: Pair) -> None:
+    outlet = pair.outlet()
+    pair.fill_kernel()
+    outlet.finish(b'"end"', lambda _at: pytest.fail("a dropped frame was written"))
+    assert pair.outbox.queued_bytes == 0  # it was taken already
+    assert pair.outbox.begun_frame(outlet) is None
+    pair.outbox.send_control(b'"SHUTDOWN"')
+    pair.outbox.close(1012, "going away")
+    pair.read_until(lambda: bool(close_codes(pair)))
+    assert pair.texts == ["SHUTDOWN"]
+    assert close_codes(pair) == [1012]
+    assert not outlet.done
+
+
+def test_closing_keeps_a_control_frame_at_the_head_that_was_not_begun(pair: Pair) -> None:
+    outlet = pair.outlet()
+    written: list[float] = []
+    pair.fill_kernel()
+    pair.outbox.send_control(b'"ack"', written.append)
+    outlet.put("queued")
+    turn()
+    pair.outbox.close(1012, "going away")
+    pair.read_until(lambda: bool(close_codes(pair)))
+    assert pair.texts == ["ack"]
+    assert len(written) == 1
+    assert close_codes(pair) == [1012]
+
+
 def test_closing_writes_the_close_frame_at_once_while_nothing_is_queued(pair: Pair) -> None:
     pair.outbox.close(1000, "bye")
     pair.read_now()

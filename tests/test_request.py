@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import gevent
-import gevent.event
 import gevent.queue
 import pykka
 import pytest
@@ -20,7 +19,9 @@ from actors.messages import (
     GenerationEnded,
     ReaderEnded,
     RegisterAgain,
+    Release,
     RequestAccepted,
+    RequestOver,
     RequestReported,
     Start,
     Stop,
@@ -30,90 +31,11 @@ from actors.messages import (
 from actors.request import RequestActor
 from llm.chat import Delta, Usage
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
-from llm.stream import Ending, LlmClient, Provider, Result, Sink
+from llm.stream import Ending, LlmClient, Provider, Result
 from metrics.instruments import Metrics
-
-LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
-
+from tests.harness.fakes import LIMIT, Collector, FakeSource, FakeStream
 
 # Fakes: what a request stands between ------------------------------------------------------------
-
-
-class FakeStream:
-    """A generation whose reader is the test. Its end is told in the hub, as by the real one."""
-
-    def __init__(self, source: FakeSource, body: bytes, sink: Sink, on_end: Any) -> None:
-        self.body = body
-        self.sink = sink
-        self.progress_at = time.monotonic()
-        self.started = gevent.event.Event()
-        self.close_asked = gevent.event.Event()
-        self.killed_again = gevent.event.Event()
-        self.ended = False
-        self._source = source
-        self._on_end: Callable[[Result], None] = on_end
-
-    def start(self) -> None:
-        if self._source.fail_start is not None:
-            raise self._source.fail_start
-        self.started.set()
-
-    def close(self) -> None:
-        self.close_asked.set()
-        if not self._source.stuck:
-            self.end_closed()
-
-    def kill_again(self) -> None:
-        self.killed_again.set()
-
-    # The reader's part, played by the test.
-
-    def say(self, *texts: str) -> None:
-        """The provider answers, and says this."""
-        self.sink.opened()
-        for text in texts:
-            self.sink.put(Delta(text))
-
-    def end(self, result: Result) -> None:
-        """The reader dies, if it has not yet."""
-        if not self.ended:
-            self.ended = True
-            gevent.get_hub().loop.run_callback(self._on_end, result)
-
-    def end_closed(self) -> None:
-        """The reader is killed at last."""
-        self.end(Result(Ending.CLOSED, closed_at=time.monotonic()))
-
-    def complete(self) -> None:
-        """The answer is whole."""
-        self.end(Result(Ending.COMPLETED, finish_reason="stop", closed_at=time.monotonic()))
-
-
-class FakeSource:
-    """Makes fake streams.
-
-    Args:
-        stuck: their `close()` never ends them.
-        fail_start: what their `start()` raises.
-    """
-
-    def __init__(self, *, stuck: bool = False, fail_start: BaseException | None = None) -> None:
-        self.stuck = stuck
-        self.fail_start = fail_start
-        self.streams: list[FakeStream] = []
-        self._made: gevent.queue.SimpleQueue[FakeStream] = gevent.queue.SimpleQueue()
-
-    def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> FakeStream:
-        stream = FakeStream(self, body, sink, on_end)
-        self.streams.append(stream)
-        self._made.put(stream)
-        return stream
-
-    def next(self) -> FakeStream:
-        """The next stream that was made, when it was started."""
-        stream = self._made.get(timeout=LIMIT)
-        assert stream.started.wait(LIMIT), "the stream was not started"
-        return stream
 
 
 class FakeOutlet:
@@ -128,17 +50,6 @@ class FakeOutlet:
 
     def progress_at(self) -> float:
         return self.waited_at
-
-
-class Collector(GreenletActor):
-    """An actor that keeps what it is told."""
-
-    def __init__(self, told: gevent.queue.SimpleQueue[Any]) -> None:
-        super().__init__()
-        self._told = told
-
-    def handle(self, message: Any) -> Any:
-        self._told.put(message)
 
 
 class Given:
@@ -188,6 +99,14 @@ class Given:
         assert isinstance(message, RequestReported)
         assert message.request_id == "req_1"
         return message.result
+
+    def release(self) -> None:
+        """Play the session that has nothing more to owe; up to here the actor lives."""
+        self.ref.ask(StreamOpened(), timeout=LIMIT)  # changes nothing behind the report
+        assert RequestOver(self.ref.actor_urn) not in self.supervisor_mail
+        self.tell(Release())
+        assert self.ref.actor_stopped.wait(LIMIT)
+        assert self.supervisor_mail.count(RequestOver(self.ref.actor_urn)) == 1
 
     def wait_ended(self) -> None:
         """Wait until the actor has ended, and all that it said has been heard."""
@@ -289,6 +208,7 @@ def test_every_live_state_leads_to_every_end(
     given.start()
     given.tell(*TO_STATE[before], *messages)
     given.report()
+    given.release()
     given.assert_over()
     assert given.outcomes() == {outcome: 1}
 
@@ -311,7 +231,7 @@ def test_no_message_leads_out_of_an_end(outcome: str, messages: list[object]) ->
     given = Given(FakeSource(stuck=True))
     given.start()
     # In one go: the actor handles all of them before it takes up its own end.
-    given.tell(StreamOpened(), *messages, *EVERY_MESSAGE)
+    given.tell(StreamOpened(), *messages, *EVERY_MESSAGE, Release(), *EVERY_MESSAGE, Release())
     given.report()
     given.wait_ended()
     assert given.session_mail.get() == "are you through?"
@@ -331,6 +251,7 @@ def test_an_answer_goes_to_the_outlet_and_its_end_is_reported() -> None:
     result = given.report()
     assert (result.ending, result.finish_reason) == (Ending.COMPLETED, "stop")
     assert given.outlet.texts == ["Hello", ", ", "world"]
+    given.release()
     given.assert_over()
     assert given.outcomes() == {"completed": 1}
     assert given.samples("time_to_first_chunk_seconds", "_count") == {"": 1}
@@ -347,6 +268,7 @@ def test_the_first_token_may_be_one_that_is_not_text() -> None:
     assert given.outlet.texts == []
     stream.complete()
     given.report()
+    given.release()
     given.assert_over()
     assert given.samples("time_to_first_chunk_seconds", "_count") == {"": 1}
 
@@ -359,6 +281,7 @@ def test_a_failure_is_reported_with_its_error() -> None:
     stream.end(Result(Ending.FAILED, error, closed_at=time.monotonic()))
     result = given.report()
     assert (result.ending, result.error) == (Ending.FAILED, error)
+    given.release()
     given.assert_over()
     assert given.samples("llm_errors_total") == {"IncompleteAnswer": 1}
 
@@ -367,6 +290,7 @@ def test_the_usage_of_a_provider_is_counted() -> None:
     given = Given()
     given.start().end(Result(Ending.COMPLETED, usage=Usage(9, 12, 21), closed_at=1.0))
     given.report()
+    given.release()
     given.assert_over()
     assert given.samples("llm_tokens_total") == {"prompt": 9, "completion": 12}
 
@@ -376,6 +300,7 @@ def test_a_usage_that_cannot_be_counted_does_not_cost_the_report(usage: Usage) -
     given = Given()
     given.start().end(Result(Ending.COMPLETED, usage=usage, closed_at=time.monotonic()))
     assert given.report().ending is Ending.COMPLETED
+    given.release()
     given.assert_over()
     assert given.outcomes() == {"completed": 1}
 
@@ -384,6 +309,7 @@ def test_stopped_before_its_start_it_reports_at_once_and_never_starts() -> None:
     given = Given()
     given.tell(Stop(), Start())
     assert given.report() == Result(Ending.CLOSED)
+    given.release()
     given.assert_over()
     assert not given.stream.started.is_set()
     assert given.outcomes() == {}  # there was no generation to measure
@@ -400,6 +326,7 @@ def test_stopped_it_reports_when_its_reader_is_dead_and_not_before() -> None:
     assert given.session_mail.empty()
     stream.end(CLOSED)
     assert given.report() is CLOSED
+    given.release()
     given.assert_over()
     assert given.outcomes() == {"interrupted": 1}
 
@@ -407,9 +334,12 @@ def test_stopped_it_reports_when_its_reader_is_dead_and_not_before() -> None:
 def test_stopped_before_its_reader_ran_it_still_ends_in_one_report() -> None:
     client = LlmClient(Provider("http://127.0.0.1:9/v1", "never asked"))
     given = Given(client)
-    given.tell(Start(), Stop())  # in one go: the reader's greenlet is spawned and killed unrun
+    # From a timer, and so between two turns of all greenlets: the reader is spawned and killed unrun.
+    timer = gevent.get_hub().loop.timer(0)
+    timer.start(given.tell, Start(), Stop())
     result = given.report()
     assert (result.ending, result.closed_at) == (Ending.CLOSED, None)
+    given.release()
     given.assert_over()
     assert given.outcomes() == {"interrupted": 1}
     client.close()
@@ -422,6 +352,7 @@ def test_a_second_stop_is_the_first_one() -> None:
     assert stream.close_asked.wait(LIMIT)
     stream.end(CLOSED)
     given.report()
+    given.release()
     given.assert_over()
     assert given.outcomes() == {"reaped": 1}
 
@@ -433,6 +364,7 @@ def test_a_stop_that_crosses_the_end_does_not_change_it(ending: Result) -> None:
     stream.end(ending)
     given.tell(Stop())  # handled first: the end is still on its way from the hub
     assert given.report() is ending
+    given.release()
     given.assert_over()
     assert given.outcomes() == {ending.ending.value: 1}
 
@@ -443,12 +375,18 @@ def test_a_stop_behind_the_end_is_no_error(ending: Result) -> None:
     given.start()
     given.tell(ReaderEnded(ending), Stop())
     assert given.report() is ending
+    given.release()
     given.assert_over()
 
 
 # Failures of the actor itself --------------------------------------------------------------------
 
 NONSENSE = "no message of the protocol"
+
+
+def kinds(given: Given) -> list[type]:
+    """What the supervisor was told, in short."""
+    return [type(message) for message in given.supervisor_mail]
 
 
 def is_our_failure(result: Result) -> bool:
@@ -475,7 +413,8 @@ def test_failing_while_it_opens_it_reports_a_failure() -> None:
     assert is_our_failure(given.report())
     given.wait_ended()
     assert given.states() == {}
-    assert ends == [GenerationEnded(given.ref.actor_urn)]
+    urn = given.ref.actor_urn
+    assert ends == [RequestOver(urn), GenerationEnded(urn)]
 
 
 @pytest.mark.parametrize("error", [OSError("no"), gevent.Timeout(60), SystemExit(1)])
@@ -530,11 +469,69 @@ def test_a_failed_session_does_not_keep_a_request_from_ending() -> None:
     given = Given()
     stream = given.start()
     given.session.stop(timeout=LIMIT)
-    given.tell(Stop())
+    given.tell(Stop(), Release())  # as a session says it when it fails
     assert given.ref.actor_stopped.wait(LIMIT)
     assert stream.close_asked.is_set()
     assert given.states() == {}
     assert GenerationEnded(given.ref.actor_urn) in given.supervisor_mail
+
+
+# Reported and released ---------------------------------------------------------------------------
+
+
+def test_reported_before_it_is_released_it_lives_on_as_one_that_is_not_over() -> None:
+    given = Given()
+    given.start().complete()
+    given.report()
+    given.settle()  # registered again, and with all that was told before
+    assert kinds(given) == [RequestAccepted, GenerationEnded, RequestAccepted, GenerationEnded]
+    assert given.states() == {"connecting": 1}  # counted as live until its client has all of it
+    given.tell(Release())
+    given.wait_ended()
+    assert given.states() == {}
+    assert kinds(given)[4:] == [RequestOver]
+    assert given.supervisor_mail[-1] == RequestOver(given.ref.actor_urn)
+
+
+def test_released_before_it_has_reported_it_lives_on_as_one_whose_stream_is_open() -> None:
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    given.tell(Stop(), Release())
+    given.settle()
+    assert kinds(given) == [RequestAccepted, RequestOver, RequestAccepted, RequestOver]
+    assert given.session_mail.empty()
+    assert given.states() == {"connecting": 1}
+    stream.end(CLOSED)
+    assert given.report() is CLOSED
+    given.assert_over()
+    assert kinds(given)[4:] == [GenerationEnded]
+    assert given.outcomes() == {"interrupted": 1}
+
+
+def test_released_and_then_failing_it_still_ends_in_one_report() -> None:
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    given.tell(Stop(), Release(), NONSENSE)
+    assert given.ref.actor_stopped.wait(LIMIT)
+    stream.end(CLOSED)
+    assert is_our_failure(given.report())
+    given.assert_over()
+    assert kinds(given) == [RequestAccepted, RequestOver, GenerationEnded]
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations([Release(), ReaderEnded(COMPLETED)])])
+def test_it_is_gone_when_it_is_both_and_not_before(order: tuple[object, object]) -> None:
+    given = Given(FakeSource(stuck=True))
+    given.start()
+    first, second = order
+    given.tell(first)
+    given.ref.ask(StreamOpened(), timeout=LIMIT)
+    assert given.ref in pykka.ActorRegistry.get_by_class(RequestActor)
+    given.tell(second)
+    given.report()
+    given.assert_over()
+    assert given.ref not in pykka.ActorRegistry.get_by_class(RequestActor)
+    assert not tell(given.ref, RegisterAgain())
 
 
 # The supervisor's view ---------------------------------------------------------------------------
@@ -558,8 +555,12 @@ def test_registering_again_behind_its_end_does_not_make_it_live_again() -> None:
     given.start()
     given.tell(ReaderEnded(COMPLETED), RegisterAgain())
     given.report()
-    given.wait_ended()
+    given.ref.ask(StreamOpened(), timeout=LIMIT)
     assert isinstance(given.supervisor_mail[-1], GenerationEnded)
+    given.supervisor_mail.clear()
+    given.tell(Release(), RegisterAgain())  # in one go: it registers before it takes up its end
+    given.wait_ended()
+    assert kinds(given) == [RequestOver, RequestAccepted, GenerationEnded, RequestOver]
 
 
 def test_its_progress_is_the_later_one_of_provider_and_client() -> None:

@@ -62,7 +62,7 @@ from llm.chat import Usage
 from llm.errors import BadStatusError, LimitPassedError
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
-from tests.test_request import LIMIT, FakeSource
+from tests.harness.fakes import LIMIT, FakeSource
 
 NONSENSE: Any = "no message of the protocol"
 
@@ -544,6 +544,51 @@ def test_where_only_one_may_run_another_is_refused_and_may_be_sent_again() -> No
     assert given.outbox.wait_terminal("req_2")["outcome"] == "COMPLETED"
 
 
+def test_where_only_one_may_run_one_that_is_being_stopped_does_not_keep_out_the_next() -> None:
+    given = stuck(on_new_request=OnNewRequest.REJECT)
+    given.request("req_1")
+    first = given.source.next()
+    # In a row: the client does not wait for its ack.
+    given.interrupt("req_1")
+    given.request("req_2")
+    given.request("req_3")
+    assert given.outbox.wait_terminal("req_3")["error_code"] == "SERVER_BUSY"
+    assert first.close_asked.is_set()
+    _first, second = given.source.streams
+    assert not second.started.is_set()  # one at a time, all the same
+    first.end_closed()
+    assert second.started.wait(LIMIT)
+    second.complete()
+    assert given.outbox.wait_terminal("req_2")["outcome"] == "COMPLETED"
+    given.settle()
+    assert given.outbox.history()[1:] == [
+        "end SERVER_BUSY req_3",
+        "ack SUCCESS req_1",
+        "end INTERRUPTED req_1",
+        "end COMPLETED req_2",
+    ]
+    assert given.sample("refused_total", reason="request") == 1
+
+
+def test_where_they_may_run_side_by_side_one_that_is_being_stopped_leaves_its_place() -> None:
+    given = stuck(on_new_request=OnNewRequest.PARALLEL, max_parallel=2)
+    given.request("req_1")
+    given.request("req_2")
+    first, second = given.source.next(), given.source.next()
+    given.interrupt("req_1")
+    given.request("req_3")
+    given.request("req_4")
+    third = given.source.next()  # at once: the first one is not closed yet
+    assert given.outbox.wait_terminal("req_4")["error_code"] == "SERVER_BUSY"
+    assert not second.close_asked.is_set()
+    first.end_closed()
+    assert given.outbox.wait_ack()["status"] == "SUCCESS"
+    for stream, name in ((second, "req_2"), (third, "req_3")):
+        stream.complete()
+        assert given.outbox.wait_terminal(name)["outcome"] == "COMPLETED"
+    assert given.sample("refused_total", reason="request") == 1
+
+
 # Interrupts --------------------------------------------------------------------------------------
 
 
@@ -728,6 +773,7 @@ def test_a_stream_that_stays_open_is_acknowledged_as_timed_out_and_counted() -> 
     assert given.sample("streams_open_after_ack_total") == 1
     assert given.sample("interrupts_total", reason="USER_STOP", outcome="timed_out") == 1
     # It is left to the supervisor: the client's part is over, the stream's is not.
+    given.settle_requests()
     assert any(isinstance(one, RequestOver) for one in given.supervisor_mail)
     assert not any(isinstance(one, GenerationEnded) for one in given.supervisor_mail)
     (request,) = pykka.ActorRegistry.get_by_class(RequestActor)
@@ -922,9 +968,13 @@ def test_a_lost_connection_with_a_stuck_stream_ends_the_session_all_the_same() -
     given = stuck(ack_timeout=0.02)
     given.request("req_1")
     given.source.next()
+    actor = given.actor("req_1")
     given.tell(ConnectionLost("gone"))
     assert given.ref.actor_stopped.wait(LIMIT)
-    assert isinstance(given.supervisor_mail[-1], SessionEnded)
+    actor.ask(Start(), timeout=LIMIT)  # changes nothing, but it has heard of its release
+    assert isinstance(given.supervisor_mail[-2], SessionEnded)
+    assert given.supervisor_mail[-1] == RequestOver(actor.actor_urn)
+    assert not any(isinstance(one, GenerationEnded) for one in given.supervisor_mail)
 
 
 def test_a_client_that_says_shutdown_is_told_so_and_closed_with_1000(given: Given) -> None:
@@ -1064,11 +1114,60 @@ def test_a_bad_frame_names_its_request_only_where_that_ends_nothing(given: Given
         assert ("request_id" in given.outbox.wait_for("ERROR")) is named
 
 
-def test_it_registers_itself_and_its_live_requests_again_when_asked(given: Given) -> None:
+def test_it_registers_itself_again_when_asked_and_its_live_requests_themselves(
+    given: Given,
+) -> None:
     given.request("req_1")
     given.source.next()
     given.settle()
+    actor = given.actor("req_1")
     given.supervisor_mail.clear()
     given.tell(RegisterAgain())
     given.settle_requests()
+    assert given.supervisor_mail == [SessionStarted(given.ref)]
+    tell(actor, RegisterAgain())
+    given.settle_requests()
     assert [type(one) for one in given.supervisor_mail] == [SessionStarted, RequestAccepted]
+
+
+# Letting go of requests --------------------------------------------------------------------------
+
+
+def overs(given: Given) -> list[RequestOver]:
+    return [one for one in given.supervisor_mail if isinstance(one, RequestOver)]
+
+
+def test_a_request_actor_is_gone_when_the_client_has_the_terminal_frame(given: Given) -> None:
+    given.request("req_1")
+    given.source.next().complete()
+    given.outbox.wait_terminal("req_1")
+    actor = given.actor("req_1")
+    assert actor.actor_stopped.wait(LIMIT)
+    assert overs(given) == [RequestOver(actor.actor_urn)]
+
+
+def test_a_request_actor_lives_while_the_client_has_not_got_the_terminal_frame(
+    given: Given,
+) -> None:
+    given.outbox.hold = True
+    given.request("req_1")
+    given.source.next().complete()
+    assert given.outbox.finishing.wait(LIMIT)
+    given.settle_requests()
+    actor = given.actor("req_1")
+    assert actor.is_alive()
+    assert isinstance(given.supervisor_mail[-1], GenerationEnded)
+    given.tell(ConnectionLost("gone"))
+    assert actor.actor_stopped.wait(LIMIT)
+    assert overs(given) == [RequestOver(actor.actor_urn)]
+
+
+def test_a_request_actor_that_has_failed_says_once_that_it_is_over(given: Given) -> None:
+    given.request("req_1")
+    given.source.next()
+    actor = given.actor("req_1")
+    tell(actor, NONSENSE)
+    given.outbox.wait_terminal("req_1")
+    assert not actor.is_alive()
+    given.settle()
+    assert overs(given) == [RequestOver(actor.actor_urn)]

@@ -94,16 +94,13 @@ def test_an_answer_that_waits_whole_in_the_queue_can_still_be_interrupted(
         name = provider.fresh(scripts.answer(texts))
         request_id = client.request(name)
         provider.wait_script_done(script=name)
-        completed = {"outcome": "completed"}
-        wait_until(
-            lambda: (
-                gateway.metrics.registry.get_sample_value(
-                    "bargein_generation_seconds_count", completed
-                )
-                == 1
-            ),
-            "the answer is in the queue",
-        )
+
+        def streams() -> int:
+            census = gateway.supervision.census()
+            assert census is not None
+            return census.streams
+
+        wait_until(lambda: streams() == 0, "the answer is in the queue")
         client.interrupt(request_id)
         ack = client.wait_ack()
         assert_whole_answer(client, provider)

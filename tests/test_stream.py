@@ -503,6 +503,11 @@ FAULTS: Mapping[str, tuple[Script, type[StreamError], str]] = {
         ProviderReportedError,
         "^the provider reported: out of memory$",
     ),
+    "bare error, then the end as if all were well": (
+        scripts.raw([text_event("a"), b'{"error": {"message": "out of memory"}}\n', done()]),
+        ProviderReportedError,
+        "the provider reported: out of memory",
+    ),
     "bare error, no line end": (
         scripts.raw([text_event("a"), b'{"error": "out of memory"}']),
         ProviderReportedError,
@@ -883,6 +888,35 @@ def test_a_flood_leaves_turns_to_everybody_else(
     assert turns_at_put[FLOOD_PUTS - 1] - turns_at_put[0] >= given_bytes // BYTES_BETWEEN_TURNS
 
 
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(
+            [
+                *scripts.opening(),
+                send(b"0\r\n"),
+                scripts.repeat([send(b"X-More: trailers\r\n" * 500)]),
+            ],
+            id="trailers",
+        ),
+        pytest.param(
+            [scripts.repeat([send(b"HTTP/1.1 100 Continue\r\n\r\n" * 500)])],
+            id="100-continue",
+        ),
+    ],
+)
+def test_what_the_http_library_reads_in_loops_of_its_own_starves_nobody(
+    client: LlmClient, provider: ProviderProcess, script: Script
+) -> None:
+    endless = Run(client, provider.fresh(script)).start()
+    provider.wait_post(script=endless.script)
+    other = Run(client, provider.fresh(scripts.answer(["still", " here"]))).start()
+    other.wait_completed()
+    endless.generation.close()
+    assert endless.wait_end().ending is Ending.CLOSED
+    provider.wait_closed(conn_of(provider, endless))
+
+
 def test_floods_do_not_starve_another_generation(
     make_client: MakeClient, provider: ProviderProcess
 ) -> None:
@@ -1136,7 +1170,9 @@ def test_close_before_the_reader_ran_reports_and_sends_nothing(
     run.generation.close()
     run.generation.start()
     result = run.wait_end()
-    assert result == Result(Ending.CLOSED)
+    assert result.ending is Ending.CLOSED
+    if not started:
+        assert result == Result(Ending.CLOSED)
     run.generation.start()
     assert posts(provider, run.script) == 0
     assert len(run.results) == 1

@@ -25,17 +25,20 @@ from actors.messages import (
     SessionEnded,
     SessionStarted,
     ShutDown,
+    Start,
     Stop,
     SupervisorMessage,
 )
+from actors.request import RequestActor
 from actors.supervisor import MAX_RESTARTS, Supervision, SupervisorSettings
 from gateway.protocol import InterruptReason
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client
+from tests.harness.fakes import LIMIT, Collector, FakeSource
 from tests.harness.provider_process import ProviderProcess
-from tests.test_request import LIMIT, Collector, FakeSource
 from tests.test_session import Given as GivenSession
+from tests.test_session import stuck
 
 NONSENSE: Any = "no message of the protocol"
 
@@ -403,6 +406,65 @@ def test_after_a_failure_those_alive_register_again_and_the_census_is_right() ->
         assert session.outbox.wait_terminal("req_1")["outcome"] == "REAPED"
         session.settle()
     assert given.census() == Census(2, 0, 0)
+
+
+def the_one_request() -> pykka.ActorRef[RequestActor]:
+    """The only request-actor, when it has done all that it was told."""
+    (request,) = pykka.ActorRegistry.get_by_class(RequestActor)
+    request.ask(Start(), timeout=LIMIT)  # changes nothing for one that was started
+    return request
+
+
+def test_after_a_failure_a_complete_answer_that_waits_for_its_client_is_still_a_request() -> None:
+    given = Given(stale_after=300)
+    given.tell(SessionEnded(given.session.ref.actor_urn))
+    session = GivenSession(tell_supervisor=given.supervision.tell)
+    session.register()
+    session.outbox.hold = True
+    session.request("req_1")
+    session.source.next().complete()
+    assert session.outbox.finishing.wait(LIMIT)
+    session.settle_requests()
+    assert given.census() == Census(sessions=1, requests=1, streams=0)
+    given.fail()
+    session.settle_requests()
+    assert given.census() == Census(sessions=1, requests=1, streams=0)
+    # And the new one reaps it, by way of its session.
+    request = the_one_request()
+    assert len(given.reap(now=time.monotonic() + 300)) == 1
+    assert session.outbox.wait_terminal("req_1")["outcome"] == "REAPED"
+    assert request.actor_stopped.wait(LIMIT)
+    assert given.census() == Census(sessions=1, requests=0, streams=0)
+    assert not session.source.streams[0].killed_again.is_set()
+
+
+@pytest.mark.parametrize("connected", [True, False])
+def test_after_a_failure_the_reaper_still_reaches_an_orphan_stream(connected: bool) -> None:
+    given = Given(stale_after=300)
+    given.tell(SessionEnded(given.session.ref.actor_urn))
+    session = stuck(ack_timeout=0.02, tell_supervisor=given.supervision.tell)
+    session.request("req_1")
+    stream = session.source.next()
+    if connected:
+        session.interrupt("req_1")
+        assert session.outbox.wait_ack()["results"][0]["outcome"] == "TIMED_OUT"
+        session.settle()
+    else:
+        session.tell(ConnectionLost("gone"))
+        assert session.ref.actor_stopped.wait(LIMIT)
+    request = the_one_request()
+    orphaned = Census(sessions=int(connected), requests=0, streams=1)
+    assert given.census() == orphaned
+    given.fail()
+    assert the_one_request() == request
+    assert given.census() == orphaned
+    assert not stream.killed_again.is_set()
+    assert len(given.reap(now=time.monotonic() + 300)) == 1
+    assert stream.killed_again.is_set()
+    stream.end_closed()
+    assert request.actor_stopped.wait(LIMIT)
+    assert given.census() == Census(sessions=int(connected), requests=0, streams=0)
+    assert given.reap(now=time.monotonic() + 300) == []
 
 
 def test_after_a_failure_the_reaper_goes_on() -> None:
