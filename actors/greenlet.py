@@ -15,7 +15,7 @@ import gevent
 import gevent.hub
 import pykka
 
-from llm.lane import control_lane
+from llm.lanes import lanes
 from metrics.logs import get_logger
 
 _log = get_logger("ACTOR")
@@ -32,13 +32,13 @@ class _Mailbox:
     def __init__(self) -> None:
         self._messages: deque[Any] = deque()
         self._actor: gevent.hub.Waiter[None] | None = None
-        self._lane = control_lane()
+        self._lanes = lanes()
 
     def put(self, message: Any, /) -> None:
         self._messages.append(message)
         if self._actor is not None:
             actor, self._actor = self._actor, None
-            self._lane.call(actor.switch, None)
+            self._lanes.call(actor.switch, None)
 
     def get(self) -> Any:
         if not self._messages:

@@ -2,7 +2,7 @@
 
 A socket that always has data never yields by itself, so one flooding provider would starve
 everybody: with events, but also with endless trailers or `100 Continue`, which `http.client` reads
-in loops of its own. Here no byte is read before the loop has had its turn.
+in loops of its own. Here no byte is read before the loop has had its turn (`llm/lanes.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import gevent
 import requests.adapters
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from llm.lanes import lanes
 
 _READ = 1
 """The event of gevent's `loop.io` for "readable"."""
@@ -62,6 +64,7 @@ class _Reader(io.RawIOBase):
     def __init__(self, raw: io.RawIOBase, pending: Callable[[], int] | None) -> None:
         self._raw = raw
         self._pending = pending
+        self._lanes = lanes()
         self._readable = gevent.get_hub().loop.io(raw.fileno(), _READ)
 
     def readable(self) -> bool:
@@ -70,7 +73,7 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         # What TLS has decrypted already the kernel does not know of; it is one record at most.
         if self._pending is None or not self._pending():
-            gevent.get_hub().wait(self._readable)
+            self._lanes.wait_readable(self._readable)
         return self._raw.readinto(buffer)
 
     def close(self) -> None:

@@ -41,7 +41,7 @@ from llm.errors import (
     ProviderReportedError,
     StreamError,
 )
-from llm.lane import control_lane
+from llm.lanes import lanes
 from llm.lines import BodyEnded, Lines
 from metrics.logs import get_logger
 
@@ -228,7 +228,7 @@ class Generation:
         """
         if not self._closing:
             self._closing = True
-            control_lane().call(self._kill)
+            lanes().call(self._kill)
 
     def _kill(self) -> None:
         # In the hub. Like `Greenlet.kill`, but now, and its end is told now.
@@ -287,6 +287,7 @@ class Generation:
         """
         # The generation itself stands in for the session: all that is asked of it is `request`.
         session: Any = self
+        lanes().wait_turn()  # half a millisecond of work, if the connection is to be made
         source = EventSource(self._client.url, method="POST", session=session, max_connect_retry=0)
         try:
             source.connect()
