@@ -348,7 +348,8 @@ class SessionActor(GreenletActor):
                 pending.targets[request_id] = self._missed(request_id)
         pending.active_requests = list(self._live)
         self._interrupts.append(pending)
-        self._settle()
+        if pending.ready:
+            self._settle()
 
     def _stop_request(self, live: _Live, reason: InterruptReason) -> bool:
         """Stop a request; False when its terminal frame is on its way already."""

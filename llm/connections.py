@@ -61,9 +61,10 @@ class Connections(requests.adapters.HTTPAdapter):
 class _Reader(io.RawIOBase):
     """The bytes of a connection, none of them before the loop has had its turn."""
 
-    def __init__(self, raw: io.RawIOBase, pending: Callable[[], int] | None) -> None:
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
         self._raw = raw
-        self._pending = pending
+        self._sock = sock
+        self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
         self._lanes = lanes()
         self._readable = gevent.get_hub().loop.io(raw.fileno(), _READ)
 
@@ -73,20 +74,30 @@ class _Reader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         # What TLS has decrypted already the kernel does not know of; it is one record at most.
         if self._pending is None or not self._pending():
-            self._lanes.wait_readable(self._readable)
+            try:
+                self._lanes.wait_readable(self._readable)
+            except BaseException:
+                # Stopped, or too late. Whoever wanted that need not wait until the exception has
+                # found its way out through all that stands on this connection.
+                self._let_go()
+                self._sock.close()
+                raise
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
-        if not self.closed:
-            self._readable.close()
-            self._raw.close()
+        self._let_go()
         super().close()
+
+    def _let_go(self) -> None:
+        if not self._raw.closed:
+            self._readable.close()  # before the descriptor is free for somebody else
+            self._raw.close()
 
 
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Reader(self.fp.detach(), getattr(sock, "pending", None)))
+        self.fp = io.BufferedReader(_Reader(self.fp.detach(), sock))
 
 
 class _Connection(HTTPConnection):

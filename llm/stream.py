@@ -303,7 +303,6 @@ class Generation:
         except requests.RequestException as error:
             raise _connection_error(error, self._client) from error
         finally:
-            source.close()
             if self._lines is not None:
                 self._lines.close()
 
