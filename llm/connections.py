@@ -12,11 +12,14 @@ import io
 import socket
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import certifi
 import gevent
-import requests.adapters
+import requests
+import urllib3
+import urllib3.util
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
@@ -26,36 +29,83 @@ _READ = 1
 """The event of gevent's `loop.io` for "readable"."""
 
 
-class Connections(requests.adapters.HTTPAdapter):
-    """A pool of connections.
+class Connections:
+    """A pool of connections to one provider, for one kind of request.
+
+    Straight on urllib3: `requests.Session` would look for proxies and for a netrc in place of our
+    key at each request, read the body of a redirect, and keep cookies that tie the users of one
+    gateway together.
 
     Args:
+        url: where to POST.
+        ca_file: PEM file of trusted certificate authorities; None takes certifi's.
+        connect_timeout: seconds until the connection stands; 0 is no limit.
         pool_size: how many idle ones are kept. Never waits for one: a waiter could not be stopped.
+
+    Raises:
+        ValueError: the URL is none.
+        OSError: the certificates cannot be read.
     """
 
-    def __init__(self, pool_size: int) -> None:
-        super().__init__(
-            pool_connections=1, pool_maxsize=pool_size, pool_block=False, max_retries=0
-        )
-
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, url: str, ca_file: str | None, connect_timeout: float, pool_size: int
+    ) -> None:
+        self.url = url
+        parsed = urllib3.util.parse_url(url)
+        if parsed.scheme not in ("http", "https") or not parsed.host:
+            raise ValueError(f"{url!r} is no URL of a server")
+        self._target = parsed.request_uri
+        # No limit for reading, which the watchdog bounds.
+        self._timeout = urllib3.Timeout(connect=connect_timeout or None, read=None)
         # Linger 0: a close is a reset. A provider that does not read (its request body still
         # waits in our buffer) would not notice anything else.
         linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-        kwargs["socket_options"] = [
+        socket_options = [
             *HTTPConnection.default_socket_options,
             (socket.SOL_SOCKET, socket.SO_LINGER, linger),
         ]
-        super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+        options: dict[str, Any] = {
+            "port": parsed.port,
+            "maxsize": pool_size,
+            "block": False,
+            "socket_options": socket_options,
+        }
+        self._pool: HTTPConnectionPool
+        if parsed.scheme == "https":
+            # Made once: reading the certificates for each connection takes longer than connecting.
+            context = urllib3.util.create_urllib3_context()
+            context.load_verify_locations(ca_file or certifi.where())
+            self._pool = _TlsPool(parsed.host, ssl_context=context, **options)
+        else:
+            self._pool = _Pool(parsed.host, **options)
+
+    def post(self, body: bytes, headers: Mapping[str, str]) -> requests.Response:
+        """POST once, and return when the headers of the answer are there.
+
+        Raises:
+            urllib3.exceptions.HTTPError: it did not get that far.
+        """
+        raw = self._pool.urlopen(
+            "POST",
+            self._target,
+            body=body,
+            headers=headers,
+            redirect=False,
+            retries=False,
+            timeout=self._timeout,
+            preload_content=False,
+            decode_content=False,
+        )
+        response = requests.Response()
+        response.status_code = raw.status
+        response.headers.update(raw.headers)
+        response.raw = raw
+        response.url = self.url
+        return response
 
     def close(self) -> None:
         """Close the idle connections."""
-        # `PoolManager.clear` only forgets its pools, and leaves them to the collector.
-        pools = self.poolmanager.pools
-        for key in list(pools.keys()):
-            pools[key].close()
-        super().close()
+        self._pool.close()
 
 
 class _Reader(io.RawIOBase):

@@ -19,7 +19,13 @@ from typing import Any, Protocol
 import gevent
 import requests
 from requests_sse import EventSource, InvalidContentTypeError, InvalidStatusCodeError
-from urllib3.exceptions import NewConnectionError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    NewConnectionError,
+    ProtocolError,
+    ReadTimeoutError,
+)
 
 from llm.chat import (
     DONE,
@@ -128,16 +134,19 @@ class LlmClient:
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
-        headers = {
+        self._connections = Connections(
+            provider.base_url.rstrip("/") + "/chat/completions",
+            provider.ca_file,
+            provider.connect_timeout,
+            provider.pool_size,
+        )
+        self._headers = {
             "Content-Type": "application/json",
             # Compression on the way would hold events back until a block is full.
             "Accept-Encoding": "identity",
         }
         if provider.api_key:
-            headers["Authorization"] = f"Bearer {provider.api_key}"
-        url = provider.base_url.rstrip("/") + "/chat/completions"
-        self._request = requests.Request("POST", url, headers).prepare()
-        self._connections = Connections(provider.pool_size)
+            self._headers["Authorization"] = f"Bearer {provider.api_key}"
 
     def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> Generation:
         """A generation that has not started yet.
@@ -156,28 +165,16 @@ class LlmClient:
     def post(self, body: bytes, headers: Mapping[str, str]) -> requests.Response:
         """POST once, and return when the headers of the answer are there.
 
-        Straight through the adapter: a `requests.Session` would look for proxies and for a netrc
-        in place of our key at each request, read the body of a redirect, and keep cookies that
-        tie the users of one gateway together.
+        Args:
+            body: JSON of the request.
+            headers: more headers than those that every request has.
         """
-        request = self._request.copy()
-        request.headers.update(headers)
-        request.headers["Content-Length"] = str(len(body))
-        request.body = body
-        # A limit for connecting, and none for reading, which the watchdog bounds.
-        connect = self.provider.connect_timeout
-        timeout = (connect, None) if connect > 0 else None
-        return self._connections.send(
-            request,
-            stream=True,
-            timeout=timeout,
-            verify=self.provider.ca_file or True,
-        )
+        return self._connections.post(body, {**self._headers, **headers})
 
     @property
     def url(self) -> str:
         """Where generations are asked for."""
-        return self._request.url or ""
+        return self._connections.url
 
     def quote(self, text: str) -> str:
         """What a provider said, within a bound and with the key blotted out: some echo it."""
@@ -300,7 +297,7 @@ class Generation:
             raise self._bad_status(error.response) from None
         except InvalidContentTypeError as error:
             raise self._not_a_stream(error) from None
-        except requests.RequestException as error:
+        except HTTPError as error:
             raise _connection_error(error, self._client) from error
         finally:
             if self._lines is not None:
@@ -492,20 +489,17 @@ def _time_limit(seconds: float) -> Iterator[None]:
         timeout.close()
 
 
-def _connection_error(error: requests.RequestException, client: LlmClient) -> StreamError:
-    provider = client.provider
-    if isinstance(error, requests.ConnectTimeout):
-        return LimitPassedError("connect", provider.connect_timeout)
+def _connection_error(error: HTTPError, client: LlmClient) -> StreamError:
     cause = client.quote(_root_cause(error))
-    if isinstance(error, requests.exceptions.SSLError) or _caused_by(
-        error, NewConnectionError, SSLError
-    ):
-        return ConnectFailedError(f"no connection to the provider: {cause}")
-    if isinstance(error, requests.ReadTimeout):  # only the TLS handshake has a read limit
-        return LimitPassedError("connect", provider.connect_timeout)
-    if isinstance(error, requests.ConnectionError):
-        return IncompleteAnswerError(f"the provider closed the connection unanswered: {cause}")
-    return ConnectFailedError(f"no connection to the provider: {cause}")
+    match error:
+        case NewConnectionError():  # to urllib3, one kind of ConnectTimeoutError
+            return ConnectFailedError(f"no connection to the provider: {cause}")
+        case ConnectTimeoutError() | ReadTimeoutError():  # the latter in the TLS handshake only
+            return LimitPassedError("connect", client.provider.connect_timeout)
+        case ProtocolError():
+            return IncompleteAnswerError(f"the provider closed the connection unanswered: {cause}")
+        case _:
+            return ConnectFailedError(f"no connection to the provider: {cause}")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -519,10 +513,6 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
             (arg for arg in reversed(current.args) if isinstance(arg, BaseException)), None
         )
         current = inner if isinstance(inner, BaseException) else current.__cause__
-
-
-def _caused_by(error: BaseException, *types: type[BaseException]) -> bool:
-    return any(isinstance(cause, types) for cause in _chain(error))
 
 
 def _root_cause(error: BaseException) -> str:
