@@ -349,6 +349,13 @@ def settings_from(args: argparse.Namespace) -> Settings:
         )
     if args.llm_ca_file is not None and not Path(args.llm_ca_file).is_file():
         faults.append(f"--llm-ca-file {args.llm_ca_file!r} is no file")
+    elif provider is not None:
+        try:
+            LlmClient(provider).close()
+        except ValueError:
+            faults.append(f"--llm-url {url!r} is not the URL of a server")
+        except OSError as error:
+            faults.append(f"--llm-ca-file {args.llm_ca_file!r} holds no certificates: {error}")
     if not args.insecure_no_auth and not _is_loopback(args.host):
         faults.append(
             f"--host {args.host} is not loopback, and anybody who can reach it could spend your "

@@ -192,6 +192,17 @@ def test_a_provider_without_a_model_is_refused() -> None:
     assert "http://127.0.0.1:9/v1" in line
 
 
+@pytest.mark.parametrize("url", ["http://", "https:///v1", "http://[::1", "http://host:99999/v1"])
+def test_a_provider_that_is_not_the_url_of_a_server_is_refused(url: str) -> None:
+    (line,) = refusal("--llm-url", url, "--llm-model", "m")
+    assert line == f"error: --llm-url {url!r} is not the URL of a server"
+
+
+def test_a_file_that_holds_no_certificates_is_refused() -> None:
+    (line,) = refusal("--llm-url", "https://host/v1", "--llm-model", "m", "--llm-ca-file", __file__)
+    assert line.startswith(f"error: --llm-ca-file {__file__!r} holds no certificates")
+
+
 def test_a_provider_from_the_environment_without_a_model_is_refused() -> None:
     (line,) = refusal(env={"OPENAI_BASE_URL": "http://127.0.0.1:9/v1"})
     assert "--llm-model" in line
