@@ -16,6 +16,7 @@ import gevent.monkey
 gevent.monkey.patch_all()
 
 import argparse
+import contextlib
 import gc
 import ipaddress
 import os
@@ -91,7 +92,8 @@ class Gateway:
         self.metrics = Metrics(CollectorRegistry())
         self._on_give_up = on_give_up
         self._started_at = time.monotonic()
-        self._teardown: list[Callable[[], None]] = []
+        self._teardown = contextlib.ExitStack()
+        self._is_up = False
 
     def start(self) -> None:
         """Start everything.
@@ -102,17 +104,18 @@ class Gateway:
         try:
             self._start()
         except BaseException:
-            self._take_down()
+            self._teardown.close()
             raise
+        self._is_up = True
 
     def _start(self) -> None:
         gevent.setswitchinterval(_CALLBACK_SECONDS)
         provider = self.settings.provider or self._start_demo()
         self.provider = provider
         client = LlmClient(provider)
-        self._teardown.append(client.close)
+        self._teardown.callback(client.close)
         supervision = self.supervision = Supervision(self.settings.supervisor, self._on_give_up)
-        self._teardown.append(supervision.stop)
+        self._teardown.callback(supervision.stop)
         supervision.start()
         session_settings = SessionSettings(
             model=provider.model, on_new_request=self.settings.on_new_request
@@ -135,29 +138,27 @@ class Gateway:
             return SessionHandle(ref)
 
         self.server = Server(self.settings.server, open_session, self._health, self.metrics)
-        self._teardown.append(self.server.stop)
+        self._teardown.callback(self.server.stop)
         self.server.start()
 
     def stop(self) -> None:
         """Interrupt what is live, tell the clients, close everything; a second time, nothing."""
-        if not self._teardown:
+        if not self._is_up:
             return
+        self._is_up = False
         self.server.stop_listening()
-        all_ended = gevent.event.Event()
-        self.supervision.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, all_ended.set))
-        if not all_ended.wait(_SHUTDOWN_SECONDS):
-            _log.error("Sessions did not end in time", seconds=_SHUTDOWN_SECONDS)
-        self.server.wait_until_empty(_SHUTDOWN_SECONDS)
-        self._take_down()
-
-    def _take_down(self) -> None:
-        while self._teardown:
-            self._teardown.pop()()
+        if self.supervision.census() is not None:  # else there is nobody who could do it in order
+            all_ended = gevent.event.Event()
+            self.supervision.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, all_ended.set))
+            if not all_ended.wait(_SHUTDOWN_SECONDS):
+                _log.error("Sessions did not end in time", seconds=_SHUTDOWN_SECONDS)
+            self.server.wait_until_empty(_SHUTDOWN_SECONDS)
+        self._teardown.close()
 
     def _start_demo(self) -> Provider:
         demo = DemoProvider()
         demo.start()
-        self._teardown.append(demo.stop)
+        self._teardown.callback(demo.stop)
         return Provider(base_url=demo.base_url, model="demo")
 
     def _health(self) -> dict[str, object]:
@@ -197,8 +198,9 @@ def serve(settings: Settings) -> int:
     def on_signal(number: int) -> None:
         if stop.ready():  # the second one: at once, whatever is going on
             os._exit(128 + number)
-        print(f"stopping ({signal.Signals(number).name}; once more stops at once)", flush=True)
         stop.set(0)
+        with contextlib.suppress(OSError):  # nobody may be listening to standard output any more
+            print(f"stopping ({signal.Signals(number).name}; once more stops at once)", flush=True)
 
     for name in ("SIGINT", "SIGTERM"):
         if hasattr(signal, name):  # not every platform has every signal
@@ -329,14 +331,17 @@ def settings_from(args: argparse.Namespace) -> Settings:
     """
     faults = []
     url = args.llm_url or os.environ.get("OPENAI_BASE_URL") or None
+    url_from = "--llm-url" if args.llm_url else "OPENAI_BASE_URL"
     provider = None
     if url is None:
         if args.llm_model:
             faults.append("--llm-model needs --llm-url: the demo provider has no models")
     elif not url.startswith(("http://", "https://")):
-        faults.append(f"--llm-url {url!r} is no URL: it must begin with http:// or https://")
+        faults.append(f"{url_from} {url!r} is no URL: it must begin with http:// or https://")
+    elif "@" in url.partition("://")[2].partition("/")[0]:
+        faults.append(f"{url_from} holds credentials: the key comes from OPENAI_API_KEY only")
     elif not args.llm_model:
-        faults.append(f"--llm-url {url} needs --llm-model: which of its models shall be asked?")
+        faults.append(f"{url_from} {url} needs --llm-model: which of its models shall be asked?")
     else:
         provider = Provider(
             base_url=url,
@@ -353,7 +358,7 @@ def settings_from(args: argparse.Namespace) -> Settings:
         try:
             LlmClient(provider).close()
         except ValueError:
-            faults.append(f"--llm-url {url!r} is not the URL of a server")
+            faults.append(f"{url_from} {url!r} is not the URL of a server")
         except OSError as error:
             faults.append(f"--llm-ca-file {args.llm_ca_file!r} holds no certificates: {error}")
     if not args.insecure_no_auth and not _is_loopback(args.host):

@@ -344,7 +344,7 @@ class SessionActor(GreenletActor):
             live = self._live.get(request_id)
             if live is not None and self._stop_request(live, interrupt.known_reason):
                 pending.targets[request_id] = live
-            elif target is not None or live is None:
+            elif target is not None:
                 pending.targets[request_id] = self._missed(request_id)
         pending.active_requests = list(self._live)
         self._interrupts.append(pending)
@@ -434,6 +434,13 @@ class SessionActor(GreenletActor):
             if live.stopping and live.settled and not self._is_awaited(live):
                 self._send(self._terminal(live, live.result or Result(Ending.CLOSED)))
                 self._forget(live, Outcome.INTERRUPTED if live.interrupted_by else Outcome.REAPED)
+                if live.interrupted_by is not None:
+                    _log.info(
+                        "Request interrupted",
+                        session_id=self._session_id,
+                        request_id=live.request_id,
+                        reason=live.interrupted_by.value,
+                    )
         if self._live:
             self._start_next()
         elif self._farewell is not None:
@@ -482,13 +489,7 @@ class SessionActor(GreenletActor):
             active_requests=pending.active_requests,
             found=any(isinstance(target, _Live) for target in pending.targets.values()),
         )
-        _log.info(
-            "Request interrupted",
-            session_id=self._session_id,
-            status=ack.status.value,
-            reason=reason,
-            interrupted_request_ids=ack.interrupted_request_ids,
-        )
+        _log.info("Interrupt acknowledged", session_id=self._session_id, status=ack.status.value)
         for result in ack.results:
             self._metrics.interrupts.labels(reason, result.outcome.value.lower()).inc()
             if result.stream_closed_ms is not None:
@@ -577,7 +578,20 @@ class SessionActor(GreenletActor):
         self._refuse(frame_error.code, frame_error.detail, request_id)
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
-        self._send(error(code, detail, request_id=UNSET if request_id is None else request_id))
+        if request_id is None:
+            self._send(error(code, detail))
+        else:
+            outcome = Outcome.FAILED  # to the client, this is the end of that request
+            self._send(
+                error(
+                    code,
+                    detail,
+                    request_id=request_id,
+                    outcome=outcome,
+                    finish_reason=None,
+                    usage=None,
+                )
+            )
 
     def _send(self, payload: ServerPayload) -> None:
         self._outbox.send_control(self._encode(payload))

@@ -201,7 +201,7 @@ class Outbox:
     def begun_frame(self, outlet: Outlet) -> _Frame | None:
         """The frame of this outlet that is half written, if there is one."""
         wire = self._wire
-        return wire.frame if wire and wire.begun and wire.frame.outlet is outlet else None
+        return wire.frame if wire is not None and wire.frame.outlet is outlet else None
 
     def wait_for_room(self) -> None:
         self._room.wait()
@@ -227,10 +227,6 @@ class Outbox:
             self._data = deque(kept)
             self._data_bytes = sum(len(frame.payload) for frame in kept)
             self._make_room()
-        wire = self._wire
-        if wire is not None and not wire.begun and belongs(wire.frame):
-            self._wire = None
-            dropped += 1
         return dropped
 
     def _make_room(self) -> None:
@@ -260,6 +256,8 @@ class Outbox:
             try:
                 sent = self._sock.send(wire.rest)
             except BlockingIOError:
+                if not wire.begun:
+                    self._put_back(wire.frame)
                 return False
             except OSError as error:
                 self.die(f"connection lost: {error.strerror or error}")
@@ -272,6 +270,15 @@ class Outbox:
                 self._wire = None
                 self._written(wire.frame)
         return True
+
+    def _put_back(self, frame: _Frame) -> None:
+        # Nothing of it was taken: until then, others may go before it, or it may be purged.
+        self._wire = None
+        if frame.outlet is None:
+            self._control.appendleft(frame)
+        else:
+            self._data.appendleft(frame)
+            self._data_bytes += len(frame.payload)
 
     def _take_next(self) -> bool:
         """Begin the next frame; False when there is none."""

@@ -417,7 +417,7 @@ class InterruptAck(Struct, frozen=True):
 
 
 class HealthStatus(Struct, frozen=True):
-    """`conn_count` is the number of live sessions; `cpu_usage` percent of one core."""
+    """`conn_count` is the number of open connections; `cpu_usage` percent of one core."""
 
     status: str
     conn_count: int

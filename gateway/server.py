@@ -151,9 +151,12 @@ class Server:
         self._checker = gevent.spawn(self._check_for_ever)
 
     def stop_listening(self) -> None:
-        """Take no more connections; those that stand are left alone."""
+        """Take no more connections; sessions that stand are left alone."""
         if self._listener is not None:
             self._listener.close()
+        for connection in list(self._connections):
+            if not connection.has_session:
+                connection.drop("server stops")
 
     def stop(self) -> None:
         """Stop listening and drop every connection."""
@@ -185,12 +188,12 @@ class Server:
         except ValueError:
             host = ""
         if host not in self._hosts and not _is_address(host):
-            return f"host {host_header[:100]!r} is not served here"
+            return f"host {host_header[:100]!r} is not served here (see --allow-origin)"
         if origin is None or origin.lower() in self._origins:
             return None
         if origin.lower().partition("://")[2] == host_header.lower():
             return None
-        return f"pages of origin {origin[:100]!r} may not connect"
+        return f"pages of origin {origin[:100]!r} may not connect (see --allow-origin)"
 
     def _serve(self, sock: gevent.socket.socket, address: tuple[str, int]) -> None:
         connection = _Connection(self, sock, f"{address[0]}:{address[1]}")
@@ -228,6 +231,7 @@ class _Connection:
         self._heard_at = self._opened_at = time.monotonic()
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
+        self._is_paused = False
         _tune(sock)
         sock.settimeout(0)  # every wait is explicit, so that writes never block
         loop = gevent.get_hub().loop
@@ -255,6 +259,11 @@ class _Connection:
             self._readable.close()
             self._sock.close()
 
+    @property
+    def has_session(self) -> bool:
+        """True when its handshake was done."""
+        return self._session is not None
+
     def drop(self, reason: str) -> None:
         """End it at once."""
         self._outbox.die(reason)
@@ -269,6 +278,8 @@ class _Connection:
             self._closing_since = self._closing_since or now
             if now - self._closing_since > _CLOSE_SECONDS:
                 self.drop("close frame unanswered")
+        elif self._is_paused:  # it may say what it likes: it is we who do not listen
+            self._heard_at, self._pinged_at = now, None
         elif self._pinged_at is not None and self._heard_at >= self._pinged_at:
             self._pinged_at = None
         elif self._pinged_at is not None:
@@ -314,7 +325,9 @@ class _Connection:
     def _pause_reading(self) -> None:
         # A client that never pauses must not starve the others, nor outrun its session.
         gevent.sleep(0)
+        self._is_paused = True
         self._outbox.wait_for_room_for_control()
+        self._is_paused = False
 
     def _take(self, frame: Frame) -> None:
         if frame.opcode in (Opcode.TEXT, Opcode.BINARY):

@@ -9,8 +9,9 @@ for control in between. What an interrupt waits for then no longer grows with th
 
 from __future__ import annotations
 
-import functools
+import sys
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -48,10 +49,11 @@ class Lanes:
         self._slice = loop.check(ref=False, priority=last)
         self._slice.start(self._hand_on)
         # Active while data is left over, so that the look does not become a wait.
-        self._hurry = loop.idle(ref=False)
+        # (With a reference: left over data is a reason for the loop to go on.)
+        self._hurry = loop.idle()
 
     def call(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it next, in the hub. It must not block, and must not raise."""
+        """Call it next, in the hub. It must not block; what it raises is logged by the hub."""
         self._control.append((function, args))
         if self._control_is_due:
             return
@@ -89,6 +91,8 @@ class Lanes:
     def _readable(self, watcher: Any, waiter: gevent.hub.Waiter[None]) -> None:
         watcher.stop()
         self._data.append(waiter)
+        if self._between_polls:
+            self._hurry.start(_nothing)
 
     def _hand_on(self) -> None:
         if not self._data:
@@ -107,23 +111,26 @@ class Lanes:
         self._between_polls = value
 
     def _run_control(self) -> None:
-        try:
-            while self._control:
-                function, args = self._control.popleft()
+        while self._control:
+            function, args = self._control.popleft()
+            try:
                 function(*args)
-        finally:
-            self._control_is_due = False
+            except BaseException:  # the next one is somebody else's
+                gevent.get_hub().handle_error(self, *sys.exc_info())
+        self._control_is_due = False
 
 
 def _nothing() -> None:
     pass
 
 
-@functools.cache
-def _lanes_of(_hub_id: int) -> Lanes:
-    return Lanes()
+_lanes_by_hub: weakref.WeakKeyDictionary[gevent.hub.Hub, Lanes] = weakref.WeakKeyDictionary()
 
 
 def lanes() -> Lanes:
     """The lanes of this thread's loop."""
-    return _lanes_of(id(gevent.get_hub()))
+    hub = gevent.get_hub()
+    found = _lanes_by_hub.get(hub)
+    if found is None:
+        found = _lanes_by_hub[hub] = Lanes()
+    return found

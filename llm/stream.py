@@ -259,6 +259,8 @@ class Generation:
             # Caught, for an uncaught one would hold on to the traceback, and so to the socket.
             pass
         except StreamError as failure:
+            # Its words are all that is wanted of it, not the frames that it came through.
+            failure.__traceback__ = failure.__cause__ = failure.__context__ = None
             ending, error = Ending.FAILED, failure
         except Exception:
             _log.exception("Reader failed")

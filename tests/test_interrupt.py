@@ -231,6 +231,7 @@ def test_an_interrupt_that_meets_the_end_of_the_answer_has_one_clear_outcome(
     terminals = [frame for frame in client.frames if frame.is_terminal]
     assert len(terminals) == 101
     provider.counts()
+    assert [len(provider.posts(name)) for name in sorted(names)] == [1] * 100
     left = set(provider.open_connections())
     used = {post.conn for post in provider.posts() if post.script in names}
     assert len(left & used) <= 1  # idle in the pool

@@ -145,7 +145,9 @@ def name_of(frame: dict[str, Any]) -> str:
         case "RESPONSE":
             return f"text {payload['request_id']}"
         case "ERROR" if "request_id" in payload:
-            outcome = payload.get("outcome", payload["error_code"])
+            assert {"outcome", "finish_reason", "usage"} <= payload.keys()
+            busy = payload["error_code"] == "SERVER_BUSY"
+            outcome = "SERVER_BUSY" if busy else payload["outcome"]
             return f"end {outcome} {payload['request_id']}"
         case "INTERRUPT_ACK":
             return f"ack {payload['status']} {payload.get('interrupt_request_id', 'all')}"

@@ -1,0 +1,165 @@
+"""The event loop's two lanes: what goes before what, and that nothing is left behind."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import gevent
+import gevent.event
+import gevent.hub
+import gevent.socket
+import pytest
+
+from llm.lanes import Lanes, lanes
+
+LIMIT = 5.0
+
+
+@pytest.fixture
+def pairs() -> Iterator[list[tuple[gevent.socket.socket, gevent.socket.socket]]]:
+    made = [gevent.socket.socketpair() for _ in range(20)]
+    yield made
+    for pair in made:
+        for sock in pair:
+            sock.close()
+
+
+def in_the_poll_phase(function: Callable[..., object], *args: object) -> None:
+    """Call it in the hub, between events, as an io watcher's callback is."""
+    timer = gevent.get_hub().loop.timer(0)
+    timer.start(lambda: function(*args))
+    done = gevent.event.Event()
+    last = gevent.get_hub().loop.timer(0.001)
+    last.start(done.set)
+    assert done.wait(LIMIT)
+    timer.close()
+    last.close()
+
+
+def spin(seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
+def test_a_call_goes_before_the_data_that_came_with_it(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    order: list[str] = []
+
+    def read(sock: gevent.socket.socket) -> None:
+        watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
+        lanes().wait_readable(watcher)
+        watcher.close()
+        if not order:
+            # Long enough that the others wait for their turn when the call is made.
+            spin(0.002)
+        order.append("data")
+        if len(order) == 1:
+            lanes().call(order.append, "call")
+
+    readers = [gevent.spawn(read, one) for one, _ in pairs]
+    gevent.sleep(0)
+    for _, other in pairs:
+        other.send(b"x")
+    gevent.joinall(readers, LIMIT, raise_error=True)
+    assert order == ["data", "call", *["data"] * (len(pairs) - 1)]
+
+
+def test_a_client_is_heard_between_two_slices_of_data(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    order: list[str] = []
+
+    def read(sock: gevent.socket.socket) -> None:
+        watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
+        lanes().wait_readable(watcher)
+        watcher.close()
+        order.append("data")
+        spin(0.002)  # more than a slice
+
+    def hear(sock: gevent.socket.socket) -> None:
+        loop = gevent.get_hub().loop
+        watcher = loop.io(sock.fileno(), 1, priority=2)
+        gevent.get_hub().wait(watcher)
+        watcher.close()
+        order.append("client")
+
+    (mine, client), *others = pairs
+    listener = gevent.spawn(hear, mine)
+    readers = [gevent.spawn(read, one) for one, _ in others]
+    gevent.sleep(0)
+    for _, other in others:
+        other.send(b"x")
+    # The client speaks while the first of them has its turn.
+    in_the_poll_phase(client.send, b"INTERRUPT")
+    gevent.joinall([listener, *readers], LIMIT, raise_error=True)
+    assert order.index("client") <= 2
+    assert order.count("data") == len(others)
+
+
+def test_whoever_waits_for_a_turn_gets_one() -> None:
+    turns: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            lanes().wait_turn()
+            spin(0.001)  # more than a slice
+            turns.append(number)
+
+    workers = [gevent.spawn(work, number) for number in range(5)]
+    gevent.joinall(workers, LIMIT, raise_error=True)
+    assert sorted(turns) == sorted([*range(5)] * 3)
+
+
+def test_one_that_is_killed_while_it_waits_for_its_turn_holds_nobody_up() -> None:
+    killed = gevent.spawn(lanes().wait_turn)
+    other = gevent.spawn(lanes().wait_turn)
+    gevent.sleep(0)
+    killed.kill(block=False)
+    other.join(LIMIT)
+    assert other.successful()
+    assert killed.dead
+
+
+@pytest.mark.parametrize("phase", ["poll", "callbacks"])
+def test_a_call_that_raises_does_not_take_the_next_one_along(
+    phase: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = gevent.event.Event()
+
+    def broken() -> None:
+        raise RuntimeError("broken")
+
+    def both() -> None:
+        lanes().call(broken)
+        lanes().call(done.set)
+
+    if phase == "poll":
+        in_the_poll_phase(both)
+    else:
+        both()
+    assert done.wait(LIMIT)
+    assert "RuntimeError: broken" in capsys.readouterr().err
+
+
+def test_what_a_call_asks_of_the_loop_is_not_forgotten() -> None:
+    """Between two polls libev would not look again before the next event."""
+    done = gevent.event.Event()
+    loop = gevent.get_hub().loop
+    loop.run_callback(lambda: lanes().call(loop.run_callback, done.set))
+    started = time.monotonic()
+    assert done.wait(LIMIT)
+    assert time.monotonic() - started < LIMIT / 2
+
+
+def test_each_loop_has_lanes_of_its_own() -> None:
+    seen: list[Lanes] = []
+
+    def look() -> None:
+        seen.append(lanes())
+
+    for _ in range(3):
+        gevent.get_hub().threadpool.apply(look)
+    assert len(seen) == 3
+    assert lanes() not in seen
+    assert lanes() is lanes()
