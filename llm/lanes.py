@@ -3,8 +3,8 @@
 Under load one turn of the loop brings data from hundreds of connections, and by itself the loop
 would hand all of it on before it looks again: tens of milliseconds, in which an INTERRUPT waits in
 the kernel, and then takes several more steps from mailbox to mailbox. So control steps are the very
-next thing that the loop does, and data is handed on for about a millisecond at a time, with a look
-for control in between. What an interrupt waits for then no longer grows with the load.
+next thing that the loop does, and data is handed on for a fraction of a millisecond at a time,
+with a look for control in between. What an interrupt waits for then no longer grows with the load.
 """
 
 from __future__ import annotations

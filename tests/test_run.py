@@ -295,6 +295,16 @@ def test_a_signal_ends_it_with_nobody_there() -> None:
         assert daemon.wait() == 0
 
 
+def test_a_signal_ends_it_in_order_when_nobody_reads_what_it_says(
+    provider: ProviderProcess,
+) -> None:
+    with Daemon(*provider_arguments(provider)) as daemon, Client(daemon.port) as client:
+        daemon.stop_listening_to_it()
+        daemon.signal(signal.SIGTERM)
+        assert client.wait_closed() == 1012
+        assert daemon.wait() == 0
+
+
 def test_a_second_signal_ends_it_at_once(provider: ProviderProcess) -> None:
     with Daemon(*provider_arguments(provider)) as daemon, Client(daemon.port) as client:
         # A client that does not answer the close frame: the orderly end waits for it for seconds.

@@ -777,3 +777,13 @@ def assert_it_lives_on_after(client: Client, provider: ProviderProcess, request_
     terminal: Received = client.wait_terminal(request_id)
     assert terminal.payload["interrupted"] is True
     assert_it_lives_on(client, provider)
+
+
+def test_what_has_no_session_is_dropped_as_soon_as_it_stops_listening(gateway: Gateway) -> None:
+    port = gateway.server.port
+    with socket.create_connection(("127.0.0.1", port), 10) as silent, Client(port) as client:
+        wait_until(lambda: gateway.server.connections == 2, "both are accepted")
+        gateway.server.stop_listening()
+        assert silent.recv(1) == b""
+        client.send("HEALTH_CHECK", {})
+        client.wait_for(lambda frame: frame.msg_type == "HEALTH_CHECK_ACK")

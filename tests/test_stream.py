@@ -6,11 +6,13 @@ bounds, fairness, and a close that works at whatever point the reader is.
 
 from __future__ import annotations
 
+import gc
 import gzip
 import re
 import socket
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -1606,3 +1608,46 @@ def test_the_certificates_of_the_environment_are_not_trusted(
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", provider.ca_file)
     client = make_client(base_url=provider.tls_base_url, ca_file=None)
     Run(client, "x").start().wait_failed(ConnectFailedError, "certificate verify failed")
+
+
+# What is left behind ----------------------------------------------------------------------------
+
+
+def a_closed_one(client: LlmClient, provider: ProviderProcess) -> Run:
+    run = Run(client, provider.fresh(scripts.idle_mid_stream(["a"]))).start()
+    run.sink.wait_text("a")
+    run.generation.close()
+    return run
+
+
+def a_failed_one(client: LlmClient, provider: ProviderProcess) -> Run:
+    return Run(client, provider.fresh(scripts.http_error(500, "no"))).start()
+
+
+def a_truncated_one(client: LlmClient, provider: ProviderProcess) -> Run:
+    return Run(client, provider.fresh(scripts.truncated(["a"]))).start()
+
+
+def a_completed_one(client: LlmClient, provider: ProviderProcess) -> Run:
+    return Run(client, provider.fresh(scripts.answer(["a"]))).start()
+
+
+@pytest.mark.parametrize(
+    "make", [a_closed_one, a_failed_one, a_truncated_one, a_completed_one], ids=lambda f: f.__name__
+)
+def test_a_generation_that_has_ended_leaves_nothing_for_the_collector(
+    client: LlmClient,
+    provider: ProviderProcess,
+    make: Callable[[LlmClient, ProviderProcess], Run],
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        run = make(client, provider)
+        run.wait_end()
+        generation = weakref.ref(run.generation)
+        del run
+        gevent.sleep(1e-6)  # its links are told in a turn of their own
+        assert generation() is None
+    finally:
+        gc.enable()

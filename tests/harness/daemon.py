@@ -84,11 +84,17 @@ class Daemon:
         """Send it a signal."""
         self._process.send_signal(number)
 
+    def stop_listening_to_it(self) -> None:
+        """Close our end of its standard output."""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
     def wait(self) -> int:
         """Wait until it has ended; returns its exit code."""
         code = self._process.wait(self.timeout)
         assert self._process.stdout is not None
-        self._said += self._process.stdout.readlines()
+        if not self._process.stdout.closed:
+            self._said += self._process.stdout.readlines()
         return code
 
     def wait_for_output(self, words: str) -> None:
