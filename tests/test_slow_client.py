@@ -306,6 +306,23 @@ def test_answers_that_nobody_reads_stay_within_a_bound_even_when_they_are_asked_
             assert client.next().payload["error_code"] == "MALFORMED_PAYLOAD"
 
 
+def test_a_client_that_is_not_read_from_is_not_taken_for_dead(
+    make_gateway: MakeGateway,
+) -> None:
+    gateway = make_gateway(server=ServerSettings(ping_interval=0.1, ping_timeout=0.5))
+    with (
+        Client(gateway.server.port, receive_buffer=SMALL) as client,
+        Client(gateway.server.port) as other,
+    ):
+        with client.one_packet():
+            for _ in range(20_000):
+                client.send_text(b"")
+        while other.pings < 12:  # twice as long as anybody may leave a ping unanswered
+            assert other.read_some()
+        for _ in range(20_000):
+            assert client.next().payload["error_code"] == "MALFORMED_PAYLOAD"
+
+
 @pytest.mark.parametrize("piece", ["汉" * 5_000, "x" * 30_000, "😀" * 100], ids=len)
 def test_a_killed_reader_leaves_no_half_frame_on_the_wire(
     gateway: Gateway, provider: ProviderProcess, piece: str
