@@ -199,8 +199,7 @@ def serve(settings: Settings) -> int:
         if stop.ready():  # the second one: at once, whatever is going on
             os._exit(128 + number)
         stop.set(0)
-        with contextlib.suppress(OSError):  # nobody may be listening to standard output any more
-            print(f"stopping ({signal.Signals(number).name}; once more stops at once)", flush=True)
+        _say(f"stopping ({signal.Signals(number).name}; once more stops at once)")
 
     for name in ("SIGINT", "SIGTERM"):
         if hasattr(signal, name):  # not every platform has every signal
@@ -215,9 +214,9 @@ def serve(settings: Settings) -> int:
     host = settings.server.host
     host = f"[{host}]" if ":" in host else host
     demo = " (embedded demo provider)" if settings.provider is None else ""
-    print(f"bargein {bargein_version()}")
-    print(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
-    print(f"provider {gateway.provider.base_url}{demo}, model {gateway.provider.model}", flush=True)
+    _say(f"bargein {bargein_version()}")
+    _say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
+    _say(f"provider {gateway.provider.base_url}{demo}, model {gateway.provider.model}")
     # What stands now lives as long as the process: the collector need not look at it again and
     # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
     gc.collect()
@@ -226,6 +225,16 @@ def serve(settings: Settings) -> int:
     code = stop.get() or 0
     gateway.stop()
     return code
+
+
+def _say(line: str) -> None:
+    """Print a line, if anybody still reads standard output."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        # What is left in its buffer would fail once more when the interpreter ends, with code 120.
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _seconds(text: str) -> float:
