@@ -43,6 +43,7 @@ from gateway.outbox import Outbox, OutboxSettings
 from gateway.protocol import HealthStatus, InterruptReason
 from gateway.server import Server, ServerSettings
 from llm.demo import DemoProvider
+from llm.lanes import lanes
 from llm.stream import LlmClient, Provider
 from metrics.instruments import Metrics
 from metrics.logs import LEVELS, configure, get_logger
@@ -153,6 +154,7 @@ class Gateway:
             if not all_ended.wait(_SHUTDOWN_SECONDS):
                 _log.error("Sessions did not end in time", seconds=_SHUTDOWN_SECONDS)
             self.server.wait_until_empty(_SHUTDOWN_SECONDS)
+        lanes().wait_turn()  # the last books are kept
         self._teardown.close()
 
     def _start_demo(self) -> Provider:

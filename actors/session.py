@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, assert_never
 
@@ -61,6 +62,7 @@ from gateway.protocol import (
 )
 from llm.chat import Message, encode_body
 from llm.errors import LimitPassedError
+from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
@@ -93,6 +95,7 @@ class Outbox(Protocol):
     def send_control(
         self, payload: bytes, on_written: Callable[[float], None] | None = None
     ) -> None: ...
+    def together(self) -> AbstractContextManager[None]: ...
     def close(self, code: int, reason: str) -> None: ...
 
 
@@ -427,19 +430,15 @@ class SessionActor(GreenletActor):
     def _settle(self) -> None:
         """Answer every interrupt that has its answer, then end every request that nobody waits
         for, then begin what was waiting: acks before terminal frames before new answers."""
-        for pending in [pending for pending in self._interrupts if pending.ready]:
-            self._interrupts.remove(pending)
-            self._acknowledge(pending)
-        for live in list(self._live.values()):
-            if live.stopping and live.settled and not self._is_awaited(live):
-                self._send(self._terminal(live, live.result or Result(Ending.CLOSED)))
-                self._forget(live, Outcome.INTERRUPTED if live.interrupted_by else Outcome.REAPED)
-                if live.interrupted_by is not None:
-                    _log.info(
-                        "Request interrupted",
-                        session_id=self._session_id,
-                        request_id=live.request_id,
-                        reason=live.interrupted_by.value,
+        with self._outbox.together():
+            for pending in [pending for pending in self._interrupts if pending.ready]:
+                self._interrupts.remove(pending)
+                self._acknowledge(pending)
+            for live in list(self._live.values()):
+                if live.stopping and live.settled and not self._is_awaited(live):
+                    self._send(self._terminal(live, live.result or Result(Ending.CLOSED)))
+                    self._forget(
+                        live, Outcome.INTERRUPTED if live.interrupted_by else Outcome.REAPED
                     )
         if self._live:
             self._start_next()
@@ -473,14 +472,15 @@ class SessionActor(GreenletActor):
         ack = InterruptAck(
             stopped, status, _ack_message(results), results, pending.frame.interrupt_request_id
         )
+        observe = self._metrics.acknowledged_seconds.observe
         self._outbox.send_control(
             self._encode(ack),
-            lambda at: self._metrics.acknowledged_seconds.observe(at - pending.read_at),
+            lambda at: lanes().call_later(observe, at - pending.read_at),
         )
-        self._keep_books(pending, ack)
+        # Logging and counting take longer than stopping did, and others may be waiting for that.
+        lanes().call_later(self._keep_books, pending, ack)
 
     def _keep_books(self, pending: _PendingInterrupt, ack: InterruptAck) -> None:
-        # Only now: logging and counting take longer than stopping did.
         reason = pending.frame.known_reason.value
         _log.info(
             "Interrupt request details",
@@ -544,11 +544,20 @@ class SessionActor(GreenletActor):
 
     def _forget(self, live: _Live, outcome: Outcome) -> None:
         del self._live[live.request_id]
+        self._remember(live.request_id, live.outlet.delivered_text_chars)
+        lanes().call_later(self._release, live, outcome)
+
+    def _release(self, live: _Live, outcome: Outcome) -> None:
         tell(live.actor, Release())
-        delivered = live.outlet.delivered_text_chars
-        self._remember(live.request_id, delivered)
-        self._metrics.text_chars.inc(delivered)
+        self._metrics.text_chars.inc(live.outlet.delivered_text_chars)
         self._metrics.requests.labels(outcome.value.lower()).inc()
+        if live.interrupted_by is not None:
+            _log.info(
+                "Request interrupted",
+                session_id=self._session_id,
+                request_id=live.request_id,
+                reason=live.interrupted_by.value,
+            )
 
     def _remember(self, request_id: str, delivered: int) -> None:
         self._ended[request_id] = delivered

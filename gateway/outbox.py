@@ -15,7 +15,7 @@ import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,7 +23,7 @@ import gevent
 import gevent.event
 import gevent.socket
 from websockets.frames import CloseCode
-from websockets.protocol import SEND_EOF, State
+from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from metrics.instruments import Metrics
@@ -31,6 +31,9 @@ from metrics.instruments import Metrics
 MAX_FRAME_CHARS = 16 * 1024
 """Text of one frame, in code points. A begun frame is finished even when its request is
 interrupted, so this also bounds what may still follow."""
+
+MAX_FRAMES_IN_A_WRITE = 16
+"""Control frames that go to the kernel together: an ack and what follows it, in one call."""
 
 MAX_CONTROL_FRAMES = 256
 """Control frames that may wait: beyond it the client is not read from, since it is the one who
@@ -71,12 +74,16 @@ class _Frame:
 
 @dataclass(slots=True)
 class _Wire:
-    """The frame that is being written, and what is left of its bytes."""
+    """What is being written: one data frame or some control frames, and what is left of it."""
 
-    frame: _Frame
+    frames: list[_Frame]
     rest: bytes | memoryview
     begun: bool = False
     """True when the kernel has some of it, so that the rest must follow."""
+
+    @property
+    def outlet(self) -> Outlet | None:
+        return self.frames[0].outlet
 
 
 class Outbox:
@@ -108,7 +115,7 @@ class Outbox:
         self._data_bytes = 0
         self._wire: _Wire | None = None
         self._writer: gevent.Greenlet[[], None] | None = None
-        self._writing = False
+        self._writing = self._holding = False
         self._closing = False
         self._dead = False
         self._room = gevent.event.Event()
@@ -137,6 +144,16 @@ class Outbox:
             on_written: called with `time.monotonic()` when the kernel has taken all of it.
         """
         self._put_control(_Frame(payload, on_written=on_written))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is put inside of the block goes out at its end, in as few writes as can be."""
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+            self._start_writing()
 
     def send_wire(self, writes: list[bytes]) -> None:
         """Put what the protocol wants sent (pongs, a close frame, the end) ahead of all data."""
@@ -201,7 +218,7 @@ class Outbox:
     def begun_frame(self, outlet: Outlet) -> _Frame | None:
         """The frame of this outlet that is half written, if there is one."""
         wire = self._wire
-        return wire.frame if wire is not None and wire.frame.outlet is outlet else None
+        return wire.frames[0] if wire is not None and wire.outlet is outlet else None
 
     def wait_for_room(self) -> None:
         self._room.wait()
@@ -235,7 +252,9 @@ class Outbox:
 
     def _start_writing(self) -> None:
         # What is put while a frame's end is being told is picked up by the loop that tells it.
-        if self._writer is None and not self._writing and not self._write():
+        if self._writer is not None or self._writing or self._holding:
+            return
+        if not self._write():
             self._writer = gevent.spawn(self._write_rest)
 
     def _write(self) -> bool:
@@ -257,7 +276,7 @@ class Outbox:
                 sent = self._sock.send(wire.rest)
             except BlockingIOError:
                 if not wire.begun:
-                    self._put_back(wire.frame)
+                    self._put_back(wire)
                 return False
             except OSError as error:
                 self.die(f"connection lost: {error.strerror or error}")
@@ -268,42 +287,63 @@ class Outbox:
                 wire.rest = memoryview(wire.rest)[sent:]
             else:
                 self._wire = None
-                self._written(wire.frame)
+                for frame in wire.frames:
+                    self._written(frame)
         return True
 
-    def _put_back(self, frame: _Frame) -> None:
+    def _put_back(self, wire: _Wire) -> None:
         # Nothing of it was taken: until then, others may go before it, or it may be purged.
         self._wire = None
-        if frame.outlet is None:
-            self._control.appendleft(frame)
+        if wire.outlet is None:
+            self._control.extendleft(reversed(wire.frames))
         else:
-            self._data.appendleft(frame)
-            self._data_bytes += len(frame.payload)
+            self._data.appendleft(wire.frames[0])
+            self._data_bytes += len(wire.frames[0].payload)
 
     def _take_next(self) -> bool:
-        """Begin the next frame; False when there is none."""
+        """Begin what comes next; False when there is nothing."""
         if self._control:
-            frame = self._control.popleft()
-            if not self._control_room.is_set() and len(self._control) <= MAX_CONTROL_FRAMES // 2:
-                self._control_room.set()
+            self._take_control()
         elif self._data:
             frame = self._data.popleft()
             self._data_bytes -= len(frame.payload)
             if not self._room.is_set():
                 self._make_room()
+            if self._protocol.state is State.OPEN:  # else it is too late for any frame
+                self._wire = _Wire([frame], self._text_frame(frame))
         else:
             return False
-        if frame.raw:
-            if frame.payload == SEND_EOF:
-                self._shut_write()
-            else:
-                self._wire = _Wire(frame, frame.payload)
-        elif not frame.payload:  # only a mark in the queue
-            self._written(frame)
-        elif self._protocol.state is State.OPEN:  # else it is too late for any frame
-            self._protocol.send_text(frame.payload)
-            self._wire = _Wire(frame, b"".join(self._protocol.data_to_send()))
         return True
+
+    def _take_control(self) -> None:
+        frames: list[_Frame] = []
+        parts: list[bytes] = []
+        while self._control and len(frames) < MAX_FRAMES_IN_A_WRITE:
+            frame = self._control[0]
+            is_mark = not frame.payload  # in the queue, or (raw) the end of the stream
+            if is_mark and frames:
+                break  # what goes before it is written first
+            self._control.popleft()
+            if frame.raw and is_mark:
+                self._shut_write()
+            elif is_mark:
+                self._written(frame)
+            elif frame.raw:
+                frames.append(frame)
+                parts.append(frame.payload)
+            elif self._protocol.state is State.OPEN:
+                frames.append(frame)
+                parts.append(self._text_frame(frame))
+            if is_mark:
+                break
+        if not self._control_room.is_set() and len(self._control) <= MAX_CONTROL_FRAMES // 2:
+            self._control_room.set()
+        if frames:
+            self._wire = _Wire(frames, b"".join(parts))
+
+    def _text_frame(self, frame: _Frame) -> bytes:
+        self._protocol.send_text(frame.payload)
+        return b"".join(self._protocol.data_to_send())
 
     def _written(self, frame: _Frame) -> None:
         if frame.outlet is not None:

@@ -36,6 +36,7 @@ from gateway.protocol import (
     FrameError,
     decode,
 )
+from llm.lanes import lanes
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
@@ -324,7 +325,7 @@ class _Connection:
 
     def _pause_reading(self) -> None:
         # A client that never pauses must not starve the others, nor outrun its session.
-        gevent.sleep(0)
+        lanes().wait_for_control()
         self._is_paused = True
         self._outbox.wait_for_room_for_control()
         self._is_paused = False

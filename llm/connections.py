@@ -12,6 +12,7 @@ import io
 import socket
 import struct
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,7 +109,14 @@ class Connections:
         self._pool.close()
 
 
-class _Reader(io.RawIOBase):
+class Stopped(gevent.GreenletExit):
+    """Thrown into a reader that is to stop; learns when its connection was closed."""
+
+    closed_at: float | None = None
+    """`time.monotonic()`; None where the reader was not waiting for a connection's bytes."""
+
+
+class ConnectionReader(io.RawIOBase):
     """The bytes of a connection, none of them before the loop has had its turn."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
@@ -126,13 +134,20 @@ class _Reader(io.RawIOBase):
         if self._pending is None or not self._pending():
             try:
                 self._lanes.wait_readable(self._readable)
-            except BaseException:
-                # Stopped, or too late. Whoever wanted that need not wait until the exception has
-                # found its way out through all that stands on this connection.
-                self._let_go()
-                self._sock.close()
+            except BaseException as error:  # stopped, or too late
+                self.hang_up()
+                if isinstance(error, Stopped):
+                    # Whoever wanted it need not wait until the exception has found its way out
+                    # through all that stands on this connection.
+                    error.closed_at = time.monotonic()
+                    self._lanes.wait_turn()
                 raise
         return self._raw.readinto(buffer)
+
+    def hang_up(self) -> None:
+        """Close the connection, at once."""
+        self._let_go()
+        self._sock.close()
 
     def close(self) -> None:
         self._let_go()
@@ -147,7 +162,7 @@ class _Reader(io.RawIOBase):
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_Reader(self.fp.detach(), sock))
+        self.fp = io.BufferedReader(ConnectionReader(self.fp.detach(), sock))
 
 
 class _Connection(HTTPConnection):

@@ -1,10 +1,14 @@
-"""Two lanes of the event loop: control goes at once, data goes in slices.
+"""Lanes of the event loop: control goes at once, data goes in slices, books are kept last.
 
 Under load one turn of the loop brings data from hundreds of connections, and by itself the loop
 would hand all of it on before it looks again: tens of milliseconds, in which an INTERRUPT waits in
 the kernel, and then takes several more steps from mailbox to mailbox. So control steps are the very
 next thing that the loop does, and data is handed on for a fraction of a millisecond at a time,
 with a look for control in between. What an interrupt waits for then no longer grows with the load.
+
+Interrupts also come in company: of one user's several requests, or when two speakers fall silent
+at once. So what follows a close (the report, the ack) comes after a look for others that are still
+to be closed, and what nobody waits for (counting, logging) goes with the data.
 """
 
 from __future__ import annotations
@@ -22,46 +26,68 @@ import gevent.hub
 _SLICE_SECONDS = 0.0003
 """Of data, between two looks for control. A look costs some 20 µs."""
 
+_Calls = deque[tuple[Callable[..., object], tuple[Any, ...]]]
+
 
 class Lanes:
-    """The lanes of one loop. libuv (Windows) has no priorities: there, both go as gevent has it."""
+    """The lanes of one loop. libuv (Windows) has no priorities: there, all go as gevent has it.
+
+    What they call runs in the hub and must not block; what it raises is logged by the hub.
+    """
 
     def __init__(self) -> None:
         loop: Any = gevent.get_hub().loop
         self._loop = loop
-        self._control: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._control_is_due = False
-        self._data: deque[gevent.hub.Waiter[None]] = deque()
-        self._between_polls = True
-        """True from the last moment before the loop looks for events until it has looked: while it
-        runs what `run_callback` was given, of which it would not notice more after that."""
+        self._control: _Calls = deque()
+        self._after_look: _Calls = deque()
+        self._data: _Calls = deque()
+        self._control_is_due = self._slice_is_due = False
+        self._control_ran = False
+        """True when control was run since the last slice of data."""
         self.has_priorities = hasattr(loop, "MAXPRI")
         if not self.has_priorities:
             return
         first, last = loop.MAXPRI, loop.MINPRI
-        # Never started: an event is only ever fed to it, and libev takes it before all of lower
-        # priority.
+        # These two are never started: an event is only ever fed to them, and libev takes it before,
+        # or after, all of other priorities that are there.
         self._next: Any = loop.async_(priority=first)
-        self._before_poll = loop.prepare(ref=False, priority=first)
-        self._before_poll.start(self._set_between_polls, True)
-        self._after_poll = loop.check(ref=False, priority=first)
-        self._after_poll.start(self._set_between_polls, False)
-        self._slice = loop.check(ref=False, priority=last)
-        self._slice.start(self._hand_on)
-        # Active while data is left over, so that the look does not become a wait.
-        # (With a reference: left over data is a reason for the loop to go on.)
-        self._hurry = loop.idle()
+        self._slice: Any = loop.async_(priority=last)
+        # These are, while there is something for them: `check` is called after the next look.
+        self._looked = loop.check(priority=first - 1)
+        self._looked_for_data = loop.check(priority=last)
+        # Active while anything is to be done, so that the look does not become a wait. Not only by
+        # us: of what control asks of the loop in its last moment before the look, it would not
+        # notice. So this ends in its own callback, which comes after a look that brought nothing.
+        self._hurry = loop.idle(priority=last)
 
     def call(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it next, in the hub. It must not block; what it raises is logged by the hub."""
+        """Call it next."""
         self._control.append((function, args))
         if self._control_is_due:
             return
         self._control_is_due = True
-        if self._between_polls:
-            self._loop.run_callback(self._run_control)
-        else:
+        if self.has_priorities:
             self._next.feed(0, self._run_control)
+            self._hurry.start(self._rest)
+        else:
+            self._loop.run_callback(self._run_control)
+
+    def call_after_look(self, function: Callable[..., object], *args: Any) -> None:
+        """Call it when control that has come meanwhile was run, but before any more data."""
+        if not self.has_priorities:
+            self._loop.run_callback(_guarded, function, args)
+            return
+        self._after_look.append((function, args))
+        self._looked.start(self._run_after_look)
+        self._hurry.start(self._rest)
+
+    def call_later(self, function: Callable[..., object], *args: Any) -> None:
+        """Call it in the data lane: what nobody waits for."""
+        if not self.has_priorities:
+            self._loop.run_callback(_guarded, function, args)
+            return
+        self._data.append((_guarded, (function, args)))
+        self._go_on_with_data()
 
     def wait_readable(self, watcher: Any) -> None:
         """Wait until there is something to read, and it is this reader's turn.
@@ -84,44 +110,66 @@ class Lanes:
         if not self.has_priorities:
             return
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
-        self._data.append(waiter)
-        self._hurry.start(_nothing)
+        self._data.append((waiter.switch, (None,)))
+        self._go_on_with_data()
+        waiter.get()
+
+    def wait_for_control(self) -> None:
+        """Wait until all control that is there was run."""
+        waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
+        self.call(waiter.switch, None)
         waiter.get()
 
     def _readable(self, watcher: Any, waiter: gevent.hub.Waiter[None]) -> None:
         watcher.stop()
-        self._data.append(waiter)
-        if self._between_polls:
-            self._hurry.start(_nothing)
+        self._data.append((waiter.switch, (None,)))
+        if not self._slice_is_due:
+            self._slice_is_due = True
+            self._slice.feed(0, self._hand_on)
+
+    def _go_on_with_data(self) -> None:
+        self._slice_is_due = True
+        self._looked_for_data.start(self._hand_on)
+        self._hurry.start(self._rest)
 
     def _hand_on(self) -> None:
-        if not self._data:
-            return
-        until = time.monotonic() + _SLICE_SECONDS
-        while self._data:
-            self._data.popleft().switch(None)
-            if time.monotonic() > until:
-                break
-        if self._data:
-            self._hurry.start(_nothing)
+        if self._control_ran:
+            self._control_ran = False  # a look first
         else:
-            self._hurry.stop()
-
-    def _set_between_polls(self, value: bool) -> None:
-        self._between_polls = value
+            until = time.monotonic() + _SLICE_SECONDS
+            while self._data:
+                function, args = self._data.popleft()
+                function(*args)
+                if time.monotonic() > until:
+                    break
+        if self._data:
+            self._go_on_with_data()
+        else:
+            self._slice_is_due = False
+            self._looked_for_data.stop()
 
     def _run_control(self) -> None:
+        self._control_ran = True
         while self._control:
-            function, args = self._control.popleft()
-            try:
-                function(*args)
-            except BaseException:  # the next one is somebody else's
-                gevent.get_hub().handle_error(self, *sys.exc_info())
+            _guarded(*self._control.popleft())
         self._control_is_due = False
 
+    def _run_after_look(self) -> None:
+        for _ in range(len(self._after_look)):
+            _guarded(*self._after_look.popleft())
+        if not self._after_look:
+            self._looked.stop()
 
-def _nothing() -> None:
-    pass
+    def _rest(self) -> None:
+        if not (self._control or self._after_look or self._data):
+            self._hurry.stop()
+
+
+def _guarded(function: Callable[..., object], args: tuple[Any, ...]) -> None:
+    try:
+        function(*args)
+    except BaseException:  # the next one is somebody else's
+        gevent.get_hub().handle_error(function, *sys.exc_info())
 
 
 _lanes_by_hub: weakref.WeakKeyDictionary[gevent.hub.Hub, Lanes] = weakref.WeakKeyDictionary()

@@ -36,7 +36,7 @@ from llm.chat import (
     error_message,
     parse_chunk,
 )
-from llm.connections import Connections
+from llm.connections import Connections, Stopped
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -229,14 +229,17 @@ class Generation:
 
     def _kill(self) -> None:
         # In the hub. Like `Greenlet.kill`, but now, and its end is told now.
-        self._reader.throw(gevent.GreenletExit)
-        if self._reader.dead:
-            self._ended(self._reader)
+        stopped = Stopped()
+        self._reader.throw(stopped)
+        self._closed_at = self._closed_at or stopped.closed_at
+        if self.ended:
+            # Another client's INTERRUPT may have come meanwhile: its stream is closed first.
+            lanes().call_after_look(self._ended, self._reader)
 
     @property
     def ended(self) -> bool:
-        """True when the reader is dead, and with it the stream closed."""
-        return self._reader.dead
+        """True when the stream is closed. Its reader is dead then, or on its way out."""
+        return self._reader.dead or self._closed_at is not None
 
     def kill_again(self) -> None:
         """The last resort for a reader that outlived its `close()` by far."""
@@ -245,7 +248,17 @@ class Generation:
     def _ended(self, _reader: object) -> None:
         if self._on_end is not None:
             on_end, self._on_end = self._on_end, None  # no cycle is left for the collector
-            on_end(self._result or Result(Ending.CLOSED, closed_at=self._closed_at))
+            on_end(self._result or self._make_result(Ending.CLOSED, None))
+
+    def _make_result(self, ending: Ending, error: StreamError | None) -> Result:
+        return Result(
+            ending,
+            error,
+            self._finish_reason,
+            self._usage,
+            self._reasoning_chars,
+            self._closed_at,
+        )
 
     # In the reader's greenlet from here on.
 
@@ -267,16 +280,9 @@ class Generation:
             ending, error = Ending.FAILED, StreamError("the gateway failed to read the answer")
         finally:
             watchdog.stop()
-            self._closed_at = time.monotonic()
+            self._closed_at = self._closed_at or time.monotonic()
             self._lines = None  # it knows us, too: no cycle is left for the collector
-        self._result = Result(
-            ending,
-            error,
-            self._finish_reason,
-            self._usage,
-            self._reasoning_chars,
-            self._closed_at,
-        )
+        self._result = self._make_result(ending, error)
 
     def _relay(self) -> None:
         """POST, hand on what comes, return at the end of the answer, connection closed by then.

@@ -14,7 +14,8 @@ import pytest
 from actors.session import OnNewRequest
 from gateway.outbox import Outlet
 from gateway.server import ServerSettings
-from llm.lines import Lines
+from llm.connections import ConnectionReader
+from llm.lanes import lanes
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
@@ -279,16 +280,16 @@ class HeldClose:
         self._left = how_many
         self._released = gevent.event.Event()
         self.reached = gevent.event.Event()
-        close = Lines.close
+        close = ConnectionReader.hang_up
 
-        def held(lines: Lines) -> None:
+        def held(connection: ConnectionReader) -> None:
             self._left -= 1
             if self._left >= 0:
                 self.reached.set()
                 self._released.wait()
-            close(lines)
+            close(connection)
 
-        monkeypatch.setattr(Lines, "close", held)
+        monkeypatch.setattr(ConnectionReader, "hang_up", held)
 
     def release(self) -> None:
         self._released.set()
@@ -591,6 +592,7 @@ def test_any_reason_is_accepted_and_unknown_ones_are_other(
     assert client.wait_ack().payload["status"] == "SUCCESS"
     assert client.wait_terminal(request_id).payload["interrupt_reason"] == reason
     labels = {"reason": reason, "outcome": "stopped"}
+    lanes().wait_turn()  # books are kept last
     counted = gateway.metrics.registry.get_sample_value("bargein_interrupts_total", labels)
     assert counted == 1
 

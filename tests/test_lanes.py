@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import gevent
 import gevent.event
@@ -150,6 +151,71 @@ def test_what_a_call_asks_of_the_loop_is_not_forgotten() -> None:
     started = time.monotonic()
     assert done.wait(LIMIT)
     assert time.monotonic() - started < LIMIT / 2
+
+
+def test_what_may_wait_comes_after_all_control_and_before_data() -> None:
+    order: list[str] = []
+    done = gevent.event.Event()
+
+    def on_turn() -> None:
+        lanes().call_later(order.append, "books")
+        lanes().call_after_look(order.append, "report")
+        lanes().call(order.append, "control")
+        lanes().call(lambda: lanes().call(order.append, "control's control"))
+        lanes().call_later(done.set)
+
+    in_the_poll_phase(on_turn)
+    assert done.wait(LIMIT)
+    assert order == ["control", "control's control", "report", "books"]
+
+
+def test_control_that_has_come_meanwhile_goes_before_what_may_wait() -> None:
+    """Two clients interrupt at once: both streams are closed before either is told."""
+    order: list[str] = []
+    done = gevent.event.Event()
+
+    def interrupt(sock: gevent.socket.socket, name: str) -> None:
+        loop: Any = gevent.get_hub().loop
+        watcher = loop.io(sock.fileno(), 1, priority=loop.MAXPRI)
+        gevent.get_hub().wait(watcher)
+        watcher.close()
+        order.append(f"close {name}")
+        lanes().call_after_look(order.append, f"ack {name}")
+        if name == "first":
+            other[1].send(b"x")
+        else:
+            lanes().call_later(done.set)
+
+    first, other = gevent.socket.socketpair(), gevent.socket.socketpair()
+    both = [gevent.spawn(interrupt, *one) for one in ((first[0], "first"), (other[0], "second"))]
+    gevent.sleep(0)
+    first[1].send(b"x")
+    gevent.joinall(both, LIMIT, raise_error=True)
+    assert done.wait(LIMIT)
+    assert order == ["close first", "close second", "ack first", "ack second"]
+    for sock in (*first, *other):
+        sock.close()
+
+
+def test_the_loop_sleeps_when_all_is_done() -> None:
+    """What keeps the loop from waiting ends by itself, or it would spin."""
+    done = gevent.event.Event()
+    lanes().call(done.set)
+    lanes().call_after_look(done.set)
+    lanes().call_later(done.set)
+    turns = 0
+
+    def count() -> None:
+        nonlocal turns
+        turns += 1
+
+    gevent.sleep(0.01)
+    prepare = gevent.get_hub().loop.prepare()
+    prepare.start(count)
+    gevent.sleep(0.05)
+    prepare.stop()
+    prepare.close()
+    assert turns < 10
 
 
 def test_each_loop_has_lanes_of_its_own() -> None:

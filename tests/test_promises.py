@@ -11,7 +11,7 @@ import gevent.event
 import pytest
 
 from actors.session import OnNewRequest
-from llm.lines import Lines
+from llm.connections import ConnectionReader
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, Received
@@ -156,14 +156,14 @@ def test_promise_3_the_ack_comes_when_the_stream_is_closed_and_before_the_termin
     client: Client, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closing, may_close = gevent.event.Event(), gevent.event.Event()
-    close = Lines.close
+    close = ConnectionReader.hang_up
 
-    def slow_close(lines: Lines) -> None:
+    def slow_close(connection: ConnectionReader) -> None:
         closing.set()
         may_close.wait()
-        close(lines)
+        close(connection)
 
-    monkeypatch.setattr(Lines, "close", slow_close)
+    monkeypatch.setattr(ConnectionReader, "hang_up", slow_close)
     script = provider.fresh(scripts.idle_mid_stream(["once", " upon"]))
     request_id = client.request(script)
     conn = provider.wait_post(script=script).conn
@@ -289,16 +289,16 @@ def test_promise_6_the_new_request_is_not_asked_for_before_the_older_stream_is_c
     client: Client, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closing, may_close = gevent.event.Event(), gevent.event.Event()
-    close = Lines.close
+    close = ConnectionReader.hang_up
 
-    def slow_close(lines: Lines) -> None:
+    def slow_close(connection: ConnectionReader) -> None:
         closing.set()
         may_close.wait()
-        close(lines)
+        close(connection)
 
     older = client.request(provider.fresh(scripts.idle_mid_stream(["once"])))
     client.wait_text(older)
-    monkeypatch.setattr(Lines, "close", slow_close)
+    monkeypatch.setattr(ConnectionReader, "hang_up", slow_close)
     script = provider.fresh(scripts.answer(["new"]))
     newer = client.request(script)
     assert closing.wait(5)

@@ -60,6 +60,7 @@ from gateway.protocol import (
 )
 from llm.chat import Usage
 from llm.errors import BadStatusError, LimitPassedError
+from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
 from tests.harness.fakes import LIMIT, FakeSource
@@ -98,6 +99,9 @@ class FakeOutbox:
         self.write(payload)
         if on_written is not None:
             on_written(time.monotonic())
+
+    def together(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def close(self, code: int, reason: str) -> None:
         if self.closed is None:
@@ -245,6 +249,7 @@ class Given:
     def settle(self) -> None:
         """Wait until it has handled what it was told (this one changes nothing)."""
         self.ref.ask(StopOverdue("nobody"), timeout=LIMIT)
+        lanes().wait_turn()  # what it put off is done as well
 
     def settle_requests(self) -> None:
         """Wait until its started requests have handled what they were told, and then it too."""
@@ -262,6 +267,7 @@ class Given:
         )
 
     def sample(self, name: str, **labels: str) -> float:
+        lanes().wait_turn()  # books are kept last
         return self.metrics.registry.get_sample_value(f"bargein_{name}", labels) or 0.0
 
     def assert_nothing_counted_as_live(self) -> None:
@@ -973,6 +979,7 @@ def test_a_lost_connection_with_a_stuck_stream_ends_the_session_all_the_same() -
     actor = given.actor("req_1")
     given.tell(ConnectionLost("gone"))
     assert given.ref.actor_stopped.wait(LIMIT)
+    lanes().wait_turn()  # its release was put off
     actor.ask(Start(), timeout=LIMIT)  # changes nothing, but it has heard of its release
     assert isinstance(given.supervisor_mail[-2], SessionEnded)
     assert given.supervisor_mail[-1] == RequestOver(actor.actor_urn)

@@ -35,6 +35,7 @@ from llm.errors import (
     ProviderReportedError,
     StreamError,
 )
+from llm.lanes import lanes
 from llm.lines import MAX_EVENT_LINES
 from llm.stream import Ending, Generation, LlmClient, Provider, Result
 from tests.harness import scripts
@@ -1647,6 +1648,7 @@ def test_a_generation_that_has_ended_leaves_nothing_for_the_collector(
         run.wait_end()
         generation = weakref.ref(run.generation)
         del run
+        lanes().wait_turn()  # its reader is on its way out
         gevent.sleep(1e-6)  # its links are told in a turn of their own
         assert generation() is None
     finally:

@@ -32,6 +32,7 @@ from actors.messages import (
 from actors.request import RequestActor
 from actors.supervisor import MAX_RESTARTS, Supervision, SupervisorSettings
 from gateway.protocol import InterruptReason
+from llm.lanes import lanes
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client
@@ -100,6 +101,8 @@ class Given:
 
     def census(self) -> Census:
         """Also waits until all that was told before is done."""
+        lanes().wait_turn()  # releases are put off
+        lanes().wait_for_control()
         census = self.supervision.census()
         assert census is not None
         return census
