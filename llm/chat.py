@@ -15,11 +15,32 @@ DONE = "[DONE]"
 """The data of the event that ends a stream (OpenAI API reference, `stream`)."""
 
 
-class Message(msgspec.Struct, frozen=True):
-    """One message of the conversation that is sent to the model."""
+class ToolCall(msgspec.Struct, frozen=True):
+    """The model asks for a function of the client to be called; `arguments` is a JSON object."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str
+    id: str
+    name: str
+    arguments: str
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One message of the conversation that is sent to the model.
+
+    `tool_calls` are an assistant's; `tool_call_id` says which of them a tool's content answers.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str | None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Tool(msgspec.Struct, frozen=True):
+    """A function that the model may ask for; `parameters` is a JSON Schema of type object."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -75,9 +96,32 @@ _any_decoder = msgspec.json.Decoder()
 _encoder = msgspec.json.Encoder()
 
 
-def encode_body(model: str, messages: Sequence[Message]) -> bytes:
+def encode_body(model: str, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bytes:
     """The JSON body of a streaming chat completion request."""
-    return _encoder.encode({"model": model, "messages": messages, "stream": True})
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [_wire_message(message) for message in messages],
+        "stream": True,
+    }
+    if tools:
+        body["tools"] = [{"type": "function", "function": tool} for tool in tools]
+    return _encoder.encode(body)
+
+
+def _wire_message(message: Message) -> dict[str, Any]:
+    wire: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        wire["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id is not None:
+        wire["tool_call_id"] = message.tool_call_id
+    return wire
 
 
 def parse_chunk(data: str) -> Delta:
