@@ -33,14 +33,13 @@ from prometheus_client import CollectorRegistry
 
 from actors.messages import ShutDown
 from actors.session import (
-    OnNewRequest,
     SessionActor,
     SessionHandle,
     SessionSettings,
 )
 from actors.supervisor import Supervision, SupervisorSettings
 from gateway.outbox import Outbox, OutboxSettings
-from gateway.protocol import HealthStatus, InterruptReason
+from gateway.protocol import HealthStatus, InterruptReason, OnNewRequest
 from gateway.server import Server, ServerSettings
 from llm.demo import DemoProvider
 from llm.lanes import lanes
@@ -77,7 +76,7 @@ class Settings:
     """None starts the embedded demo provider."""
     server: ServerSettings = field(default_factory=ServerSettings)
     supervisor: SupervisorSettings = field(default_factory=SupervisorSettings)
-    on_new_request: OnNewRequest = OnNewRequest.INTERRUPT
+    session: SessionSettings = field(default_factory=SessionSettings)
 
 
 class Gateway:
@@ -118,9 +117,6 @@ class Gateway:
         supervision = self.supervision = Supervision(self.settings.supervisor, self._on_give_up)
         self._teardown.callback(supervision.stop)
         supervision.start()
-        session_settings = SessionSettings(
-            model=provider.model, on_new_request=self.settings.on_new_request
-        )
         cpu = _CpuMeter()
 
         def health_status() -> HealthStatus:
@@ -133,7 +129,8 @@ class Gateway:
                 source=client,
                 tell_supervisor=supervision.tell,
                 health=health_status,
-                settings=session_settings,
+                model=provider.model,
+                settings=self.settings.session,
                 metrics=self.metrics,
             )
             return SessionHandle(ref)
@@ -175,17 +172,20 @@ class Gateway:
 
 
 class _CpuMeter:
-    """This process's use of the processor since it was last asked."""
+    """This process's use of the processor, lately."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.monotonic(), time.process_time()
+        self._percent: float | None = None
 
     def percent(self) -> float:
-        """Percent of one core."""
+        """Percent of one core, over the time since this was last found out: a second at least,
+        however many ask."""
         wall, cpu = time.monotonic(), time.process_time()
-        used = 100 * (cpu - self._cpu) / max(wall - self._wall, 1e-6)
-        self._wall, self._cpu = wall, cpu
-        return round(used, 1)
+        if self._percent is None or wall - self._wall >= 1:
+            self._percent = round(100 * (cpu - self._cpu) / max(wall - self._wall, 1e-6), 1)
+            self._wall, self._cpu = wall, cpu
+        return self._percent
 
 
 def serve(settings: Settings) -> int:
@@ -260,7 +260,15 @@ def _count(text: str) -> int:
     return value
 
 
-_seconds.__name__, _port.__name__, _count.__name__ = "number of seconds", "port", "number"
+def _bound(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+_seconds.__name__, _port.__name__ = "number of seconds", "port"
+_count.__name__ = _bound.__name__ = "number"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -277,7 +285,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = serve_parser.add_argument
-    server, supervisor = ServerSettings(), SupervisorSettings()
+    server, supervisor, session = ServerSettings(), SupervisorSettings(), SessionSettings()
     provider = Provider(base_url="", model="")
     add("--host", default=server.host, help="address to listen on")
     add("--port", type=_port, default=server.port, help="port to listen on; 0 takes a free one")
@@ -291,6 +299,8 @@ def make_parser() -> argparse.ArgumentParser:
         ("--llm-connect-timeout", provider.connect_timeout, "until the connection stands"),
         ("--llm-first-token-timeout", provider.first_token_timeout, "until the first token"),
         ("--llm-idle-timeout", provider.idle_timeout, "from one event to the next"),
+        ("--session-timeout", session.session_timeout, "of a client's silence until it is ended"),
+        ("--heartbeat-interval", session.heartbeat_interval, "between two HEARTBEATs"),
         ("--write-timeout", server.outbox.write_timeout, "that a client may read nothing"),
         ("--stale-after", supervisor.stale_after, "without progress until a request is reaped"),
         ("--request-max-age", supervisor.request_max_age, "until any request is reaped"),
@@ -311,10 +321,21 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="BYTES",
         help="that may wait for one client",
     )
+    for name, default, text in (
+        ("--history-messages", session.history_messages, "messages"),
+        ("--history-chars", session.history_chars, "characters"),
+    ):
+        add(
+            name,
+            type=_bound,
+            default=default,
+            metavar="N",
+            help=f"{text} of the conversation that the model is reminded of; 0 is none",
+        )
     add(
         "--on-new-request",
         choices=[policy.value for policy in OnNewRequest],
-        default=OnNewRequest.INTERRUPT.value,
+        default=session.on_new_request.value,
         help="what a request does while another is live",
     )
     add(
@@ -388,7 +409,13 @@ def settings_from(args: argparse.Namespace) -> Settings:
             outbox=OutboxSettings(args.outbox_bytes, args.write_timeout),
         ),
         supervisor=SupervisorSettings(args.stale_after, args.reap_interval, args.request_max_age),
-        on_new_request=OnNewRequest(args.on_new_request),
+        session=SessionSettings(
+            on_new_request=OnNewRequest(args.on_new_request),
+            session_timeout=args.session_timeout,
+            heartbeat_interval=args.heartbeat_interval,
+            history_messages=args.history_messages,
+            history_chars=args.history_chars,
+        ),
     )
 
 

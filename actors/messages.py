@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import pykka
 
 from gateway.protocol import ClientFrame, FrameError, InterruptReason
+from llm.chat import ToolCall
 from llm.stream import Result
 
 # To a session.
@@ -30,6 +31,13 @@ class BadFrameReceived:
     """The client sent something that was not understood."""
 
     error: FrameError
+
+
+@dataclass(frozen=True, slots=True)
+class VoiceReceived:
+    """The client sent a binary frame."""
+
+    voice: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,19 @@ class TerminalWritten:
     """The terminal frame of a request was handed to the kernel."""
 
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallWritten:
+    """A function call of the model was handed to the kernel."""
+
+    request_id: str
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class TimeIsDue:
+    """The session's time says that there is something to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +105,12 @@ class RegisterAgain:
 SessionMessage: TypeAlias = (
     FrameReceived
     | BadFrameReceived
+    | VoiceReceived
     | ConnectionLost
     | RequestReported
     | TerminalWritten
+    | CallWritten
+    | TimeIsDue
     | StopOverdue
     | ReapRequest
     | EndSession
@@ -98,7 +122,9 @@ SessionMessage: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin: nothing that must end first is left."""
+    """Begin: nothing that must end first is left. `body` is what is POSTed."""
+
+    body: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, assert_never
 
+import msgspec
 import pykka
 
 from actors.greenlet import GreenletActor, tell
 from actors.messages import (
+    CallWritten,
     FirstToken,
     GenerationEnded,
     ReaderEnded,
@@ -25,7 +27,8 @@ from actors.messages import (
     StreamOpened,
     SupervisorMessage,
 )
-from llm.chat import Delta
+from gateway.protocol import FunctionCall
+from llm.chat import Delta, ToolCall
 from llm.errors import StreamError
 from llm.stream import Ending, Result, Sink
 from metrics.instruments import Metrics
@@ -69,11 +72,14 @@ _TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 }
 
 
-class TextOutlet(Protocol):
-    """Where the text goes."""
+class Outlet(Protocol):
+    """Where the answer goes."""
 
     def put(self, text: str) -> None:
         """Take a piece of the answer. May block the reader, and nobody else."""
+
+    def put_call(self, call: FunctionCall, on_written: Callable[[float], None]) -> None:
+        """Take a function call. May block, too."""
 
     def progress_at(self) -> float:
         """`time.monotonic()` of the client's last progress while its reader waits, else 0."""
@@ -112,8 +118,7 @@ class RequestActor(GreenletActor):
         session: pykka.ActorRef[Any],
         tell_supervisor: Callable[[SupervisorMessage], None],
         source: StreamSource,
-        body: bytes,
-        outlet: TextOutlet,
+        outlet: Outlet,
         metrics: Metrics,
     ) -> None:
         super().__init__()
@@ -123,7 +128,8 @@ class RequestActor(GreenletActor):
         self._tell_supervisor = tell_supervisor
         self._metrics = metrics
         self._outlet = outlet
-        self._stream = source.generation(body, _Relay(self.actor_ref, outlet), self._reader_ended)
+        self._source = source
+        self._stream: Stream | None = None
         self._state = self._active_state = RequestState.CONNECTING
         self._result = Result(Ending.CLOSED)
         self._created_at = time.monotonic()
@@ -139,8 +145,8 @@ class RequestActor(GreenletActor):
 
     def handle(self, message: RequestMessage) -> None:
         match message:
-            case Start():
-                self._start()
+            case Start(body):
+                self._start(body)
             case StreamOpened():
                 self._advance(RequestState.WAITING)
             case FirstToken():
@@ -161,13 +167,12 @@ class RequestActor(GreenletActor):
             self._tell_supervisor(RequestOver(self.actor_urn))  # it will not hear of its release
         if self._reported:
             self._keep_books()
-        elif self._started_at is None or self._reader_result is not None:
+        elif self._stream is None or self._reader_result is not None:
             self._report_failure()
         else:
             self._stream.close()  # its end reports
 
     def _register(self) -> None:
-        stream, outlet = self._stream, self._outlet
         self._tell_supervisor(
             RequestAccepted(
                 self.actor_ref,
@@ -175,8 +180,8 @@ class RequestActor(GreenletActor):
                 self._session_id,
                 self._request_id,
                 self._created_at,
-                lambda: max(stream.progress_at, outlet.progress_at()),
-                stream.kill_again,
+                self._progress_at,
+                self._kill_again,
             )
         )
         if self._reported:
@@ -184,10 +189,20 @@ class RequestActor(GreenletActor):
         if self._released:
             self._tell_supervisor(RequestOver(self.actor_urn))
 
-    def _start(self) -> None:
+    def _progress_at(self) -> float:
+        begun_at = self._created_at if self._stream is None else self._stream.progress_at
+        return max(begun_at, self._outlet.progress_at())
+
+    def _kill_again(self) -> None:
+        if self._stream is not None:
+            self._stream.kill_again()
+
+    def _start(self, body: bytes) -> None:
         if self._told_to_stop is None and self._started_at is None:
             self._started_at = time.monotonic()
             self._metrics.llm_posts.inc()
+            relay = _Relay(self.actor_ref, self._session, self._request_id, self._outlet)
+            self._stream = self._source.generation(body, relay, self._reader_ended)
             self._stream.start()
 
     def _first_token(self) -> None:
@@ -200,7 +215,7 @@ class RequestActor(GreenletActor):
         if self._told_to_stop is not None:
             return
         self._told_to_stop = stop
-        if self._started_at is None:
+        if self._stream is None:
             self._end(Result(Ending.CLOSED))
         else:
             self._stream.close()
@@ -298,8 +313,16 @@ class RequestActor(GreenletActor):
 class _Relay:
     """The reader's side: text goes to the outlet, milestones to the mailbox."""
 
-    def __init__(self, request: pykka.ActorRef[Any], outlet: TextOutlet) -> None:
+    def __init__(
+        self,
+        request: pykka.ActorRef[Any],
+        session: pykka.ActorRef[Any],
+        request_id: str,
+        outlet: Outlet,
+    ) -> None:
         self._request = request
+        self._session = session
+        self._request_id = request_id
         self._outlet = outlet
         self._first = True
 
@@ -312,3 +335,11 @@ class _Relay:
             tell(self._request, FirstToken())
         if delta.text:
             self._outlet.put(delta.text)
+
+    def call(self, call: ToolCall) -> None:
+        def written(_at: float) -> None:
+            # At once, so that the session knows of it before the client's result can come.
+            tell(self._session, CallWritten(self._request_id, call))
+
+        parameters = msgspec.json.decode(call.arguments, type=dict[str, Any])
+        self._outlet.put_call(FunctionCall(call.name, parameters, call.id), written)

@@ -1,22 +1,29 @@
-"""One client: its live requests, and the only one who decides what an INTERRUPT hits."""
+"""One client: what it registered, its history, its live requests; and the only one who decides what
+an INTERRUPT hits."""
 
 from __future__ import annotations
 
-import enum
+import math
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, Protocol, assert_never
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, assert_never
 
+import msgspec
 import pykka
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType
 
 from actors.greenlet import GreenletActor, Timer, tell
+from actors.history import Ending as TurnEnding
+from actors.history import History, Turn
+from actors.lifetime import Due, Lifetime
+from actors.live import Live, Outlet, PendingInterrupt, completed, interrupted
 from actors.messages import (
     BadFrameReceived,
+    CallWritten,
     ConnectionLost,
     EndSession,
     FrameReceived,
@@ -32,36 +39,43 @@ from actors.messages import (
     StopOverdue,
     SupervisorMessage,
     TerminalWritten,
+    TimeIsDue,
+    VoiceReceived,
 )
-from actors.request import RequestActor, StreamSource, TextOutlet
+from actors.profile import Profile, UpdateError
+from actors.request import RequestActor, StreamSource
+from actors.voice import VoiceError, VoiceIntake
 from gateway.protocol import (
-    AckStatus,
     ClientFrame,
     ErrorCode,
     FrameError,
+    FunctionResult,
     HealthCheck,
     HealthCheckAck,
     HealthStatus,
+    Heartbeat,
     HeartbeatReply,
     Interrupt,
     InterruptAck,
     InterruptOutcome,
     InterruptReason,
     InterruptResult,
+    OnNewRequest,
     Outcome,
     Register,
     RegisterAck,
     Request,
-    Response,
+    ResponseEncoder,
     ServerPayload,
+    SessionData,
+    SessionInfo,
+    SessionQuery,
+    SessionWarn,
     Shutdown,
-    TextEncoder,
-    Usage,
     encode,
     error,
 )
-from llm.chat import Message, encode_body
-from llm.errors import LimitPassedError
+from llm.chat import ToolCall, encode_body
 from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
@@ -70,28 +84,25 @@ from metrics.logs import get_logger
 MAX_REMEMBERED_IDS = 1000
 """Ids of ended requests that a session remembers, so that none is used twice."""
 
+MAX_EARLY_INTERRUPTS = 100
+"""INTERRUPTs of one session that may wait for their request."""
+
+EARLY_INTERRUPT_SECONDS = 30.0
+"""How long they wait."""
+
 _CLOSE_NORMAL = 1000
+_CLOSE_EXPIRED = 1008
 _CLOSE_INTERNAL_ERROR = 1011
 _CLOSE_SERVICE_RESTART = 1012
 
 _log = get_logger("ACTOR")
-
-
-class Outlet(TextOutlet, Protocol):
-    """One request's way to the client (`gateway.outbox.Outlet`)."""
-
-    delivered_text_chars: int
-
-    @property
-    def done(self) -> bool: ...
-    def finish(self, payload: bytes, on_written: Callable[[float], None]) -> None: ...
-    def shut(self) -> None: ...
+_S = TypeVar("_S", bound=Struct)
 
 
 class Outbox(Protocol):
     """Everything that goes to the client (`gateway.outbox.Outbox`)."""
 
-    def outlet(self, encoder: TextEncoder) -> Outlet: ...
+    def outlet(self, encoder: ResponseEncoder) -> Outlet: ...
     def send_control(
         self, payload: bytes, on_written: Callable[[float], None] | None = None
     ) -> None: ...
@@ -99,76 +110,29 @@ class Outbox(Protocol):
     def close(self, code: int, reason: str) -> None: ...
 
 
-class OnNewRequest(enum.StrEnum):
-    """What a REQUEST does while another is live."""
-
-    INTERRUPT = "interrupt"
-    PARALLEL = "parallel"
-    REJECT = "reject"
-
-
 @dataclass(frozen=True)
 class SessionSettings:
     """How sessions behave.
 
     Args:
-        model: name of the model that requests ask for.
-        on_new_request: what a REQUEST does while another is live.
+        on_new_request: what a REQUEST does while another is live, where REGISTER does not say.
         max_parallel: live requests of one session, where they may run side by side.
         ack_timeout: seconds that an INTERRUPT_ACK may wait for streams to close.
-        session_timeout: seconds, as told to the client on registration.
+        session_timeout: seconds without a REQUEST or HEARTBEAT_REPLY until it ends; 0 is never.
+        heartbeat_interval: seconds between two HEARTBEATs; 0 sends none.
+        history_messages: how many messages of the conversation the model is reminded of.
+        history_chars: how many Unicode code points they may have together.
+        max_voice_bytes: size of one VOICE request.
     """
 
-    model: str
     on_new_request: OnNewRequest = OnNewRequest.INTERRUPT
     max_parallel: int = 8
     ack_timeout: float = 1.0
-    session_timeout: int = 3600
-
-
-@dataclass
-class _Live:
-    """A request from its acceptance until its terminal frame was handed to the kernel."""
-
-    request_id: str
-    outlet: Outlet
-    actor: pykka.ActorRef[RequestActor]
-    started: bool = False
-    interrupted_by: InterruptReason | None = None
-    reaped: str | None = None
-    """What the reaper found."""
-    result: Result | None = None
-    timed_out: bool = False
-    timer: Timer | None = None
-
-    @property
-    def stopping(self) -> bool:
-        return self.interrupted_by is not None or self.reaped is not None
-
-    @property
-    def settled(self) -> bool:
-        """True when an interrupt need not wait for it any more."""
-        return self.result is not None or self.timed_out
-
-
-@dataclass
-class _PendingInterrupt:
-    """An INTERRUPT that still owes its ack."""
-
-    frame: Interrupt
-    read_at: float
-    targets: dict[str, _Live | InterruptResult] = field(default_factory=dict)
-    active_requests: list[str] = field(default_factory=list)
-
-    def waits_for(self, live: _Live) -> bool:
-        return self.targets.get(live.request_id) is live
-
-    @property
-    def ready(self) -> bool:
-        return all(
-            isinstance(target, InterruptResult) or target.settled
-            for target in self.targets.values()
-        )
+    session_timeout: float = 3600.0
+    heartbeat_interval: float = 30.0
+    history_messages: int = 200
+    history_chars: int = 200_000
+    max_voice_bytes: int = 10 * 1024 * 1024
 
 
 class SessionActor(GreenletActor):
@@ -182,6 +146,7 @@ class SessionActor(GreenletActor):
         source: StreamSource,
         tell_supervisor: Callable[[SupervisorMessage], None],
         health: Callable[[], HealthStatus],
+        model: str,
         settings: SessionSettings,
         metrics: Metrics,
     ) -> None:
@@ -191,12 +156,24 @@ class SessionActor(GreenletActor):
         self._source = source
         self._tell_supervisor = tell_supervisor
         self._health = health
+        self._model = model
         self._settings = settings
         self._metrics = metrics
         self._session_id: str | None = None
-        self._voice_stream_seq: int | UnsetType = UNSET
-        self._live: dict[str, _Live] = {}
-        self._interrupts: list[_PendingInterrupt] = []
+        self._created_ms = 0
+        self._lifetime = Lifetime(0, 0, 0)
+        self._timer: Timer | None = None
+        self._profile = Profile()
+        self._on_new_request = settings.on_new_request
+        self._history = History(settings.history_messages, settings.history_chars)
+        self._live: dict[str, Live] = {}
+        self._interrupts: list[PendingInterrupt] = []
+        self._early: OrderedDict[str, tuple[float, InterruptReason]] = OrderedDict()
+        """INTERRUPTs whose request has not come: when they were read, and why."""
+        self._voice: VoiceIntake | None = None
+        """The VOICE request whose frames are still coming."""
+        self._dropped_voice: str | None = None
+        """The VOICE request that is over for us, but not for the client: its rest is ignored."""
         self._ended: OrderedDict[str, int] = OrderedDict()
         """Ids of ended requests, with what was delivered of each, in code points."""
         self._farewell: Callable[[], None] | None = None
@@ -211,10 +188,16 @@ class SessionActor(GreenletActor):
                 self._on_frame(frame, read_at)
             case BadFrameReceived(frame_error):
                 self._refuse_frame(frame_error)
+            case VoiceReceived(voice):
+                self._on_voice(voice)
             case RequestReported(request_id, result):
                 self._on_report(request_id, result)
             case TerminalWritten(request_id):
                 self._on_terminal_written(request_id)
+            case CallWritten(request_id, call):
+                self._on_call_written(request_id, call)
+            case TimeIsDue():
+                self._on_time()
             case StopOverdue(request_id):
                 self._on_stop_overdue(request_id)
             case ReapRequest(request_id, detail):
@@ -222,13 +205,15 @@ class SessionActor(GreenletActor):
             case ConnectionLost():
                 self._end(InterruptReason.CONNECTION_LOST, lambda: None)
             case EndSession(reason):
-                self._end(reason, lambda: self._say_goodbye(reason, _CLOSE_SERVICE_RESTART))
+                self._end(reason, lambda: self._say_goodbye(reason.value, _CLOSE_SERVICE_RESTART))
             case RegisterAgain():
                 self._tell_supervisor(SessionStarted(self.actor_ref))
             case _:
                 assert_never(message)
 
     def closed(self, error: BaseException | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for live in self._live.values():
             live.outlet.shut()
             tell(live.actor, Stop())
@@ -246,8 +231,8 @@ class SessionActor(GreenletActor):
     def _on_frame(self, frame: ClientFrame, read_at: float) -> None:
         payload = frame.payload
         match payload:
-            case HealthCheck():
-                self._send(HealthCheckAck(self._health()))
+            case HealthCheck(check_fields):
+                self._send(HealthCheckAck(_only(self._health(), check_fields)))
             case Register():
                 self._register(payload)
             case _ if self._session_id is None:
@@ -255,16 +240,19 @@ class SessionActor(GreenletActor):
             case _ if frame.session_id != self._session_id:
                 self._refuse(ErrorCode.SESSION_INVALID, "session_id is not the one of REGISTER_ACK")
             case Request():
+                self._lifetime.renew(time.monotonic())
                 self._request(payload)
+            case FunctionResult():
+                self._function_result(payload)
             case Interrupt():
                 self._interrupt(payload, read_at)
+            case SessionQuery(query_fields):
+                self._send(SessionInfo(_only(self._data(), query_fields)))
             case HeartbeatReply():
-                pass
+                self._lifetime.renew(time.monotonic())
             case Shutdown():
-                self._end(
-                    InterruptReason.CLIENT_SHUTDOWN,
-                    lambda: self._say_goodbye(InterruptReason.CLIENT_SHUTDOWN, _CLOSE_NORMAL),
-                )
+                reason = InterruptReason.CLIENT_SHUTDOWN
+                self._end(reason, lambda: self._say_goodbye(reason.value, _CLOSE_NORMAL))
             case _:
                 assert_never(payload)
 
@@ -273,46 +261,94 @@ class SessionActor(GreenletActor):
             self._refuse(ErrorCode.MALFORMED_PAYLOAD, "this connection is registered already")
             return
         self._session_id = f"sess_{secrets.token_hex(8)}"
-        if register.require_tts:
-            # There is no speech; a client that wants it waits for the end of it all the same.
-            self._voice_stream_seq = -1
+        self._created_ms = _now_ms()
+        settings = self._settings
+        self._lifetime = Lifetime(
+            settings.session_timeout, settings.heartbeat_interval, time.monotonic()
+        )
+        self._set_timer()
+        self._profile = Profile.registered(register)
+        self._on_new_request = register.on_new_request or settings.on_new_request
         self._metrics.sessions_active.inc()
         _log.info("Session registered", session_id=self._session_id, peer=self._peer)
-        self._send(RegisterAck(self._session_id, self._settings.session_timeout))
+        self._send(RegisterAck(self._session_id, math.ceil(settings.session_timeout)))
+
+    def _data(self) -> SessionData:
+        profile = self._profile
+        return SessionData(
+            profile.platform,
+            profile.require_tts,
+            profile.enable_srs,
+            list(profile.functions),
+            self._created_ms,
+            self._lifetime.remaining_seconds(time.monotonic()),
+        )
+
+    # Requests.
 
     def _request(self, request: Request) -> None:
         request_id = request.request_id
-        if request_id in self._live or request_id in self._ended:
-            # Without the id as a field: it would end the live request for the client.
-            self._refuse(
-                ErrorCode.MALFORMED_PAYLOAD, f"request_id {request_id!r} was used in this session"
-            )
+        if request.data_type == "VOICE" and self._takes_voice_of(request_id):
+            self._voice_request(request)
+        elif self._is_used(request_id):
+            self._refuse_used(request_id)
         elif self._farewell is not None:
             self._refuse(ErrorCode.SERVER_BUSY, "the session is ending", request_id)
         elif request.data_type == "VOICE":
+            self._begin_voice(request)
+        else:
+            self._text_request(request_id, request)
+
+    def _text_request(self, request_id: str, request: Request) -> None:
+        text = request.content.text
+        try:
+            profile = self._profile.updated(request.updates)
+        except UpdateError as failure:
             self._remember(request_id, 0)
-            self._refuse(
-                ErrorCode.INTERNAL_ERROR, "no speech recognition is configured", request_id
-            )
-        elif not request.content.text:
+            self._refuse(ErrorCode.MALFORMED_PAYLOAD, str(failure), request_id)
+            return
+        if (reason := self._take_early(request_id)) is not None:
+            self._profile = profile
+            self._answer_early(request_id, text, reason)
+        elif not text:
+            self._profile = profile
             self._remember(request_id, 0)
-            self._send(self._completed(request_id, Result(Ending.COMPLETED)))
+            self._send(completed(request_id, self._voice_stream_seq))
         elif self._make_way(request_id):
-            self._accept(request_id, request.content.text)
+            self._profile = profile
+            self._accept(request_id, text)
             self._settle()
 
-    def _make_way(self, request_id: str) -> bool:
-        """Apply the policy for a new request while others are live; False when it is refused."""
-        settings = self._settings
+    def _is_used(self, request_id: str) -> bool:
+        return request_id in self._live or request_id in self._ended
+
+    def _refuse_used(self, request_id: str) -> None:
+        # Without the id as a field: it would end the live request for the client.
+        detail = f"request_id {request_id!r} was used in this session"
+        self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
+
+    @property
+    def _voice_stream_seq(self) -> int | UnsetType:
+        # There is no speech; a client that wants it waits for the end of it all the same.
+        return -1 if self._profile.require_tts else UNSET
+
+    def _make_way(self, request_id: str, beside: Turn | None = None) -> bool:
+        """Apply the policy for a new request while others are live; False when it is refused.
+
+        Args:
+            request_id: the new one.
+            beside: a turn that it goes on from, and so does not compete with.
+        """
+        others = [live for live in self._live.values() if live.turn is not beside]
         # A client that interrupts and asks again does not wait for the ack in between.
-        running = sum(not live.stopping for live in self._live.values())
-        match settings.on_new_request:
+        running = sum(not live.stopping for live in others)
+        match self._on_new_request:
             case OnNewRequest.INTERRUPT:
-                for live in list(self._live.values()):
+                for live in others:
                     self._stop_request(live, InterruptReason.USER_NEW_INPUT)
                 return True
             case OnNewRequest.PARALLEL:
-                if running < settings.max_parallel:
+                if running < self._settings.max_parallel:
                     return True
                 detail = f"{running} requests are live, as many as may be"
             case OnNewRequest.REJECT:
@@ -323,38 +359,177 @@ class SessionActor(GreenletActor):
         self._refuse(ErrorCode.SERVER_BUSY, detail, request_id)
         return False
 
-    def _accept(self, request_id: str, text: str) -> None:
+    def _accept(self, request_id: str, text: str | None, goes_on: Turn | None = None) -> None:
         assert self._session_id is not None
-        outlet = self._outbox.outlet(TextEncoder(self._session_id, request_id))
+        outlet = self._outbox.outlet(ResponseEncoder(self._session_id, request_id))
         actor = RequestActor.start(
             session_id=self._session_id,
             request_id=request_id,
             session=self.actor_ref,
             tell_supervisor=self._tell_supervisor,
             source=self._source,
-            body=encode_body(self._settings.model, [Message("user", text)]),
             outlet=outlet,
             metrics=self._metrics,
         )
-        self._live[request_id] = _Live(request_id, outlet, actor)
+        turn = self._history.begin(request_id, text)
+        self._live[request_id] = Live(
+            request_id, outlet, actor, turn, self._voice_stream_seq, goes_on
+        )
+
+    def _start_next(self) -> None:
+        for live in self._live.values():
+            if live.may_start:
+                live.started = True
+                tell(live.actor, Start(self._body(live)))
+            if self._on_new_request is not OnNewRequest.PARALLEL:
+                break  # whoever comes later waits for the end of the one before
+
+    def _body(self, live: Live) -> bytes:
+        system = self._profile.system_message()
+        messages = self._history.messages(live.turn)
+        return encode_body(
+            self._model,
+            [system, *messages] if system is not None else messages,
+            self._profile.tools(),
+        )
+
+    # Functions of the client.
+
+    def _on_call_written(self, request_id: str, call: ToolCall) -> None:
+        live = self._live.get(request_id)
+        if live is not None:
+            self._history.add_call(live.turn, call)
+
+    def _function_result(self, result: FunctionResult) -> None:
+        request_id = result.request_id
+        found = self._history.find_call(result.call_id)
+        going_on = found and next(
+            (live for live in self._live.values() if live.goes_on is found[0]), None
+        )
+        waits = going_on is not None and not (going_on.started or going_on.stopping)
+        if request_id is not None and self._is_used(request_id):
+            if going_on is None or going_on.request_id != request_id or not waits:
+                self._refuse_used(request_id)
+                return
+            request_id = None  # said once more, with the result of another call
+        if found is None:
+            detail = f"call_id {result.call_id[:64]!r} is of no call that is remembered"
+            self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
+        elif request_id is not None and waits:
+            assert going_on is not None
+            detail = f"this answer goes on as {going_on.request_id!r} already"
+            self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
+        else:
+            turn, call = found
+            value = result.result
+            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            self._history.set_result(call, text)
+            if request_id is not None:
+                self._go_on(request_id, turn)
+            else:
+                self._start_next()
+
+    def _go_on(self, request_id: str, turn: Turn) -> None:
+        if self._farewell is not None:
+            self._refuse(ErrorCode.SERVER_BUSY, "the session is ending", request_id)
+        elif (reason := self._take_early(request_id)) is not None:
+            self._answer_early(request_id, None, reason)
+        elif self._make_way(request_id, beside=turn):
+            self._lifetime.renew(time.monotonic())
+            self._accept(request_id, None, goes_on=turn)
+            self._settle()
+
+    # Voice.
+
+    def _takes_voice_of(self, request_id: str) -> bool:
+        of_open = self._voice is not None and self._voice.request_id == request_id
+        return of_open or self._dropped_voice == request_id
+
+    def _begin_voice(self, request: Request) -> None:
+        if self._voice is not None:
+            detail = f"the voice of {request.request_id!r} began before the last frame of this one"
+            self._fail_voice(self._voice, VoiceError(ErrorCode.STREAM_SEQ_ERROR, detail))
+        self._dropped_voice = None
+        mode = request.content.voice_mode
+        assert mode is not None  # `decode` sees to it
+        self._voice = VoiceIntake(request.request_id, mode, self._settings.max_voice_bytes)
+        self._voice_request(request)
+
+    def _voice_request(self, request: Request) -> None:
+        voice, content = self._voice, request.content
+        if voice is None or voice.request_id != request.request_id:
+            if request.stream_seq == -1:
+                self._dropped_voice = None
+            return
+        assert content.voice_mode is not None
+        try:
+            voice.add_frame(
+                content.voice_mode, request.stream_flag, request.stream_seq, content.voice
+            )
+        except VoiceError as failure:
+            self._fail_voice(voice, failure)
+            if request.stream_seq == -1:
+                self._dropped_voice = None
+            return
+        if voice.complete:
+            self._voice = None
+            self._remember(voice.request_id, 0)
+            if (reason := self._take_early(voice.request_id)) is not None:
+                self._send(interrupted(voice.request_id, reason, self._voice_stream_seq))
+            else:
+                self._refuse(
+                    ErrorCode.INTERNAL_ERROR,
+                    "no speech recognition is configured",
+                    voice.request_id,
+                )
+
+    def _on_voice(self, data: bytes) -> None:
+        if self._voice is not None:
+            try:
+                self._voice.add_binary(data)
+            except VoiceError as failure:
+                self._fail_voice(self._voice, failure)
+        elif self._session_id is None:
+            self._refuse(ErrorCode.SESSION_INVALID, "the first message must be REGISTER")
+        elif self._dropped_voice is None:
+            self._refuse(ErrorCode.MALFORMED_PAYLOAD, "a binary frame outside of a request")
+
+    def _fail_voice(self, voice: VoiceIntake, failure: VoiceError) -> None:
+        self._drop_voice(voice)
+        self._refuse(failure.code, failure.detail, voice.request_id)
+
+    def _drop_voice(self, voice: VoiceIntake) -> None:
+        self._voice, self._dropped_voice = None, voice.request_id
+        self._remember(voice.request_id, 0)
 
     # Interrupts.
 
     def _interrupt(self, interrupt: Interrupt, read_at: float) -> None:
         target = interrupt.target
-        pending = _PendingInterrupt(interrupt, read_at)
+        pending = PendingInterrupt(interrupt, read_at)
         for request_id in [target] if target is not None else list(self._live):
             live = self._live.get(request_id)
+            if live is not None:
+                live.heard(interrupt.delivered_text_chars)
             if live is not None and self._stop_request(live, interrupt.known_reason):
                 pending.targets[request_id] = live
             elif target is not None:
-                pending.targets[request_id] = self._missed(request_id)
+                pending.targets[request_id] = self._missed(request_id, interrupt, read_at)
+        if self._voice is not None and target in (None, self._voice.request_id):
+            self._interrupt_voice(self._voice, pending)
         pending.active_requests = list(self._live)
         self._interrupts.append(pending)
         if pending.ready:
             self._settle()
 
-    def _stop_request(self, live: _Live, reason: InterruptReason) -> bool:
+    def _interrupt_voice(self, voice: VoiceIntake, pending: PendingInterrupt) -> None:
+        request_id, reason = voice.request_id, pending.frame.known_reason
+        self._early.pop(request_id, None)
+        pending.targets[request_id] = InterruptResult(request_id, InterruptOutcome.STOPPED, 0, None)
+        pending.terminals.append(interrupted(request_id, reason, self._voice_stream_seq))
+        self._drop_voice(voice)
+
+    def _stop_request(self, live: Live, reason: InterruptReason) -> bool:
         """Stop a request; False when its terminal frame is on its way already."""
         if live.outlet.done:
             return False
@@ -362,7 +537,7 @@ class SessionActor(GreenletActor):
         live.interrupted_by = live.interrupted_by or reason
         return True
 
-    def _shut_down(self, live: _Live, stop: Stop) -> None:
+    def _shut_down(self, live: Live, stop: Stop) -> None:
         # First the outlet: from here on, nothing of this request is written.
         live.outlet.shut()
         if not live.stopping and live.result is None:
@@ -371,11 +546,32 @@ class SessionActor(GreenletActor):
                 self._settings.ack_timeout, self.actor_ref, StopOverdue(live.request_id)
             )
 
-    def _missed(self, request_id: str) -> InterruptResult:
+    def _missed(self, request_id: str, interrupt: Interrupt, read_at: float) -> InterruptResult:
+        """An INTERRUPT found nothing to stop: what it was for has ended, or is still to come."""
         live = self._live.get(request_id)
         delivered = live.outlet.delivered_text_chars if live else self._ended.get(request_id)
-        outcome = InterruptOutcome.UNKNOWN if delivered is None else InterruptOutcome.ALREADY_DONE
-        return InterruptResult(request_id, outcome, delivered or 0, None)
+        if delivered is None:
+            self._early[request_id] = (read_at, interrupt.known_reason)
+            self._early.move_to_end(request_id)
+            if len(self._early) > MAX_EARLY_INTERRUPTS:
+                self._early.popitem(last=False)
+            return InterruptResult(request_id, InterruptOutcome.UNKNOWN, 0, None)
+        if interrupt.delivered_text_chars is not None:
+            self._history.trim(request_id, interrupt.delivered_text_chars)
+        return InterruptResult(request_id, InterruptOutcome.ALREADY_DONE, delivered, None)
+
+    def _take_early(self, request_id: str) -> InterruptReason | None:
+        """Why a request that comes now was interrupted before it came; None when it was not."""
+        read_at, reason = self._early.pop(request_id, (-math.inf, None))
+        return reason if time.monotonic() - read_at <= EARLY_INTERRUPT_SECONDS else None
+
+    def _answer_early(self, request_id: str, text: str | None, reason: InterruptReason) -> None:
+        self._remember(request_id, 0)
+        if text:
+            turn = self._history.begin(request_id, text)
+            self._history.end(turn, "", TurnEnding.INTERRUPTED)
+        self._metrics.requests.labels(Outcome.INTERRUPTED.value.lower()).inc()
+        self._send(interrupted(request_id, reason, self._voice_stream_seq))
 
     def _on_stop_overdue(self, request_id: str) -> None:
         live = self._live.get(request_id)
@@ -410,8 +606,7 @@ class SessionActor(GreenletActor):
         if live.stopping:
             self._settle()
         else:
-            terminal = self._terminal(live, result)
-            live.outlet.finish(self._encode(terminal), self._terminal_written(request_id))
+            live.outlet.finish(self._encode(live.terminal()), self._terminal_written(request_id))
 
     def _terminal_written(self, request_id: str) -> Callable[[float], None]:
         def written(_at: float) -> None:
@@ -436,7 +631,7 @@ class SessionActor(GreenletActor):
                 self._acknowledge(pending)
             for live in list(self._live.values()):
                 if live.stopping and live.settled and not self._is_awaited(live):
-                    self._send(self._terminal(live, live.result or Result(Ending.CLOSED)))
+                    self._send(live.terminal())
                     self._forget(
                         live, Outcome.INTERRUPTED if live.interrupted_by else Outcome.REAPED
                     )
@@ -446,48 +641,29 @@ class SessionActor(GreenletActor):
             self._farewell()
             self.stop()
 
-    def _is_awaited(self, live: _Live) -> bool:
+    def _is_awaited(self, live: Live) -> bool:
         return any(pending.waits_for(live) for pending in self._interrupts)
 
-    def _start_next(self) -> None:
-        for live in self._live.values():
-            if not live.started and not live.stopping:
-                live.started = True
-                tell(live.actor, Start())
-            if self._settings.on_new_request is not OnNewRequest.PARALLEL:
-                break  # whoever comes later waits for the end of the one before
-
-    def _acknowledge(self, pending: _PendingInterrupt) -> None:
-        results = [
-            target if isinstance(target, InterruptResult) else self._stop_result(target, pending)
-            for target in pending.targets.values()
-        ]
-        stopped = [r.request_id for r in results if r.outcome is InterruptOutcome.STOPPED]
-        if not stopped:
-            status = AckStatus.FAILED
-        elif len(stopped) == len(results):
-            status = AckStatus.SUCCESS
-        else:
-            status = AckStatus.PARTIAL
-        ack = InterruptAck(
-            stopped, status, _ack_message(results), results, pending.frame.interrupt_request_id
-        )
+    def _acknowledge(self, pending: PendingInterrupt) -> None:
+        ack = pending.ack()
         observe = self._metrics.acknowledged_seconds.observe
         self._outbox.send_control(
             self._encode(ack),
             lambda at: lanes().call_later(observe, at - pending.read_at),
         )
+        for terminal in pending.terminals:
+            self._send(terminal)
         # Logging and counting take longer than stopping did, and others may be waiting for that.
         lanes().call_later(self._keep_books, pending, ack)
 
-    def _keep_books(self, pending: _PendingInterrupt, ack: InterruptAck) -> None:
+    def _keep_books(self, pending: PendingInterrupt, ack: InterruptAck) -> None:
         reason = pending.frame.known_reason.value
         _log.info(
             "Interrupt request details",
             session_id=self._session_id,
             interrupt_request_id=pending.frame.target,
             active_requests=pending.active_requests,
-            found=any(isinstance(target, _Live) for target in pending.targets.values()),
+            found=any(isinstance(target, Live) for target in pending.targets.values()),
         )
         _log.info("Interrupt acknowledged", session_id=self._session_id, status=ack.status.value)
         for result in ack.results:
@@ -495,59 +671,13 @@ class SessionActor(GreenletActor):
             if result.stream_closed_ms is not None:
                 self._metrics.stream_closed_seconds.observe(result.stream_closed_ms / 1000)
 
-    def _stop_result(self, live: _Live, pending: _PendingInterrupt) -> InterruptResult:
-        delivered = live.outlet.delivered_text_chars
-        if live.result is None:
-            outcome = InterruptOutcome.TIMED_OUT
-            return InterruptResult(live.request_id, outcome, delivered, None)
-        closed_at = live.result.closed_at
-        closed_ms = None
-        if closed_at is not None:
-            closed_ms = round(max(0.0, closed_at - pending.read_at) * 1000, 3)
-        return InterruptResult(live.request_id, InterruptOutcome.STOPPED, delivered, closed_ms)
-
-    def _terminal(self, live: _Live, result: Result) -> ServerPayload:
-        """The one terminal frame of a request."""
-        usage = _usage(result)
-        if live.interrupted_by is not None:
-            return Response(
-                live.request_id,
-                -1,
-                voice_stream_seq=self._voice_stream_seq,
-                interrupted=True,
-                interrupt_reason=live.interrupted_by.value,
-                outcome=Outcome.INTERRUPTED,
-                finish_reason=result.finish_reason,
-                usage=usage,
-            )
-        if live.reaped is None and result.ending is Ending.COMPLETED:
-            return self._completed(live.request_id, result)
-        late = live.reaped is not None or isinstance(result.error, LimitPassedError)
-        return error(
-            ErrorCode.REQUEST_TIMEOUT if late else ErrorCode.INTERNAL_ERROR,
-            live.reaped or str(result.error or "the generation was stopped"),
-            request_id=live.request_id,
-            outcome=Outcome.FAILED if live.reaped is None else Outcome.REAPED,
-            finish_reason=result.finish_reason,
-            usage=usage,
-        )
-
-    def _completed(self, request_id: str, result: Result) -> Response:
-        return Response(
-            request_id,
-            -1,
-            voice_stream_seq=self._voice_stream_seq,
-            outcome=Outcome.COMPLETED,
-            finish_reason=result.finish_reason,
-            usage=_usage(result),
-        )
-
-    def _forget(self, live: _Live, outcome: Outcome) -> None:
+    def _forget(self, live: Live, outcome: Outcome) -> None:
         del self._live[live.request_id]
         self._remember(live.request_id, live.outlet.delivered_text_chars)
+        self._history.end(live.turn, *live.as_heard(outcome))
         lanes().call_later(self._release, live, outcome)
 
-    def _release(self, live: _Live, outcome: Outcome) -> None:
+    def _release(self, live: Live, outcome: Outcome) -> None:
         tell(live.actor, Release())
         self._metrics.text_chars.inc(live.outlet.delivered_text_chars)
         self._metrics.requests.labels(outcome.value.lower()).inc()
@@ -564,27 +694,69 @@ class SessionActor(GreenletActor):
         if len(self._ended) > MAX_REMEMBERED_IDS:
             self._ended.popitem(last=False)
 
+    # The session's own time.
+
+    def _set_timer(self) -> None:
+        # One for a session, and no greenlet: ten thousand idle ones must cost next to nothing.
+        wait = self._lifetime.next_at - time.monotonic()
+        if math.isfinite(wait):
+            self._timer = Timer(max(0.0, wait), self.actor_ref, TimeIsDue())
+
+    def _on_time(self) -> None:
+        if self._farewell is not None:
+            return
+        now = time.monotonic()
+        remaining = self._lifetime.remaining_seconds(now)
+        for due in self._lifetime.due(now):
+            match due:
+                case Due.HEARTBEAT:
+                    self._send(Heartbeat(remaining))
+                case Due.WARNING:
+                    message = f"the session ends in {remaining} s, unless the client says something"
+                    self._send(SessionWarn(remaining, message))
+                case Due.END:
+                    self._end(
+                        InterruptReason.SESSION_TIMEOUT,
+                        lambda: self._say_goodbye("session timeout", _CLOSE_EXPIRED),
+                    )
+                    return
+        self._set_timer()
+
     def _end(self, reason: InterruptReason, farewell: Callable[[], None]) -> None:
         """Stop everything that is live; when it has ended, do the farewell and stop."""
         self._farewell = farewell
+        if self._voice is not None:
+            voice = self._voice
+            self._drop_voice(voice)
+            self._send(interrupted(voice.request_id, reason, self._voice_stream_seq))
         for live in list(self._live.values()):
             if not self._stop_request(live, reason):
                 # Its terminal frame is with the kernel, or was begun on a lost connection.
-                completed = live.result is not None and live.result.ending is Ending.COMPLETED
-                self._forget(live, Outcome.COMPLETED if completed else Outcome.FAILED)
+                is_complete = live.result is not None and live.result.ending is Ending.COMPLETED
+                self._forget(live, Outcome.COMPLETED if is_complete else Outcome.FAILED)
         self._settle()
 
-    def _say_goodbye(self, reason: InterruptReason, code: int) -> None:
-        self._send(Shutdown(reason.value))
-        self._outbox.close(code, reason.value)
+    def _say_goodbye(self, reason: str, code: int) -> None:
+        self._send(Shutdown(reason))
+        self._outbox.close(code, reason)
 
     # Sending.
 
     def _refuse_frame(self, frame_error: FrameError) -> None:
         request_id = frame_error.request_id
-        if request_id in self._live or request_id in self._ended:
+        if request_id is not None and self._takes_voice_of(request_id):
+            if self._voice is not None and self._voice.request_id == request_id:
+                self._fail_voice(self._voice, VoiceError(frame_error.code, frame_error.detail))
+            return
+        if request_id is not None and self._is_used(request_id):
             request_id = None
         self._refuse(frame_error.code, frame_error.detail, request_id)
+
+    def _refuse_request(self, code: ErrorCode, detail: str, request_id: str | None) -> None:
+        """Refuse a frame that would have begun a request, for good."""
+        if request_id is not None:
+            self._remember(request_id, 0)
+        self._refuse(code, detail, request_id)
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
         if request_id is None:
@@ -606,7 +778,7 @@ class SessionActor(GreenletActor):
         self._outbox.send_control(self._encode(payload))
 
     def _encode(self, payload: ServerPayload) -> bytes:
-        return encode(payload, self._session_id, time.time_ns() // 1_000_000)
+        return encode(payload, self._session_id, _now_ms())
 
 
 class SessionHandle:
@@ -623,25 +795,22 @@ class SessionHandle:
         """The client sent something that was not understood."""
         tell(self._ref, BadFrameReceived(error))
 
+    def voice(self, voice: bytes) -> None:
+        """The client sent a binary frame."""
+        tell(self._ref, VoiceReceived(voice))
+
     def connection_lost(self, reason: str) -> None:
         """Nothing can be read or written any more."""
         tell(self._ref, ConnectionLost(reason))
 
 
-def _ack_message(results: list[InterruptResult]) -> str:
-    if not results:
-        return "no request in progress"
-    words = {
-        InterruptOutcome.STOPPED: "stopped",
-        InterruptOutcome.ALREADY_DONE: "already finished",
-        InterruptOutcome.UNKNOWN: "unknown request",
-        InterruptOutcome.TIMED_OUT: "told to stop, but its stream is still open",
-    }
-    return "; ".join(f"{result.request_id}: {words[result.outcome]}" for result in results)
+def _only(data: _S, fields: Collection[str] | None) -> _S:
+    """Leave out what was not asked for; nothing asked for is everything."""
+    if not fields:
+        return data
+    asked = {name: getattr(data, name) for name in data.__struct_fields__ if name in fields}
+    return type(data)(**asked)
 
 
-def _usage(result: Result) -> Usage | None:
-    usage = result.usage
-    if usage is None:
-        return None
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -26,6 +26,7 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
+from gateway.protocol import FunctionCall
 from metrics.instruments import Metrics
 
 MAX_FRAME_CHARS = 16 * 1024
@@ -55,10 +56,10 @@ class OutboxSettings:
 
 
 class FrameEncoder(Protocol):
-    """Makes the frame of a piece of text."""
+    """Makes the frames of an answer, with `text_stream_seq` seq."""
 
-    def encode(self, seq: int, text: str, timestamp_ms: int) -> bytes:
-        """The frame with `text_stream_seq` seq."""
+    def encode_text(self, seq: int, text: str, timestamp_ms: int) -> bytes: ...
+    def encode_call(self, seq: int, call: FunctionCall, timestamp_ms: int) -> bytes: ...
 
 
 @dataclass(slots=True)
@@ -67,7 +68,8 @@ class _Frame:
     """JSON of a text frame, or bytes for the wire where `raw`."""
     raw: bool = False
     outlet: Outlet | None = None
-    chars: int = 0
+    text: str = ""
+    """The part of an answer that it carries."""
     terminal: bool = False
     on_written: Callable[[float], None] | None = None
 
@@ -396,6 +398,7 @@ class Outlet:
         """True while its reader waits for the client."""
         self.delivered_text_chars = 0
         """What was handed to the kernel in whole frames, in Unicode code points."""
+        self._delivered: list[str] = []
         self._finishing = self._terminal_written = False
 
     @property
@@ -403,6 +406,11 @@ class Outlet:
         """True when the terminal frame was handed to the kernel, or cannot be held back now."""
         begun = self._outbox.begun_frame(self)
         return self._terminal_written or (begun is not None and begun.terminal)
+
+    @property
+    def delivered_text(self) -> str:
+        """What `delivered_text_chars` counts."""
+        return "".join(self._delivered)
 
     def put(self, text: str) -> None:
         """Send a piece of the answer. Blocks the caller while its client is behind."""
@@ -412,6 +420,22 @@ class Outlet:
         if not self._flush_due:
             self._flush_due = True
             self._loop.run_callback(self._flush)
+        if not self._outbox.has_room:
+            self._wait()
+
+    def put_call(self, call: FunctionCall, on_written: Callable[[float], None]) -> None:
+        """Send a function call, behind all text. Blocks the caller while its client is behind.
+
+        Args:
+            call: what the client is to call.
+            on_written: as of `finish`.
+        """
+        if self._shut:
+            return
+        self._flush()
+        payload = self._encoder.encode_call(self._next_seq, call, time.time_ns() // 1_000_000)
+        self._next_seq += 1
+        self._outbox.put_data(_Frame(payload, outlet=self, on_written=on_written))
         if not self._outbox.has_room:
             self._wait()
 
@@ -440,8 +464,8 @@ class Outlet:
         self._outbox.purge(self)
         begun = self._outbox.begun_frame(self)
         if begun is not None:
-            self.delivered_text_chars += begun.chars
-            begun.chars = 0
+            self._count(begun)
+            begun.text = ""
 
     def progress_at(self) -> float:
         """`time.monotonic()` of the client's last progress while all waits for it, else 0."""
@@ -449,9 +473,14 @@ class Outlet:
 
     def frame_written(self, frame: _Frame) -> None:
         """A frame of ours was handed to the kernel."""
-        self.delivered_text_chars += frame.chars
+        self._count(frame)
         if frame.terminal:
             self._terminal_written = True
+
+    def _count(self, frame: _Frame) -> None:
+        if frame.text:
+            self.delivered_text_chars += len(frame.text)
+            self._delivered.append(frame.text)
 
     def _wait(self) -> None:
         self.waiting = True
@@ -469,6 +498,6 @@ class Outlet:
         now_ms = time.time_ns() // 1_000_000
         for start in range(0, len(text), MAX_FRAME_CHARS):
             piece = text[start : start + MAX_FRAME_CHARS]
-            payload = self._encoder.encode(self._next_seq, piece, now_ms)
+            payload = self._encoder.encode_text(self._next_seq, piece, now_ms)
             self._next_seq += 1
-            self._outbox.put_data(_Frame(payload, outlet=self, chars=len(piece)))
+            self._outbox.put_data(_Frame(payload, outlet=self, text=piece))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import enum
 import json
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -65,6 +67,7 @@ class InterruptReason(enum.StrEnum):
     CLIENT_SHUTDOWN = "CLIENT_SHUTDOWN"
     CONNECTION_LOST = "CONNECTION_LOST"
     SERVER_SHUTDOWN = "SERVER_SHUTDOWN"
+    SESSION_TIMEOUT = "SESSION_TIMEOUT"
 
 
 _CLIENT_REASONS = {
@@ -122,6 +125,46 @@ class FrameError(Exception):
 
 # Client to server.
 
+MAX_FUNCTIONS = 128
+"""Functions of one session: what providers take."""
+
+_FUNCTION_PATH = re.compile(
+    r"`\$\.((?P<outer>update_session)\.)?function_calling\[(?P<index>\d+)\]"
+)
+"""Where msgspec says that a fault is in a function's definition."""
+
+
+class Platform(enum.StrEnum):
+    """What kind of client it is."""
+
+    WEB = "WEB"
+    APP = "APP"
+    MINI_PROGRAM = "MINI_PROGRAM"
+    TV = "TV"
+
+
+class OnNewRequest(enum.StrEnum):
+    """What a REQUEST does while another is live."""
+
+    INTERRUPT = "interrupt"
+    PARALLEL = "parallel"
+    REJECT = "reject"
+
+
+class FunctionOp(enum.StrEnum):
+    """What an update does with the functions that it names."""
+
+    REPLACE = "REPLACE"
+    ADD = "ADD"
+    UPDATE = "UPDATE"
+    DELETE = "DELETE"
+
+
+VoiceMode: TypeAlias = Literal["BASE64", "BINARY"]
+
+FunctionName: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+"""As providers take them."""
+
 RequestId: TypeAlias = Annotated[str, Meta(pattern=r"^[ -~]{1,64}\Z")]
 """1 to 64 printable ASCII characters."""
 
@@ -147,36 +190,131 @@ class AccountAuth(Struct, frozen=True, tag_field="type", tag="ACCOUNT"):
         return "AccountAuth(…)"
 
 
+class SystemPrompt(Struct, frozen=True):
+    """Who the model is to be, and how it is to answer."""
+
+    role_description: str | None = None
+    response_requirements: str | None = None
+
+
+class SceneContext(Struct, frozen=True):
+    """Where the user is, or what stands before them."""
+
+    scene_description: str | None = None
+    keywords: list[str] | None = None
+
+
+class FunctionParameter(Struct, frozen=True):
+    """One parameter, where a definition lists them instead of giving a JSON Schema."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    type: Literal["string", "number", "integer", "boolean", "array", "object"]
+    description: str | None = None
+    required: bool = True
+
+
+class FunctionDefinition(Struct, frozen=True, omit_defaults=True):
+    """A function that the client can call for the model.
+
+    `parameters` is a JSON Schema of type object, or a list of parameters.
+    """
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | list[FunctionParameter] | None = None
+
+
+class SessionUpdate(Struct, frozen=True):
+    """What a REQUEST may change of its session; what is absent or null stays as it is.
+
+    `function_calling` names functions by definition; for DELETE their names alone are enough.
+    """
+
+    require_tts: bool | None = None
+    enable_srs: bool | None = None
+    system_prompt: SystemPrompt | None = None
+    scene_context: SceneContext | None = None
+    function_calling_op: FunctionOp | None = None
+    function_calling: list[FunctionDefinition | FunctionName] | None = None
+
+
+_NO_UPDATE = SessionUpdate()
+
+
 class Register(Struct, frozen=True):
-    """The first message of a session."""
+    """The first message of a session. Older clients say `client_type` for `platform`."""
 
     msg_type: ClassVar = "REGISTER"
     auth: ApiKeyAuth | AccountAuth
+    platform: Platform | None = None
+    client_type: Platform | None = None
     require_tts: bool = False
+    enable_srs: bool = True
+    function_calling: list[FunctionDefinition] | None = None
+    system_prompt: SystemPrompt | None = None
+    scene_context: SceneContext | None = None
+    on_new_request: OnNewRequest | None = None
 
 
 class RequestContent(Struct, frozen=True):
-    """The `content` of a REQUEST, of either data type."""
+    """The `content` of a REQUEST, of either data type; `voice` is base64 on the wire."""
 
     text: str | None = None
-    voice_mode: Literal["BASE64", "BINARY"] | None = None
+    voice_mode: VoiceMode | None = None
+    voice: bytes | None = None
+    audio_format: str | None = None
 
 
 class Request(Struct, frozen=True):
-    """A user's turn."""
+    """A user's turn, or a piece of it; and changes of the session, at either of two places."""
 
     msg_type: ClassVar = "REQUEST"
     request_id: RequestId
     data_type: Literal["TEXT", "VOICE"]
     content: RequestContent
+    stream_flag: bool = False
+    stream_seq: int = 0
+    require_tts: bool | None = None
+    enable_srs: bool | None = None
+    system_prompt: SystemPrompt | None = None
+    scene_context: SceneContext | None = None
+    function_calling_op: FunctionOp | None = None
+    function_calling: list[FunctionDefinition | FunctionName] | None = None
+    update_session: SessionUpdate | None = None
+
+    @property
+    def updates(self) -> list[SessionUpdate]:
+        """The changes in the order in which they are to be made."""
+        of_ours = SessionUpdate(
+            self.require_tts,
+            self.enable_srs,
+            self.system_prompt,
+            self.scene_context,
+            self.function_calling_op,
+            self.function_calling,
+        )
+        return [one for one in (of_ours, self.update_session) if one not in (None, _NO_UPDATE)]
+
+
+class FunctionResult(Struct, frozen=True):
+    """What the client's function returned; with a `request_id` the model is to go on."""
+
+    msg_type: ClassVar = "FUNCTION_RESULT"
+    call_id: Annotated[str, Meta(min_length=1, max_length=256)]
+    result: Any
+    request_id: RequestId | None = None
 
 
 class Interrupt(Struct, frozen=True):
-    """Stop one request, or (no id) every live one of the session."""
+    """Stop one request, or (no id) every live one of the session.
+
+    `delivered_text_chars` says how many Unicode code points of the answer the user really got.
+    """
 
     msg_type: ClassVar = "INTERRUPT"
     interrupt_request_id: _TargetId | UnsetType | None = UNSET
     reason: str | None = None
+    delivered_text_chars: Annotated[int, Meta(ge=0)] | None = None
 
     @property
     def target(self) -> str | None:
@@ -189,16 +327,25 @@ class Interrupt(Struct, frozen=True):
         return _CLIENT_REASONS.get(self.reason or "", InterruptReason.OTHER)
 
 
+class SessionQuery(Struct, frozen=True):
+    """Ask for the session's data, or (no fields) for all of it."""
+
+    msg_type: ClassVar = "SESSION_QUERY"
+    query_fields: list[str] | None = None
+
+
 class HealthCheck(Struct, frozen=True):
-    """Allowed before REGISTER too."""
+    """Allowed before REGISTER too. No fields ask for all."""
 
     msg_type: ClassVar = "HEALTH_CHECK"
+    check_fields: list[str] | None = None
 
 
 class HeartbeatReply(Struct, frozen=True):
     """Never answered: clients answer every HEARTBEAT, so this would go on for ever."""
 
     msg_type: ClassVar = "HEARTBEAT_REPLY"
+    client_status: Any = None
 
 
 class Shutdown(Struct, frozen=True):
@@ -208,7 +355,17 @@ class Shutdown(Struct, frozen=True):
     reason: str | None = None
 
 
-ClientPayload: TypeAlias = Register | Request | Interrupt | HealthCheck | HeartbeatReply | Shutdown
+ClientPayload: TypeAlias = (
+    Register
+    | Request
+    | Interrupt
+    | FunctionResult
+    | SessionQuery
+    | HealthCheck
+    | HeartbeatReply
+    | Shutdown
+)
+CLIENT_PAYLOADS: tuple[type[Any], ...] = get_args(ClientPayload)
 
 
 class ClientFrame(Struct, frozen=True):
@@ -247,8 +404,7 @@ class _BadRequest(Struct):
 
 _envelope_decoder = msgspec.json.Decoder(_Envelope)
 _payload_decoders: dict[str, msgspec.json.Decoder[Any]] = {
-    payload.msg_type: msgspec.json.Decoder(payload)
-    for payload in (Register, Request, Interrupt, HealthCheck, HeartbeatReply, Shutdown)
+    payload.msg_type: msgspec.json.Decoder(payload) for payload in CLIENT_PAYLOADS
 }
 _voice_decoder = msgspec.json.Decoder(_VoiceRequest)
 _id_decoder = msgspec.json.Decoder(_OnlyId)
@@ -296,18 +452,85 @@ def decode(data: bytes) -> ClientFrame:
     try:
         payload = decoder.decode(envelope.payload)
     except msgspec.DecodeError as error:
-        raise _malformed(error, "payload", _request_id(envelope)) from None
-    if (
-        isinstance(payload, Request)
-        and payload.data_type == "TEXT"
-        and payload.content.text is None
-    ):
-        raise FrameError(
-            ErrorCode.MALFORMED_PAYLOAD,
-            "a TEXT request without `payload.content.text`",
-            payload.request_id,
-        )
+        where = _function_named(str(error), envelope.payload) or "payload"
+        raise _malformed(error, where, _request_id(envelope)) from None
+    if fault := _fault(payload):
+        raise FrameError(ErrorCode.MALFORMED_PAYLOAD, fault, _request_id(envelope))
     return ClientFrame(envelope.session_id, payload)
+
+
+def _fault(payload: ClientPayload) -> str | None:
+    """What the types alone do not say."""
+    match payload:
+        case Register():
+            return _function_fault(payload.function_calling or [])
+        case Request():
+            if payload.data_type == "TEXT" and payload.content.text is None:
+                return "a TEXT request without `payload.content.text`"
+            if payload.data_type == "VOICE" and payload.content.voice_mode is None:
+                return "a VOICE request without `payload.content.voice_mode`"
+            faults = (_update_fault(update) for update in payload.updates)
+            return next((fault for fault in faults if fault), None)
+        case _:
+            return None
+
+
+def _update_fault(update: SessionUpdate) -> str | None:
+    functions = update.function_calling
+    if functions is None:
+        return update.function_calling_op and "`function_calling_op` without `function_calling`"
+    definitions = [one for one in functions if isinstance(one, FunctionDefinition)]
+    if update.function_calling_op is not FunctionOp.DELETE and len(definitions) < len(functions):
+        return "`function_calling`: a name alone is enough only for DELETE"
+    return _function_fault(definitions)
+
+
+def _function_fault(functions: Sequence[FunctionDefinition]) -> str | None:
+    if len(functions) > MAX_FUNCTIONS:
+        return f"`function_calling`: {len(functions)} functions; the limit is {MAX_FUNCTIONS}"
+    seen: set[str] = set()
+    for function in functions:
+        if function.name in seen:
+            return f"function {function.name!r}: `name` is there twice"
+        seen.add(function.name)
+        if fault := _parameters_fault(function.parameters):
+            return f"function {function.name!r}: {fault}"
+    return None
+
+
+def _parameters_fault(parameters: dict[str, Any] | list[FunctionParameter] | None) -> str | None:
+    if isinstance(parameters, list):
+        names = [parameter.name for parameter in parameters]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        return twice and f"`parameters`: {twice!r} is there twice"
+    schema = parameters or {}
+    if schema.get("type", "object") != "object":
+        return "`parameters.type` must be 'object'"
+    properties = schema.get("properties", {})
+    if not isinstance(properties, dict):
+        return "`parameters.properties` must be an object"
+    for name, value in properties.items():
+        if not isinstance(value, dict | bool):
+            return f"`parameters.properties.{name[:64]}` must be a JSON Schema"
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        return "`parameters.required` must be a list of names"
+    return None
+
+
+def _function_named(message: str, payload: msgspec.Raw) -> str | None:
+    """Which function of a list is the one that a message is about, by its name."""
+    found = _FUNCTION_PATH.search(message)
+    if found is None:
+        return None
+    try:
+        inside = msgspec.json.decode(payload)
+        for step in (found["outer"], "function_calling"):
+            inside = inside[step] if step else inside
+        name = inside[int(found["index"])]["name"]
+    except (LookupError, TypeError):
+        return None
+    return f"function {name[:64]!r}" if isinstance(name, str) else None
 
 
 def _malformed(error: Exception, where: str, request_id: str | None = None) -> FrameError:
@@ -363,6 +586,16 @@ class ResponseContent(Struct, frozen=True, omit_defaults=True):
     """The `content` of a RESPONSE; empty on the last frame."""
 
     text: str | UnsetType = UNSET
+    voice: bytes | UnsetType = UNSET
+    """16 kHz 16-bit mono PCM, base64 on the wire."""
+
+
+class FunctionCall(Struct, frozen=True):
+    """The model asks the client to call a function."""
+
+    name: str
+    parameters: dict[str, Any]
+    call_id: str
 
 
 class Usage(Struct, frozen=True):
@@ -383,6 +616,7 @@ class Response(Struct, frozen=True, omit_defaults=True):
     request_id: str
     text_stream_seq: int
     content: ResponseContent = msgspec.field(default_factory=ResponseContent)
+    function_call: FunctionCall | UnsetType = UNSET
     voice_stream_seq: int | UnsetType = UNSET
     interrupted: bool | UnsetType = UNSET
     interrupt_reason: str | UnsetType = UNSET
@@ -416,12 +650,12 @@ class InterruptAck(Struct, frozen=True):
     interrupt_request_id: str | UnsetType | None = UNSET
 
 
-class HealthStatus(Struct, frozen=True):
+class HealthStatus(Struct, frozen=True, omit_defaults=True):
     """`conn_count` is the number of open connections; `cpu_usage` percent of one core."""
 
-    status: str
-    conn_count: int
-    cpu_usage: float
+    status: str | UnsetType = UNSET
+    conn_count: int | UnsetType = UNSET
+    cpu_usage: float | UnsetType = UNSET
 
 
 class HealthCheckAck(Struct, frozen=True):
@@ -429,6 +663,42 @@ class HealthCheckAck(Struct, frozen=True):
 
     msg_type: ClassVar = "HEALTH_CHECK_ACK"
     health_status: HealthStatus
+
+
+class SessionData(Struct, frozen=True, omit_defaults=True):
+    """What was asked of a session; `create_time` in milliseconds since the epoch."""
+
+    platform: Platform | UnsetType | None = UNSET
+    require_tts: bool | UnsetType = UNSET
+    enable_srs: bool | UnsetType = UNSET
+    function_calling: list[FunctionDefinition] | UnsetType = UNSET
+    create_time: int | UnsetType = UNSET
+    remaining_seconds: int | UnsetType = UNSET
+
+
+class SessionInfo(Struct, frozen=True):
+    """The answer to a SESSION_QUERY."""
+
+    msg_type: ClassVar = "SESSION_INFO"
+    session_data: SessionData
+    status: str = "SUCCESS"
+    message: str = ""
+
+
+class Heartbeat(Struct, frozen=True):
+    """Asks for a HEARTBEAT_REPLY, which renews the session."""
+
+    msg_type: ClassVar = "HEARTBEAT"
+    remaining_seconds: int
+
+
+class SessionWarn(Struct, frozen=True):
+    """The session ends soon, unless it is renewed."""
+
+    msg_type: ClassVar = "SESSION_WARN"
+    remaining_seconds: int
+    message: str
+    warn_type: str = "EXPIRE_SOON"
 
 
 class Error(Struct, frozen=True, omit_defaults=True):
@@ -445,7 +715,18 @@ class Error(Struct, frozen=True, omit_defaults=True):
     usage: Usage | UnsetType | None = UNSET
 
 
-ServerPayload: TypeAlias = RegisterAck | Response | InterruptAck | HealthCheckAck | Shutdown | Error
+ServerPayload: TypeAlias = (
+    RegisterAck
+    | Response
+    | InterruptAck
+    | SessionInfo
+    | Heartbeat
+    | SessionWarn
+    | HealthCheckAck
+    | Shutdown
+    | Error
+)
+SERVER_PAYLOADS: tuple[type[Any], ...] = get_args(ServerPayload)
 
 
 class _ServerFrame(Struct, frozen=True):
@@ -478,8 +759,8 @@ def encode(payload: ServerPayload, session_id: str | None, timestamp_ms: int) ->
     )
 
 
-class TextEncoder:
-    """Encodes the text frames of one request: `encode()` of a RESPONSE, but what stays the same
+class ResponseEncoder:
+    """Encodes the frames of one request's answer: `encode()` of a RESPONSE, but what stays the same
     is encoded once, since this runs for every token."""
 
     def __init__(self, session_id: str, request_id: str) -> None:
@@ -489,7 +770,16 @@ class TextEncoder:
             % (VERSION.encode(), _encoder.encode(session_id), _encoder.encode(request_id))
         )
 
-    def encode(self, seq: int, text: str, timestamp_ms: int) -> bytes:
+    def encode_call(self, seq: int, call: FunctionCall, timestamp_ms: int) -> bytes:
+        """One frame with `text_stream_seq` seq, and a call in place of text."""
+        return b'%b%d,"content":{},"function_call":%b},"timestamp":%d}' % (
+            self._head,
+            seq,
+            _encoder.encode(call),
+            timestamp_ms,
+        )
+
+    def encode_text(self, seq: int, text: str, timestamp_ms: int) -> bytes:
         """One frame with `text_stream_seq` seq."""
         return b'%b%d,"content":{"text":%b}},"timestamp":%d}' % (
             self._head,

@@ -32,7 +32,6 @@ from gateway.outbox import Outbox, OutboxSettings
 from gateway.protocol import (
     MAX_FRAME_BYTES,
     ClientFrame,
-    ErrorCode,
     FrameError,
     decode,
 )
@@ -68,6 +67,9 @@ class Session(Protocol):
 
     def bad_frame(self, error: FrameError) -> None:
         """A frame that was not understood."""
+
+    def voice(self, voice: bytes) -> None:
+        """A binary frame."""
 
     def connection_lost(self, reason: str) -> None:
         """Nothing can be read or written any more. May be told more than once."""
@@ -345,9 +347,10 @@ class _Connection:
 
     def _deliver(self, session: Session, message: bytes) -> None:
         read_at = self._heard_at
+        if self._message_opcode is Opcode.BINARY:
+            session.voice(message)
+            return
         try:
-            if self._message_opcode is Opcode.BINARY:
-                raise FrameError(ErrorCode.MALFORMED_PAYLOAD, "a binary frame outside of a request")
             frame = decode(message)
         except FrameError as error:
             _log.info("Refused message", session_id=None, code=error.code, detail=error.detail)

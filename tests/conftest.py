@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from actors.session import SessionSettings
 from gateway.server import ServerSettings
 from llm.stream import Provider
 from run import Gateway, Settings
@@ -27,19 +28,19 @@ def make_gateway(provider: ProviderProcess) -> Iterator[Callable[..., Gateway]]:
     """Starts gateways on free ports, and stops them after the test.
 
     Keyword arguments of what is made: fields of `Provider` (its `base_url` is the scripted
-    provider's unless given); `server`, `supervisor`, `on_new_request` of `Settings`.
+    provider's unless given) and of `SessionSettings`; `server`, `supervisor` of `Settings`.
     """
     gateways: list[Gateway] = []
 
     def make(**fields: Any) -> Gateway:
-        settings = {
-            name: fields.pop(name)
-            for name in ("server", "supervisor", "on_new_request")
-            if name in fields
-        }
+        settings = {name: fields.pop(name) for name in ("server", "supervisor") if name in fields}
+        of_session = {field.name for field in dataclasses.fields(SessionSettings)} & fields.keys()
+        session = SessionSettings(**{name: fields.pop(name) for name in of_session})
         server = dataclasses.replace(settings.pop("server", ServerSettings()), port=0)
         llm = {"base_url": provider.base_url, "model": "test", **fields}
-        gateway = Gateway(Settings(provider=Provider(**llm), server=server, **settings))
+        gateway = Gateway(
+            Settings(provider=Provider(**llm), server=server, session=session, **settings)
+        )
         gateway.start()
         gateways.append(gateway)
         return gateway

@@ -11,8 +11,8 @@ import gevent
 import gevent.event
 import pytest
 
-from actors.session import OnNewRequest
 from gateway.outbox import Outlet
+from gateway.protocol import OnNewRequest
 from gateway.server import ServerSettings
 from llm.connections import ConnectionReader
 from llm.lanes import lanes

@@ -28,7 +28,7 @@ from gateway.outbox import (
     OutboxSettings,
     Outlet,
 )
-from gateway.protocol import TextEncoder
+from gateway.protocol import ResponseEncoder
 from metrics.instruments import Metrics
 from tests.harness.client import wait_until
 
@@ -67,7 +67,7 @@ class Pair:
         self.died.set()
 
     def outlet(self, request_id: str = "req_1") -> Outlet:
-        return self.outbox.outlet(TextEncoder("sess_1", request_id))
+        return self.outbox.outlet(ResponseEncoder("sess_1", request_id))
 
     def fill_kernel(self) -> None:
         """From now on the kernel takes nothing; the client will skip what fills it."""

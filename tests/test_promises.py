@@ -10,7 +10,7 @@ import gevent
 import gevent.event
 import pytest
 
-from actors.session import OnNewRequest
+from gateway.protocol import OnNewRequest
 from llm.connections import ConnectionReader
 from run import Gateway
 from tests.harness import scripts

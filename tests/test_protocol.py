@@ -31,15 +31,17 @@ from gateway.protocol import (
     InterruptReason,
     InterruptResult,
     Outcome,
+    Platform,
     Register,
     RegisterAck,
     Request,
     RequestContent,
     Response,
     ResponseContent,
+    ResponseEncoder,
     ServerPayload,
+    SessionUpdate,
     Shutdown,
-    TextEncoder,
     Usage,
     decode,
     encode,
@@ -77,18 +79,18 @@ READ: list[tuple[str, dict[str, Any], ClientPayload]] = [
     (
         "REGISTER",
         {"auth": {"type": "API_KEY", "api_key": "k"}, "platform": "WEB", "require_tts": True},
-        Register(ApiKeyAuth("k"), require_tts=True),
+        Register(ApiKeyAuth("k"), platform=Platform.WEB, require_tts=True),
     ),
     (
         "REGISTER",
         {"auth": {"type": "ACCOUNT", "account": "me", "password": "p"}, "client_type": "TV"},
-        Register(AccountAuth("me", "p")),
+        Register(AccountAuth("me", "p"), client_type=Platform.TV),
     ),
     ("REQUEST", text_request("你好 😀"), Request("req_1", "TEXT", RequestContent("你好 😀"))),
     (
         "REQUEST",
         text_request("", stream_flag=False, stream_seq=0, update_session={"a": 1}),
-        Request("req_1", "TEXT", RequestContent("")),
+        Request("req_1", "TEXT", RequestContent(""), update_session=SessionUpdate()),
     ),
     (
         "REQUEST",
@@ -97,7 +99,7 @@ READ: list[tuple[str, dict[str, Any], ClientPayload]] = [
             "data_type": "VOICE",
             "content": {"voice_mode": "BASE64", "voice": "AAAA", "audio_format": "pcm"},
         },
-        Request("req_1", "VOICE", RequestContent(voice_mode="BASE64")),
+        Request("req_1", "VOICE", RequestContent(None, "BASE64", b"\0\0\0", "pcm")),
     ),
     (
         "INTERRUPT",
@@ -107,8 +109,8 @@ READ: list[tuple[str, dict[str, Any], ClientPayload]] = [
     ("INTERRUPT", {"interrupt_request_id": None}, Interrupt(None)),
     ("INTERRUPT", {"interrupt_request_id": ""}, Interrupt("")),
     ("INTERRUPT", {}, Interrupt(UNSET)),
-    ("HEALTH_CHECK", {"check_fields": ["status"]}, HealthCheck()),
-    ("HEARTBEAT_REPLY", {"client_status": "ok"}, HeartbeatReply()),
+    ("HEALTH_CHECK", {"check_fields": ["status"]}, HealthCheck(["status"])),
+    ("HEARTBEAT_REPLY", {"client_status": "ok"}, HeartbeatReply("ok")),
     ("SHUTDOWN", {"reason": "bye"}, Shutdown("bye")),
     ("SHUTDOWN", {}, Shutdown()),
 ]
@@ -269,9 +271,14 @@ def text_of_size(size: int) -> bytes:
 
 
 def voice_of_size(size: int, mode: str = "BASE64", data_type: str = "VOICE") -> bytes:
-    content = {"voice_mode": mode, "voice": "PAD"}
-    payload = {"request_id": "req_1", "data_type": data_type, "content": content}
-    return of_size(size, payload, content)
+    content = {"voice_mode": mode, "voice": "AAAA"}
+    payload = {
+        "request_id": "req_1",
+        "data_type": data_type,
+        "content": content,
+        "padding": "PAD",
+    }
+    return of_size(size, payload, payload)
 
 
 def test_text_may_have_exactly_256_kib() -> None:
@@ -486,9 +493,9 @@ AWKWARD = [
 @pytest.mark.parametrize("text", AWKWARD)
 @pytest.mark.parametrize("request_id", ["req_1", 'a"\\%b %d{}', "~" * 64])
 def test_the_fast_encoder_writes_what_the_other_one_does(text: str, request_id: str) -> None:
-    encoder = TextEncoder(SESSION, request_id)
+    encoder = ResponseEncoder(SESSION, request_id)
     for seq, timestamp in ((0, 0), (7, 1740000000000), (2**40, -1)):
-        data = encoder.encode(seq, text, timestamp)
+        data = encoder.encode_text(seq, text, timestamp)
         response = Response(request_id, seq, ResponseContent(text))
         assert data == encode(response, SESSION, timestamp)
         read = json.loads(data)

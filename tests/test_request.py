@@ -29,6 +29,7 @@ from actors.messages import (
     SupervisorMessage,
 )
 from actors.request import RequestActor
+from gateway.protocol import FunctionCall
 from llm.chat import Delta, Usage
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
 from llm.stream import Ending, LlmClient, Provider, Result
@@ -43,10 +44,15 @@ class FakeOutlet:
 
     def __init__(self) -> None:
         self.texts: list[str] = []
+        self.calls: list[FunctionCall] = []
         self.waited_at = 0.0
 
     def put(self, text: str) -> None:
         self.texts.append(text)
+
+    def put_call(self, call: FunctionCall, on_written: Callable[[float], None]) -> None:
+        self.calls.append(call)
+        on_written(time.monotonic())
 
     def progress_at(self) -> float:
         return self.waited_at
@@ -73,7 +79,6 @@ class Given:
             session=self.session,
             tell_supervisor=tell_supervisor or self.supervisor_mail.append,
             source=self.source,
-            body=b"{}",
             outlet=self.outlet,
             metrics=self.metrics,
         )
@@ -89,9 +94,9 @@ class Given:
 
     def start(self) -> FakeStream:
         """Start it, and wait until its stream runs."""
-        self.tell(Start())
-        assert self.stream.started.wait(LIMIT)
-        return self.stream
+        self.tell(Start(b"{}"))
+        stream: FakeStream = self.source.next()
+        return stream
 
     def report(self) -> Result:
         """Wait for the one report."""
@@ -167,13 +172,13 @@ TO_STATE: dict[str, list[object]] = {
 STEPS: list[tuple[str, object, str]] = [
     ("connecting", StreamOpened(), "waiting"),
     ("connecting", FirstToken(), "connecting"),  # a reader says that the stream is open first
-    ("connecting", Start(), "connecting"),
+    ("connecting", Start(b""), "connecting"),
     ("waiting", StreamOpened(), "waiting"),
     ("waiting", FirstToken(), "streaming"),
-    ("waiting", Start(), "waiting"),
+    ("waiting", Start(b""), "waiting"),
     ("streaming", StreamOpened(), "streaming"),
     ("streaming", FirstToken(), "streaming"),
-    ("streaming", Start(), "streaming"),
+    ("streaming", Start(b""), "streaming"),
 ]
 
 
@@ -214,7 +219,7 @@ def test_every_live_state_leads_to_every_end(
 
 
 EVERY_MESSAGE = [
-    Start(),
+    Start(b""),
     StreamOpened(),
     FirstToken(),
     Stop(),
@@ -307,11 +312,11 @@ def test_a_usage_that_cannot_be_counted_does_not_cost_the_report(usage: Usage) -
 
 def test_stopped_before_its_start_it_reports_at_once_and_never_starts() -> None:
     given = Given()
-    given.tell(Stop(), Start())
+    given.tell(Stop(), Start(b""))
     assert given.report() == Result(Ending.CLOSED)
     given.release()
     given.assert_over()
-    assert not given.stream.started.is_set()
+    assert given.source.streams == []
     assert given.outcomes() == {}  # there was no generation to measure
     assert given.samples("llm_posts_total") == {"": 0}
 
@@ -336,7 +341,7 @@ def test_stopped_before_its_reader_ran_it_still_ends_in_one_report() -> None:
     given = Given(client)
     # From a timer, between two turns of all greenlets: the reader is spawned and killed unrun.
     timer = gevent.get_hub().loop.timer(0)
-    timer.start(given.tell, Start(), Stop())
+    timer.start(lambda: given.tell(Start(b""), Stop()))
     result = given.report()
     assert (result.ending, result.closed_at) == (Ending.CLOSED, None)
     given.release()
@@ -395,10 +400,10 @@ def is_our_failure(result: Result) -> bool:
 
 def test_failing_in_a_handler_before_its_start_it_reports_a_failure() -> None:
     given = Given()
-    given.tell(NONSENSE, Start())
+    given.tell(NONSENSE, Start(b""))
     assert is_our_failure(given.report())
     given.assert_over()
-    assert not given.stream.started.is_set()
+    assert given.source.streams == []
 
 
 def test_failing_while_it_opens_it_reports_a_failure() -> None:
@@ -420,7 +425,7 @@ def test_failing_while_it_opens_it_reports_a_failure() -> None:
 @pytest.mark.parametrize("error", [OSError("no"), gevent.Timeout(60), SystemExit(1)])
 def test_failing_to_start_its_stream_it_reports_a_failure(error: BaseException) -> None:
     given = Given(FakeSource(fail_start=error))
-    given.tell(Start())
+    given.tell(Start(b""))
     assert is_our_failure(given.report())
     given.assert_over()
     assert given.stream.close_asked.is_set()
@@ -568,6 +573,10 @@ def test_its_progress_is_the_later_one_of_provider_and_client() -> None:
     given.settle()
     accepted = given.supervisor_mail[0]
     assert isinstance(accepted, RequestAccepted)
+    assert accepted.progress_at() == accepted.accepted_at  # nothing is begun
+    given.outlet.waited_at = accepted.accepted_at + 1
+    assert accepted.progress_at() == accepted.accepted_at + 1
+    given.start()
     for provider, client in itertools.permutations([10.0, 20.0]):
         given.stream.progress_at, given.outlet.waited_at = provider, client
         assert accepted.progress_at() == 20.0

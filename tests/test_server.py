@@ -420,7 +420,7 @@ def test_the_session_id_of_another_session_is_refused(gateway: Gateway) -> None:
 def test_a_health_check_is_answered_before_and_after_registration(gateway: Gateway) -> None:
     with Client(gateway.server.port, register=False) as client:
         for session_id in (None, None):
-            client.send("HEALTH_CHECK", {"check_fields": ["status"]}, session_id=session_id)
+            client.send("HEALTH_CHECK", {}, session_id=session_id)
             health = client.next()
             assert health.msg_type == "HEALTH_CHECK_ACK"
             status = health.payload["health_status"]

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import gevent
 import pytest
 
-from actors.session import OnNewRequest
+from gateway.protocol import OnNewRequest
 from gateway.outbox import MAX_CONTROL_FRAMES, OutboxSettings
 from gateway.server import ServerSettings
 from run import Gateway

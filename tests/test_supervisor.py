@@ -414,7 +414,7 @@ def test_after_a_failure_those_alive_register_again_and_the_census_is_right() ->
 def the_one_request() -> pykka.ActorRef[RequestActor]:
     """The only request-actor, when it has done all that it was told."""
     (request,) = pykka.ActorRegistry.get_by_class(RequestActor)
-    request.ask(Start(), timeout=LIMIT)  # changes nothing for one that was started
+    request.ask(Start(b""), timeout=LIMIT)  # changes nothing for one that was started
     return request
 
 
