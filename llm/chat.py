@@ -43,6 +43,21 @@ class Tool(msgspec.Struct, frozen=True):
     parameters: dict[str, Any]
 
 
+class CallPiece(msgspec.Struct, frozen=True):
+    """A piece of a function call, as it is streamed; what is missing or null is None or ""."""
+
+    index: int | None
+    """Of the call that it belongs to, where the provider counts them."""
+    id: str
+    name: str
+    arguments: str
+
+    @property
+    def chars(self) -> int:
+        """Its length in Unicode code points; 0 when there is nothing in it."""
+        return len(self.id) + len(self.name) + len(self.arguments)
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens of one generation, as the provider counted them."""
 
@@ -59,11 +74,20 @@ class Delta(msgspec.Struct, frozen=True):
     """Length of reasoning text in Unicode code points; the text itself is not relayed."""
     finish_reason: str | None = None
     usage: Usage | None = None
+    calls: tuple[CallPiece, ...] = ()
+    """Pieces of function calls, in a chunk; `llm/calls.py` puts them together."""
+    call_chars: int = 0
+    """Length of such pieces in Unicode code points, for a sink; the calls follow when complete."""
 
     @property
     def is_token(self) -> bool:
         """True when it carries part of the answer, of any kind."""
-        return bool(self.text or self.reasoning_chars)
+        return bool(
+            self.text
+            or self.reasoning_chars
+            or self.call_chars
+            or any(piece.chars for piece in self.calls)
+        )
 
 
 class MalformedChunkError(ValueError):
@@ -74,10 +98,23 @@ class ErrorChunkError(Exception):
     """The provider reported an error inside a stream; the text is its message."""
 
 
+class _Function(msgspec.Struct):
+    name: str | None = None
+    arguments: str | dict[str, Any] | None = None
+
+
+class _CallPiece(msgspec.Struct):
+    index: int | None = None
+    id: str | None = None
+    function: _Function | None = None
+
+
 class _ChunkDelta(msgspec.Struct):
     content: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
+    tool_calls: list[_CallPiece | None] | None = None
+    function_call: _Function | None = None
 
 
 class _Choice(msgspec.Struct):
@@ -161,7 +198,28 @@ def parse_chunk(data: str) -> Delta:
         len(reasoning) if reasoning else 0,
         choice.finish_reason,
         None if chunk.usage is None else _usage(chunk.usage),
+        _call_pieces(delta) if delta.tool_calls or delta.function_call else (),
     )
+
+
+def _call_pieces(delta: _ChunkDelta) -> tuple[CallPiece, ...]:
+    pieces = [
+        _call_piece(piece.index, piece.id, piece.function)
+        for piece in delta.tool_calls or ()
+        if piece is not None
+    ]
+    if delta.function_call is not None:  # the legacy form: one call an answer, without an id
+        pieces.append(_call_piece(0, None, delta.function_call))
+    return tuple(pieces)
+
+
+def _call_piece(index: int | None, call_id: str | None, function: _Function | None) -> CallPiece:
+    name = arguments = None
+    if function is not None:
+        name, arguments = function.name, function.arguments
+    if isinstance(arguments, dict):
+        arguments = _encoder.encode(arguments).decode()
+    return CallPiece(index, call_id or "", name or "", arguments or "")
 
 
 def _usage(value: object) -> Usage | None:

@@ -50,6 +50,10 @@ class MalformedStreamError(StreamError):
     """The stream breaks the event-stream format, or an event is not a chat completion chunk."""
 
 
+class MalformedCallError(StreamError):
+    """A function call of the model that cannot be handed on: no name, no JSON object, too much."""
+
+
 class ProviderReportedError(StreamError):
     """The provider reported an error inside the stream."""
 

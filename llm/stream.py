@@ -14,7 +14,7 @@ import enum
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import gevent
 import requests
@@ -27,11 +27,13 @@ from urllib3.exceptions import (
     ReadTimeoutError,
 )
 
+from llm.calls import CallAssembler
 from llm.chat import (
     DONE,
     Delta,
     ErrorChunkError,
     MalformedChunkError,
+    ToolCall,
     Usage,
     error_message,
     parse_chunk,
@@ -42,6 +44,7 @@ from llm.errors import (
     ConnectFailedError,
     IncompleteAnswerError,
     LimitPassedError,
+    MalformedCallError,
     MalformedStreamError,
     NotAStreamError,
     ProviderReportedError,
@@ -50,6 +53,8 @@ from llm.errors import (
 from llm.lanes import lanes
 from llm.lines import BodyEnded, Lines
 from metrics.logs import get_logger
+
+_T = TypeVar("_T")
 
 _log = get_logger("LLM")
 
@@ -62,6 +67,9 @@ _DRAIN_BYTES = 4096
 _DRAIN_SECONDS = 0.02
 """After `[DONE]` the last chunk is as good as there; only when it was read may the next request
 have the connection. A server that leaves the stream open costs this much and its connection."""
+
+_CUT = frozenset({"length", "content_filter"})
+"""Finish reasons of an answer that ended before the model was done."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +98,17 @@ class Provider:
 
 
 class Sink(Protocol):
-    """What a reader writes to. Both are called in the reader's greenlet."""
+    """What a reader writes to. All are called in the reader's greenlet."""
 
     def opened(self) -> None:
         """The provider answered with an event stream."""
 
     def put(self, delta: Delta) -> None:
-        """Take what came in one read. May block: then this stream waits, and no other."""
+        """Take what came in one read, of calls only how much. May block: then this stream waits,
+        and no other."""
+
+    def call(self, call: ToolCall) -> None:
+        """A call that is complete. May block."""
 
 
 class Ending(enum.Enum):
@@ -207,7 +219,8 @@ class Generation:
 
         self._lines: Lines | None = None
         self._texts: list[str] = []
-        self._reasoning_chars = self._reasoning_put = 0
+        self._reasoning_chars = self._reasoning_put = self._call_chars = 0
+        self._calls = CallAssembler()
         self._finish_reason: str | None = None
         self._usage: Usage | None = None
 
@@ -336,10 +349,15 @@ class Generation:
                     continue
                 if data == DONE:
                     self._hand_on()
-                    if self._finish_reason is None and (bare := self._bare_error()):
-                        raise bare
+                    if self._finish_reason is None:
+                        if bare := self._bare_error():
+                            raise bare
+                        self._give_calls()
                     return
                 self._take(parse_chunk(data))
+        except MalformedCallError as error:
+            self._hand_on()
+            raise MalformedCallError(self._client.quote(str(error))) from None
         except (MalformedChunkError, UnicodeDecodeError) as error:
             self._hand_on()
             if not (self._lines and self._lines.ended):
@@ -360,19 +378,40 @@ class Generation:
         if delta.text:
             self._texts.append(delta.text)
         self._reasoning_chars += delta.reasoning_chars
+        if delta.calls:
+            self._calls.add(delta.calls)
+            self._call_chars += sum(piece.chars for piece in delta.calls)
+        is_finish = bool(delta.finish_reason) and self._finish_reason is None
         self._finish_reason = delta.finish_reason or self._finish_reason
         self._usage = delta.usage or self._usage
         self._watchdog.event(is_token=delta.is_token)
+        if is_finish:
+            self._give_calls()
 
     def _hand_on(self) -> None:
         """Give the sink everything that came with the last read."""
-        if not self._texts and self._reasoning_put == self._reasoning_chars:
+        reasoning_chars = self._reasoning_chars - self._reasoning_put
+        if not (self._texts or reasoning_chars or self._call_chars):
             return
-        delta = Delta("".join(self._texts), self._reasoning_chars - self._reasoning_put)
+        delta = Delta("".join(self._texts), reasoning_chars, call_chars=self._call_chars)
         self._texts.clear()
         self._reasoning_put = self._reasoning_chars
+        self._call_chars = 0
+        self._give(self._sink.put, delta)
+
+    def _give_calls(self) -> None:
+        """The answer is finished: give the sink its calls, after its text."""
+        calls = self._calls.finish(is_cut=self._finish_reason in _CUT)
+        if calls:
+            self._hand_on()
+        for call in calls:
+            if self._closing:  # since the reader last waited: the kill is on its way
+                raise gevent.GreenletExit
+            self._give(self._sink.call, call)
+
+    def _give(self, give: Callable[[_T], None], what: _T) -> None:
         self._watchdog.paused = True  # a slow client is not the provider's silence
-        self._sink.put(delta)
+        give(what)
         self._watchdog.paused = False
         self._watchdog.since = time.monotonic()
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from llm.chat import (
+    CallPiece,
     Delta,
     ErrorChunkError,
     MalformedChunkError,
@@ -124,15 +125,107 @@ def chunk(delta: object, finish_reason: str | None = None, **more: Any) -> str:
         pytest.param(
             chunk({"content": "So", "reasoning_content": ""}), Delta("So"), id="empty-reasoning"
         ),
-        pytest.param(chunk({"content": None, "tool_calls": [TOOL_CALL]}), Delta(), id="tool-calls"),
         pytest.param(
-            chunk({"function_call": {"name": "f", "arguments": ""}}), Delta(), id="function-call"
+            chunk({"content": "So", "tool_calls": [TOOL_CALL]}, "tool_calls"),
+            Delta("So", 0, "tool_calls", calls=(CallPiece(0, "call_1", "f", ""),)),
+            id="text-and-tool-call-and-finish",
         ),
+        pytest.param(
+            chunk({"content": None, "tool_calls": None, "function_call": None}),
+            Delta(),
+            id="null-tool-calls",
+        ),
+        pytest.param(chunk({"content": "a", "tool_calls": []}), Delta("a"), id="no-tool-calls"),
         pytest.param(chunk({"content": "a"}) + "\n ", Delta("a"), id="whitespace-around-it"),
     ],
 )
 def test_a_chunk_is_read_leniently(data: str, delta: Delta) -> None:
     assert parse_chunk(data) == delta
+
+
+@pytest.mark.parametrize(
+    ("delta", "pieces"),
+    [
+        pytest.param(
+            {"content": None, "tool_calls": [TOOL_CALL]},
+            [CallPiece(0, "call_1", "f", "")],
+            id="first-piece",
+        ),
+        pytest.param(
+            {"tool_calls": [{"index": 1, "function": {"arguments": '{"x": "你'}}]},
+            [CallPiece(1, "", "", '{"x": "你')],
+            id="later-piece",
+        ),
+        pytest.param(
+            {"tool_calls": [TOOL_CALL, {**TOOL_CALL, "index": 1, "id": "call_2"}]},
+            [CallPiece(0, "call_1", "f", ""), CallPiece(1, "call_2", "f", "")],
+            id="two-in-one-delta",
+        ),
+        pytest.param(
+            {
+                "tool_calls": [
+                    {
+                        "index": None,
+                        "id": None,
+                        "type": None,
+                        "function": {"name": None, "arguments": None},
+                    }
+                ]
+            },
+            [CallPiece(None, "", "", "")],
+            id="all-null",
+        ),
+        pytest.param(
+            {"tool_calls": [{"id": "", "function": {"name": "", "arguments": ""}}]},
+            [CallPiece(None, "", "", "")],
+            id="all-empty",
+        ),
+        pytest.param(
+            {"tool_calls": [{}, {"index": 2, "function": None}, None, {"function": {}}]},
+            [
+                CallPiece(None, "", "", ""),
+                CallPiece(2, "", "", ""),
+                CallPiece(None, "", "", ""),
+            ],
+            id="all-missing",
+        ),
+        pytest.param(
+            {"tool_calls": [{"index": 0, "function": {"arguments": {"x": [1.5, "é"], "y": {}}}}]},
+            [CallPiece(0, "", "", '{"x":[1.5,"é"],"y":{}}')],
+            id="arguments-as-an-object",
+        ),
+        pytest.param(
+            {"tool_calls": [{"index": 0, "function": {"arguments": {}}}]},
+            [CallPiece(0, "", "", "{}")],
+            id="arguments-as-an-empty-object",
+        ),
+        pytest.param(
+            {"function_call": {"name": "f", "arguments": ""}},
+            [CallPiece(0, "", "f", "")],
+            id="legacy-first-piece",
+        ),
+        pytest.param(
+            {"content": None, "function_call": {"arguments": "{}"}},
+            [CallPiece(0, "", "", "{}")],
+            id="legacy-later-piece",
+        ),
+        pytest.param(
+            {"function_call": {"name": None, "arguments": {"x": 1}}},
+            [CallPiece(0, "", "", '{"x":1}')],
+            id="legacy-object",
+        ),
+        pytest.param({"function_call": {}}, [CallPiece(0, "", "", "")], id="legacy-empty"),
+        pytest.param(
+            {"function_call": {"name": "g"}, "tool_calls": [TOOL_CALL]},
+            [CallPiece(0, "call_1", "f", ""), CallPiece(0, "", "g", "")],
+            id="both-forms",
+        ),
+    ],
+)
+def test_pieces_of_function_calls_are_read_leniently(
+    delta: dict[str, Any], pieces: list[CallPiece]
+) -> None:
+    assert parse_chunk(chunk(delta)) == Delta(delta.get("content") or "", calls=tuple(pieces))
 
 
 def test_only_the_first_choice_counts() -> None:
@@ -148,9 +241,14 @@ def test_only_the_first_choice_counts() -> None:
         (Delta(reasoning_chars=1), True),
         (Delta(finish_reason="stop"), False),
         (Delta(usage=Usage(1)), False),
+        (Delta(call_chars=1), True),
+        (Delta(calls=(CallPiece(0, "", "", ""), CallPiece(None, "", "", ""))), False),
+        (Delta(calls=(CallPiece(0, "a", "", ""),)), True),
+        (Delta(calls=(CallPiece(0, "", "f", ""),)), True),
+        (Delta(calls=(CallPiece(0, "", "", ""), CallPiece(0, "", "", " "))), True),
     ],
 )
-def test_a_token_is_text_or_reasoning(delta: Delta, is_token: bool) -> None:
+def test_a_token_is_text_or_reasoning_or_a_piece_of_a_call(delta: Delta, is_token: bool) -> None:
     assert delta.is_token is is_token
 
 
@@ -194,6 +292,10 @@ def test_an_error_object_is_told_from_a_chunk(data: str, message: str) -> None:
         '{"choices": [{"delta": "text"}]}',
         '{"choices": [{"delta": {"content": 7}}]}',
         '{"choices": [{"delta": {}, "finish_reason": 7}]}',
+        '{"choices": [{"delta": {"tool_calls": {}}}]}',
+        '{"choices": [{"delta": {"tool_calls": [{"index": "first"}]}}]}',
+        '{"choices": [{"delta": {"tool_calls": [{"function": {"arguments": []}}]}}]}',
+        '{"choices": [{"delta": {"function_call": "f"}}]}',
         '{"choices": []} {"choices": []}',
         '{"choices": [{"delta": {"content": "half a pair: \\ud83d"}}]}',
         pytest.param('{"choices": [], "more": ' + "[" * 100_000, id="deep"),

@@ -24,12 +24,13 @@ import gevent.event
 import pytest
 import urllib3
 
-from llm.chat import Delta, Message, Usage, encode_body
+from llm.chat import Delta, Message, ToolCall, Usage, encode_body
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
     IncompleteAnswerError,
     LimitPassedError,
+    MalformedCallError,
     MalformedStreamError,
     NotAStreamError,
     ProviderReportedError,
@@ -53,9 +54,13 @@ class RecordingSink:
 
     def __init__(self) -> None:
         self.deltas: list[Delta] = []
+        self.calls: list[ToolCall] = []
+        self.all: list[str | ToolCall] = []
+        """Texts and calls in the order in which they came."""
         self.times_opened = 0
         self.blocked = gevent.event.Event()
         self.on_put: Callable[[Delta], None] = lambda delta: None
+        self.on_call: Callable[[ToolCall], None] = lambda call: None
         self._news = gevent.event.Event()
         self._gate = gevent.event.Event()
         self._gate.set()
@@ -70,11 +75,19 @@ class RecordingSink:
 
     def put(self, delta: Delta) -> None:
         self.deltas.append(delta)
+        if delta.text:
+            self.all.append(delta.text)
         self._news.set()
         self.on_put(delta)
         if not self._gate.is_set():
             self.blocked.set()
             self._gate.wait()
+
+    def call(self, call: ToolCall) -> None:
+        self.calls.append(call)
+        self.all.append(call)
+        self._news.set()
+        self.on_call(call)
 
     def block_on_put(self) -> None:
         self._gate.clear()
@@ -85,6 +98,9 @@ class RecordingSink:
     def wait_text(self, text: str) -> None:
         """Until the text so far is, or begins with, this one."""
         self.wait_for(lambda: self.text.startswith(text), f"text {text!r}, got {self.text!r}")
+
+    def wait_puts(self, count: int) -> None:
+        self.wait_for(lambda: len(self.deltas) >= count, f"{count} puts")
 
     def wait_opened(self) -> None:
         self.wait_for(lambda: self.times_opened > 0, "the stream to open")
@@ -392,6 +408,329 @@ def test_a_flood_after_done_does_not_hold_the_end_up(
     run = Run(client, provider.fresh(script)).start()
     run.wait_completed()
     provider.wait_closed(conn_of(provider, run))
+
+
+# Function calls ---------------------------------------------------------------------------------
+
+ARGUMENTS = '{"city": "København", "days": [1, 2]}'
+WEATHER = ToolCall("call_1", "get_weather", ARGUMENTS)
+TIME = ToolCall("call_2", "get_time", '{"zone": "CET"}')
+WEATHER_EVENTS = scripts.call_events(WEATHER.name, WEATHER.arguments)
+TIME_EVENTS = scripts.call_events(TIME.name, TIME.arguments, index=1, call_id=TIME.id)
+OWN_ID = re.compile(r"call_[0-9a-f]{24}\Z")
+
+CALLS: Mapping[str, tuple[Sequence[bytes], Sequence[ToolCall]]] = {
+    "in pieces": (WEATHER_EVENTS, [WEATHER]),
+    "one character at a time": (
+        scripts.call_events(WEATHER.name, ARGUMENTS, piece_chars=1),
+        [WEATHER],
+    ),
+    "at once": (
+        [
+            scripts.call_event(
+                {
+                    "index": 0,
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": ARGUMENTS},
+                }
+            )
+        ],
+        [WEATHER],
+    ),
+    "empty names later": (
+        scripts.call_events(WEATHER.name, ARGUMENTS, later="empty"),
+        [WEATHER],
+    ),
+    "null names later": (scripts.call_events(WEATHER.name, ARGUMENTS, later="null"), [WEATHER]),
+    "no arguments": (scripts.call_events("f", ""), [ToolCall("call_1", "f", "{}")]),
+    "arguments as an object": (
+        [scripts.call_event({"index": 0, "id": "a", "function": {"name": "f", "arguments": {}}})],
+        [ToolCall("a", "f", "{}")],
+    ),
+    "one after the other": ([*WEATHER_EVENTS, *TIME_EVENTS], [WEATHER, TIME]),
+    "the second first": ([*TIME_EVENTS, *WEATHER_EVENTS], [TIME, WEATHER]),
+    "interleaved": (scripts.interleaved(WEATHER_EVENTS, TIME_EVENTS), [WEATHER, TIME]),
+    "without index": (
+        [
+            *scripts.call_events(WEATHER.name, ARGUMENTS, index=None),
+            *scripts.call_events(TIME.name, TIME.arguments, index=None, call_id=TIME.id),
+        ],
+        [WEATHER, TIME],
+    ),
+}
+"""The events of an answer's calls, and the calls."""
+
+
+@pytest.mark.parametrize("variant", CALLS)
+def test_function_calls_are_given_whole_and_in_order_after_the_text(
+    client: LlmClient, provider: ProviderProcess, variant: str
+) -> None:
+    events, calls = CALLS[variant]
+    run = Run(client, provider.fresh(scripts.call_answer(events, ["Let me ", "look."]))).start()
+    result = run.wait_completed()
+    assert (result.finish_reason, result.usage) == ("tool_calls", Usage(9, 12, 21))
+    assert run.sink.text == "Let me look."
+    assert run.sink.all[-len(calls) :] == run.sink.calls == calls
+
+
+@pytest.mark.parametrize("variant", ["legacy", "no id"])
+def test_a_call_without_an_id_is_given_one(
+    client: LlmClient, provider: ProviderProcess, variant: str
+) -> None:
+    if variant == "legacy":
+        events = scripts.legacy_call_events(WEATHER.name, ARGUMENTS)
+    else:
+        events = scripts.call_events(WEATHER.name, ARGUMENTS, call_id=None)
+    run = Run(client, provider.fresh(scripts.call_answer(events, reason="function_call"))).start()
+    assert run.wait_completed().finish_reason == "function_call"
+    [call] = run.sink.calls
+    assert OWN_ID.match(call.id)
+    assert (call.name, call.arguments) == (WEATHER.name, ARGUMENTS)
+
+
+def test_an_answer_with_calls_leaves_its_connection_to_the_next_request(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    runs = []
+    for _ in range(2):
+        runs.append(Run(client, provider.fresh(scripts.call_answer(WEATHER_EVENTS))).start())
+        runs[-1].wait_completed()
+    assert conn_of(provider, runs[0]) == conn_of(provider, runs[1])
+    assert posts(provider, runs[0].script) == 1
+
+
+def test_text_and_calls_and_the_finish_in_one_read_keep_their_order(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    finish = scripts.delta_event({"content": "Now."}, "tool_calls")
+    events = [text_event("So. "), *WEATHER_EVENTS, finish, text_event("Later."), done()]
+    run = Run(client, provider.fresh(scripts.raw([b"".join(events)]))).start()
+    run.wait_completed()
+    assert run.sink.all == ["So. Now.", WEATHER, "Later."]
+
+
+def test_calls_are_given_at_the_finish_reason_and_not_before(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    key = provider.unique("key")
+    script = [
+        *scripts.opening(),
+        *scripts.chunks([*WEATHER_EVENTS, text_event("a")]),
+        wait(key),
+        send(chunk(finish_event("tool_calls"))),
+        scripts.hang(),
+    ]
+    run = Run(client, provider.fresh(script)).start()
+    run.sink.wait_text("a")
+    assert run.sink.calls == []
+    provider.release(key)
+    run.sink.wait_for(lambda: run.sink.calls == [WEATHER], "the call")
+    assert run.results == []
+    run.generation.close()
+    assert run.wait_end().ending is Ending.CLOSED
+    assert run.sink.calls == [WEATHER]
+
+
+def test_without_a_finish_reason_calls_are_given_at_done(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    script = scripts.raw([text_event("a"), *WEATHER_EVENTS, *TIME_EVENTS, done()])
+    run = Run(client, provider.fresh(script)).start()
+    assert run.wait_completed().finish_reason is None
+    assert run.sink.all == ["a", WEATHER, TIME]
+
+
+@pytest.mark.parametrize("end", [scripts.last_chunk(), b""], ids=["proper end", "truncated"])
+def test_with_a_finish_reason_calls_need_no_done(
+    client: LlmClient, provider: ProviderProcess, end: bytes
+) -> None:
+    script = [*scripts.opening(), *scripts.chunks([*WEATHER_EVENTS, finish_event("tool_calls")])]
+    run = Run(client, provider.fresh([*script, send(end), scripts.close()])).start()
+    run.wait_completed()
+    assert run.sink.calls == [WEATHER]
+
+
+def test_calls_are_given_once_however_often_the_finish_comes(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    again = scripts.call_event({"index": 0, "id": "", "function": {"name": "", "arguments": ""}})
+    finish = finish_event("tool_calls")
+    events = [*WEATHER_EVENTS, finish, again, finish, finish_event("stop"), done()]
+    run = Run(client, provider.fresh(scripts.raw(events))).start()
+    run.wait_completed()
+    assert run.sink.calls == [WEATHER]
+
+
+@pytest.mark.parametrize("calls", [[], [WEATHER]], ids=["without calls", "with a call"])
+def test_a_call_that_goes_on_after_the_finish_is_malformed(
+    client: LlmClient, provider: ProviderProcess, calls: list[ToolCall]
+) -> None:
+    before = WEATHER_EVENTS if calls else []
+    events = [*before, finish_event(), text_event("a"), *TIME_EVENTS, done()]
+    run = Run(client, provider.fresh(scripts.raw(events))).start()
+    run.wait_failed(
+        MalformedCallError,
+        "^malformed function call of 'get_time': a part of it came after its end$",
+    )
+    assert run.sink.all == [*calls, "a"]
+
+
+MALFORMED_CALLS: Mapping[str, tuple[Sequence[bytes], str]] = {
+    "no json": (scripts.call_events("f", "Copenhagen"), "of 'f': its arguments are no JSON: "),
+    "half json": (scripts.call_events("f", '{"x":'), "of 'f': its arguments are no JSON: "),
+    "no object": (scripts.call_events("f", "[1]"), "of 'f': its arguments are no JSON object$"),
+    "no name": (scripts.call_events("", "{}"), "it has no name$"),
+    "the second": (
+        [*WEATHER_EVENTS, *scripts.call_events("g", "?", index=1)],
+        "of 'g': its arguments are no JSON: ",
+    ),
+    "too many": (
+        [scripts.call_event({"index": i, "function": {"name": "f"}}) for i in range(129)],
+        "of 'f': it is one of over 128$",
+    ),
+    "too much": (
+        scripts.call_events("f", "x" * (1 << 20), piece_chars=1 << 17),
+        "of 'f': the answer's calls are over 1 MiB$",
+    ),
+    "the key for a name": (scripts.call_events(KEY, "?"), r"of '\*\*\*': its arguments"),
+}
+
+
+@pytest.mark.parametrize("ends_with", ["finish", "done"])
+@pytest.mark.parametrize("fault", MALFORMED_CALLS)
+def test_a_malformed_call_fails_the_answer_and_none_is_given(
+    client: LlmClient, provider: ProviderProcess, fault: str, ends_with: str
+) -> None:
+    events, words = MALFORMED_CALLS[fault]
+    end = [finish_event("tool_calls")] if ends_with == "finish" else []
+    body = b"".join([text_event("So. "), *events, text_event("a"), *end, done()])
+    script = [*scripts.opening(), send(chunk(body)), scripts.hang()]
+    run = Run(client, provider.fresh(script)).start()
+    run.wait_failed(MalformedCallError, f"^malformed function call.*{words}")
+    assert run.sink.calls == []
+    assert run.sink.text == ("So. " if fault.startswith("too") else "So. a")
+    provider.wait_closed(conn_of(provider, run))
+    assert posts(provider, run.script) == 1
+
+
+@pytest.mark.parametrize("reason", ["length", "content_filter"])
+def test_a_call_that_was_cut_off_before_its_arguments_is_not_given(
+    client: LlmClient, provider: ProviderProcess, reason: str
+) -> None:
+    script = scripts.call_answer(scripts.call_events("f", ""), reason=reason)
+    run = Run(client, provider.fresh(script)).start()
+    run.wait_failed(MalformedCallError, "the answer was cut off before its arguments$")
+    assert run.sink.calls == []
+
+
+@pytest.mark.parametrize(
+    ("script", "error"),
+    [
+        (scripts.cut_in_call(WEATHER_EVENTS, ["a"]), IncompleteAnswerError),
+        (scripts.cut_in_call([*WEATHER_EVENTS, finish_event()], ["a"]), IncompleteAnswerError),
+        (scripts.raw([text_event("a"), *WEATHER_EVENTS]), IncompleteAnswerError),
+        (scripts.raw([text_event("a"), *WEATHER_EVENTS, b"data: {\n\n"]), MalformedStreamError),
+        (
+            scripts.raw([text_event("a"), *WEATHER_EVENTS, scripts.error_event("no"), done()]),
+            ProviderReportedError,
+        ),
+        (
+            scripts.raw([text_event("a"), *WEATHER_EVENTS, b'{"error": "no"}\n', done()]),
+            ProviderReportedError,
+        ),
+    ],
+    ids=["cut in it", "cut after it", "end after it", "malformed", "error", "bare error"],
+)
+def test_an_answer_that_is_not_completed_gives_no_call(
+    client: LlmClient, provider: ProviderProcess, script: Script, error: type[StreamError]
+) -> None:
+    run = Run(client, provider.fresh(script)).start()
+    run.wait_failed(error, "")
+    assert run.sink.all == ["a"]
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_close_before_the_finish_gives_no_call(
+    client: LlmClient, provider: ProviderProcess, is_whole: bool
+) -> None:
+    events = WEATHER_EVENTS if is_whole else WEATHER_EVENTS[:-1]
+    key = provider.unique("key")
+    script = [*scripts.opening(), *scripts.chunks([*events, text_event("a")]), wait(key)]
+    run = Run(client, provider.fresh([*script, *scripts.ending("tool_calls")])).start()
+    run.sink.wait_text("a")
+    run.generation.close()
+    provider.release(key)
+    assert run.wait_end().ending is Ending.CLOSED
+    provider.wait_closed(conn_of(provider, run))
+    assert run.sink.all == ["a"]
+
+
+def test_a_close_while_a_call_is_taken_gives_no_further_one(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    run = Run(client, provider.fresh(scripts.call_answer([*WEATHER_EVENTS, *TIME_EVENTS])))
+    blocked = gevent.event.Event()
+
+    def block(_: ToolCall) -> None:
+        blocked.set()
+        gevent.event.Event().wait()
+
+    run.sink.on_call = block
+    run.start()
+    assert blocked.wait(PATIENCE_SECONDS)
+    run.generation.close()
+    assert run.wait_end().ending is Ending.CLOSED
+    provider.wait_closed(conn_of(provider, run))
+    assert run.sink.calls == [WEATHER]
+
+
+@pytest.mark.parametrize("at", ["text", "call"])
+def test_a_close_from_within_the_sink_gives_no_further_call(
+    client: LlmClient, provider: ProviderProcess, at: str
+) -> None:
+    # All in one read: the reader does not wait once until the end.
+    body = b"".join([text_event("a"), *WEATHER_EVENTS, *TIME_EVENTS, finish_event(), done()])
+    run = Run(client, provider.fresh(scripts.raw([body])))
+    if at == "text":
+        run.sink.on_put = lambda _: run.generation.close()
+    else:
+        run.sink.on_call = lambda _: run.generation.close()
+    run.start()
+    result = run.wait_end()
+    assert (result.ending, result.error) == (Ending.CLOSED, None)
+    assert result.closed_at is not None
+    assert run.sink.all == (["a"] if at == "text" else ["a", WEATHER])
+    assert len(run.results) == 1
+
+
+def test_pieces_of_a_call_are_told_by_their_length(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    key = provider.unique("key")
+    script: Script = [*scripts.opening()]
+    for number, event in enumerate(WEATHER_EVENTS):
+        script += [wait(f"{key}-{number}"), send(chunk(event))]
+    run = Run(client, provider.fresh([*script, *scripts.ending("tool_calls")])).start()
+    for number in range(len(WEATHER_EVENTS)):
+        provider.release(f"{key}-{number}")
+        run.sink.wait_puts(number + 1)
+    run.wait_completed()
+    assert all(delta.is_token and not delta.text for delta in run.sink.deltas)
+    first, *rest = [delta.call_chars for delta in run.sink.deltas]
+    assert first == len("call_1get_weather")
+    assert sum(rest) == len(ARGUMENTS)
+
+
+def test_pieces_that_come_in_one_read_are_told_at_once(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    nothing = scripts.call_event({"index": 0, "function": {"arguments": ""}})
+    script = scripts.raw([b"".join(WEATHER_EVENTS), nothing, finish_event(), done()])
+    run = Run(client, provider.fresh(script)).start()
+    run.wait_completed()
+    chars = len("call_1get_weather" + ARGUMENTS)
+    assert run.sink.deltas == [Delta(call_chars=chars)]
 
 
 # Exactly one POST -------------------------------------------------------------------------------
@@ -1313,6 +1652,16 @@ NO_TOKEN: Mapping[str, Script] = {
     "role only": [*scripts.opening(), scripts.hang()],
     "comments only": [*scripts.opening(), COMMENTS],
     "a flood of comments": [*scripts.opening(), scripts.repeat([send(chunk(b": \n\n" * 999))])],
+    "empty pieces of calls only": [
+        *scripts.opening(),
+        scripts.repeat(
+            [
+                send(chunk(scripts.delta_event({"function_call": {"name": None}}))),
+                send(chunk(scripts.call_event({"index": 0, "function": {"arguments": ""}}))),
+                scripts.sleep(0.01),
+            ]
+        ),
+    ],
     "empty deltas only": [
         *scripts.opening(),
         scripts.repeat([send(chunk(text_event(""))), scripts.sleep(0.01)]),
@@ -1362,7 +1711,14 @@ def test_silence_between_events_passes_the_idle_limit(
 
 
 @pytest.mark.parametrize(
-    "delta", [{"content": "a"}, {"reasoning_content": "hm"}, {"reasoning": "hm"}]
+    "delta",
+    [
+        {"content": "a"},
+        {"reasoning_content": "hm"},
+        {"reasoning": "hm"},
+        {"tool_calls": [{"index": 0, "id": "a", "function": {"name": "f", "arguments": ""}}]},
+        {"function_call": {"name": "f", "arguments": ""}},
+    ],
 )
 def test_a_token_of_any_kind_lifts_the_first_token_limit(
     make_client: MakeClient, provider: ProviderProcess, delta: dict[str, str]
@@ -1402,6 +1758,32 @@ def test_a_slow_sink_is_not_the_providers_silence(
     run.sink.wait_text("ab")
     # And once it has taken everything, silence counts again.
     run.wait_failed(LimitPassedError, "the idle limit")
+
+
+def test_a_sink_that_is_slow_with_a_call_is_not_the_providers_silence(
+    make_client: MakeClient, provider: ProviderProcess
+) -> None:
+    limited = make_client(idle_timeout=SHORT_SECONDS)
+    script = [*scripts.opening(), *scripts.chunks([*WEATHER_EVENTS, finish_event()])]
+    run = Run(limited, provider.fresh([*script, scripts.hang()]))
+    blocked, gate = gevent.event.Event(), gevent.event.Event()
+
+    def block(_: ToolCall) -> None:
+        blocked.set()
+        gate.wait()
+
+    run.sink.on_call = block
+    run.start()
+    assert blocked.wait(PATIENCE_SECONDS)
+    # Others that begin later pass the same limit, one after the other.
+    for _ in range(2):
+        other = Run(limited, provider.fresh(scripts.idle_mid_stream(["x"]))).start()
+        other.wait_failed(LimitPassedError, "the idle limit")
+    assert run.results == []
+    gate.set()
+    # And once it has taken the call, silence counts again.
+    run.wait_failed(LimitPassedError, "the idle limit")
+    assert run.sink.calls == [WEATHER]
 
 
 def test_the_idle_limit_starts_again_when_a_slow_sink_has_taken_everything(
@@ -1633,8 +2015,26 @@ def a_completed_one(client: LlmClient, provider: ProviderProcess) -> Run:
     return Run(client, provider.fresh(scripts.answer(["a"]))).start()
 
 
+def one_with_a_malformed_call(client: LlmClient, provider: ProviderProcess) -> Run:
+    script = scripts.call_answer(scripts.call_events("f", "?"))
+    return Run(client, provider.fresh(script)).start()
+
+
+def one_with_a_call(client: LlmClient, provider: ProviderProcess) -> Run:
+    return Run(client, provider.fresh(scripts.call_answer(WEATHER_EVENTS))).start()
+
+
 @pytest.mark.parametrize(
-    "make", [a_closed_one, a_failed_one, a_truncated_one, a_completed_one], ids=lambda f: f.__name__
+    "make",
+    [
+        a_closed_one,
+        a_failed_one,
+        a_truncated_one,
+        a_completed_one,
+        one_with_a_malformed_call,
+        one_with_a_call,
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_a_generation_that_has_ended_leaves_nothing_for_the_collector(
     client: LlmClient,

@@ -15,7 +15,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 Step: TypeAlias = dict[str, Any]  # JSON; provider.py says which steps there are
 Script: TypeAlias = list[Step]
@@ -97,6 +97,63 @@ def text_event(text: str) -> bytes:
     return delta_event({"content": text})
 
 
+def call_event(*pieces: Mapping[str, Any]) -> bytes:
+    """A delta with pieces of function calls."""
+    return delta_event({"tool_calls": pieces})
+
+
+def call_events(
+    name: str,
+    arguments: str,
+    *,
+    index: int | None = 0,
+    call_id: str | None = "call_1",
+    piece_chars: int = 8,
+    later: Literal["absent", "empty", "null"] = "absent",
+) -> list[bytes]:
+    """One function call, piece by piece: first its name and id, then its arguments.
+
+    Args:
+        name: an empty one is sent as such.
+        arguments: any text, JSON or not.
+        index: None leaves it out.
+        call_id: None leaves it out.
+        piece_chars: length of a piece of the arguments.
+        later: what the pieces after the first have for a name and an id.
+    """
+    place = {} if index is None else {"index": index}
+    first = place | ({} if call_id is None else {"id": call_id}) | {"type": "function"}
+    events = [call_event(first | {"function": {"name": name, "arguments": ""}})]
+    nothing = {"empty": "", "null": None}
+    again = {} if later == "absent" else {"id": nothing[later]}
+    name_again = {} if later == "absent" else {"name": nothing[later]}
+    events += [
+        call_event(place | again | {"function": name_again | {"arguments": piece}})
+        for piece in _cut(arguments, piece_chars)
+    ]
+    return events
+
+
+def legacy_call_events(name: str, arguments: str, piece_chars: int = 8) -> list[bytes]:
+    """One function call as it was streamed before there were tools."""
+    first = {"role": "assistant", "content": None, "function_call": {"name": name, "arguments": ""}}
+    pieces = _cut(arguments, piece_chars)
+    return [
+        delta_event(first),
+        *(delta_event({"function_call": {"arguments": piece}}) for piece in pieces),
+    ]
+
+
+def interleaved(*calls: Sequence[bytes]) -> list[bytes]:
+    """Events of calls that are streamed at the same time, one of each in turn."""
+    rounds = itertools.zip_longest(*calls)
+    return [event for one_of_each in rounds for event in one_of_each if event is not None]
+
+
+def _cut(text: str, piece_chars: int) -> list[str]:
+    return [text[start : start + piece_chars] for start in range(0, len(text), piece_chars)]
+
+
 def finish_event(reason: str = "stop", usage: Mapping[str, Any] | None = None) -> bytes:
     """The end of choice 0; a usage follows in an event without choices, as OpenAI sends it."""
     finish = delta_event({}, reason)
@@ -170,6 +227,11 @@ def tokens(texts: Iterable[str], rate: float | None = None) -> Script:
     return [step for one in sends for step in (sleep(1 / rate), one)]
 
 
+def chunks(events: Iterable[bytes]) -> Script:
+    """Each event one chunk and one write."""
+    return [send(chunk(one)) for one in events]
+
+
 def ending(reason: str = "stop", usage: Mapping[str, Any] | None = USAGE) -> Script:
     """Finish, [DONE] and the last chunk: the connection can serve another request."""
     return [send(chunk(finish_event(reason, usage))), send(chunk(done())), send(last_chunk())]
@@ -181,6 +243,13 @@ def ending(reason: str = "stop", usage: Mapping[str, Any] | None = USAGE) -> Scr
 def answer(texts: Iterable[str], rate: float | None = None) -> Script:
     """A complete answer, as OpenAI gives it."""
     return [*opening(), *tokens(texts, rate), *ending()]
+
+
+def call_answer(
+    events: Iterable[bytes], texts: Iterable[str] = (), reason: str = "tool_calls"
+) -> Script:
+    """A complete answer that ends with function calls: their events, after the texts."""
+    return [*opening(), *tokens(texts), *chunks(events), *ending(reason)]
 
 
 def finish_on_release(texts: Iterable[str], key: str) -> Script:
@@ -273,6 +342,11 @@ def not_sse() -> Script:
 def truncated(texts: Iterable[str]) -> Script:
     """An orderly close in the middle of the answer, without the last chunk."""
     return [*opening(), *tokens(texts), close()]
+
+
+def cut_in_call(events: Sequence[bytes], texts: Iterable[str] = ()) -> Script:
+    """An orderly close before the last of a call's events, without the last chunk."""
+    return [*opening(), *tokens(texts), *chunks(events[:-1]), close()]
 
 
 def reset_mid_stream(texts: Iterable[str]) -> Script:
