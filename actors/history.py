@@ -99,7 +99,8 @@ class History:
         """A turn is over.
 
         A turn that broke before anything came of it is forgotten, and so is one that has nothing
-        to tell.
+        to tell. A completed one without an answer leaves only the user's words, since some
+        providers refuse an empty answer.
 
         Args:
             turn: a turn that runs.
