@@ -7,11 +7,7 @@ BINARY                       stream_seq 0, binary frames, stream_seq -1
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
-from gateway.protocol import ErrorCode
-
-VoiceMode: TypeAlias = Literal["BASE64", "BINARY"]
+from gateway.protocol import ErrorCode, VoiceMode
 
 _LAST = -1
 """The `stream_seq` of the last frame."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from actors.voice import VoiceError, VoiceIntake, VoiceMode
-from gateway.protocol import ErrorCode
+from actors.voice import VoiceError, VoiceIntake
+from gateway.protocol import ErrorCode, VoiceMode
 
 
 def intake(mode: VoiceMode = "BASE64", max_bytes: int = 100) -> VoiceIntake:
