@@ -91,9 +91,12 @@ class History:
         self._turns.append(turn)
         return turn
 
-    def add_call(self, turn: Turn, call: ToolCall) -> None:
-        """The client was given this call by a turn that runs."""
-        turn.calls.append(Call(call))
+    def add_call(self, request_id: str, call: ToolCall) -> None:
+        """The client was given this call by a turn, which may have ended meanwhile."""
+        for turn in reversed(self._turns):
+            if turn.request_id == request_id:
+                turn.calls.append(Call(call))
+                return
 
     def end(self, turn: Turn, text: str, ending: Ending) -> None:
         """A turn is over.

@@ -75,7 +75,7 @@ from gateway.protocol import (
     encode,
     error,
 )
-from llm.chat import ToolCall, encode_body
+from llm.chat import encode_body
 from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
@@ -195,7 +195,7 @@ class SessionActor(GreenletActor):
             case TerminalWritten(request_id):
                 self._on_terminal_written(request_id)
             case CallWritten(request_id, call):
-                self._on_call_written(request_id, call)
+                self._history.add_call(request_id, call)
             case TimeIsDue():
                 self._on_time()
             case StopOverdue(request_id):
@@ -395,11 +395,6 @@ class SessionActor(GreenletActor):
 
     # Functions of the client.
 
-    def _on_call_written(self, request_id: str, call: ToolCall) -> None:
-        live = self._live.get(request_id)
-        if live is not None:
-            self._history.add_call(live.turn, call)
-
     def _function_result(self, result: FunctionResult) -> None:
         request_id = result.request_id
         found = self._history.find_call(result.call_id)
@@ -424,10 +419,13 @@ class SessionActor(GreenletActor):
             value = result.result
             text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
             self._history.set_result(call, text)
-            if request_id is not None:
-                self._go_on(request_id, turn)
-            else:
+            if request_id is None:
                 self._start_next()
+            elif self._history.find_call(result.call_id) is None:
+                detail = f"the result of {call.call.name!r} is more than the history may hold"
+                self._refuse_request(ErrorCode.PAYLOAD_TOO_LARGE, detail, request_id)
+            else:
+                self._go_on(request_id, turn)
 
     def _go_on(self, request_id: str, turn: Turn) -> None:
         if self._farewell is not None:

@@ -466,6 +466,9 @@ class Outlet:
         if begun is not None:
             self._count(begun)
             begun.text = ""
+            if begun.on_written is not None and not begun.terminal:
+                on_written, begun.on_written = begun.on_written, None
+                on_written(time.monotonic())
 
     def progress_at(self) -> float:
         """`time.monotonic()` of the client's last progress while all waits for it, else 0."""

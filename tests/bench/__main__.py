@@ -49,6 +49,8 @@ def _environment() -> dict[str, str]:
 
 def gateway_command(port: int, llm_url: str) -> list[str]:
     flags = ["--port", str(port), "--llm-url", llm_url, "--llm-model", "bench"]
+    # The relay keeps no history either: both POST what the user said.
+    flags += ["--history-messages", "0"]
     return [sys.executable, "run.py", "serve", *flags, "--log-level", "warning"]
 
 
