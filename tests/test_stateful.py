@@ -1,0 +1,200 @@
+"""The promises at random: a machine drives a real gateway, and must find the bugs planted in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import Flaky
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.harness.daemon import Daemon
+from tests.harness.provider_process import ProviderProcess
+from tests.machine import GatewayMachine, Promise, Stage, Violation
+
+EXAMPLES = 300
+
+SETTINGS = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=15,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    report_multiple_bugs=False,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+TO_THE_FIRST = settings(SETTINGS, derandomize=True, phases=[Phase.generate], print_blob=False)
+"""The same examples each time, up to the first that fails, which is not made smaller."""
+
+
+@pytest.fixture(scope="module")
+def provider() -> Iterator[ProviderProcess]:
+    """One of our own, since each look at its journal goes through all of it."""
+    with ProviderProcess() as process:
+        yield process
+
+
+def run_machine(stage: Stage, how: settings) -> None:
+    """Run examples up to the first violation."""
+
+    class Machine(GatewayMachine):
+        pass
+
+    Machine.stage = stage
+    try:
+        run_state_machine_as_test(Machine, settings=how)
+    except Flaky as error:
+        # Races do not come out the same way when they are played again.
+        raise stage.violations[0] if stage.violations else error from error
+
+
+@pytest.mark.timeout(300)
+def test_the_gateway_keeps_its_promises_whatever_clients_do(provider: ProviderProcess) -> None:
+    with Daemon("--llm-url", provider.base_url, "--llm-model", "test") as daemon:
+        stage = Stage(provider, daemon.port)
+        run_machine(stage, SETTINGS)
+        stage.check_posts()
+        assert "Traceback" not in daemon.log
+        assert "Actor failed" not in daemon.log
+    assert stage.examples >= EXAMPLES
+
+
+# The test of the test ----------------------------------------------------------------------------
+
+LAUNCHER = """
+import sys
+import run  # first of all: it patches
+import time
+import gevent
+from actors.live import Live
+from actors.request import RequestActor
+from actors.session import SessionActor
+from gateway.outbox import Outbox, Outlet
+from llm.connections import ConnectionReader
+from llm.stream import Ending, LlmClient, Result
+{bug}
+sys.exit(run.main())
+"""
+
+BUGS: dict[str, tuple[Promise, str]] = {
+    "skip the purge": (
+        Promise.NOTHING_AFTER,
+        """
+Outbox.purge = lambda outbox, outlet: None
+""",
+    ),
+    "ack before close": (
+        Promise.ACK_AFTER_CLOSE,
+        # The close takes long, and is reported before it is done.
+        """
+hang_up, stop_reading = ConnectionReader.hang_up, RequestActor._stop_reading
+def hang_up_slowly(connection):
+    gevent.sleep(0.5)
+    hang_up(connection)
+def report_and_stop(request, stop):
+    request._report(Result(Ending.CLOSED, closed_at=time.monotonic()))
+    stop_reading(request, stop)
+ConnectionReader.hang_up, RequestActor._stop_reading = hang_up_slowly, report_and_stop
+""",
+    ),
+    "terminal frame twice": (
+        Promise.ONE_END,
+        """
+forget = SessionActor._forget
+def forget_and_repeat(session, live, outcome):
+    forget(session, live, outcome)
+    session._send(live.terminal())
+SessionActor._forget = forget_and_repeat
+""",
+    ),
+    "interrupt clears the wrong request": (
+        Promise.RIGHT_TARGET,
+        # One for a request that has ended stops the one that runs.
+        """
+interrupt = SessionActor._interrupt
+def interrupt_what_runs(session, frame, read_at):
+    if frame.target in session._ended:
+        for live in list(session._live.values()):
+            session._stop_request(live, frame.known_reason)
+    interrupt(session, frame, read_at)
+SessionActor._interrupt = interrupt_what_runs
+""",
+    ),
+    "history takes undelivered text": (
+        Promise.HISTORY,
+        """
+put, texts = Outlet.put, {}
+def put_and_keep(outlet, text):
+    texts.setdefault(outlet, []).append(text)
+    put(outlet, text)
+Outlet.put = put_and_keep
+Outlet.delivered_text = property(lambda outlet: "".join(texts.get(outlet, [])))
+""",
+    ),
+    "history takes unheard text": (
+        Promise.HISTORY,
+        """
+Live.heard = lambda live, chars: None
+""",
+    ),
+    "interrupt ahead of its request is forgotten": (
+        Promise.RIGHT_TARGET,
+        """
+SessionActor._take_early = lambda session, request_id: None
+""",
+    ),
+    "long text is cut": (
+        Promise.EXACT_TEXT,
+        """
+put = Outlet.put
+Outlet.put = lambda outlet, text: put(outlet, text[:10_000])
+""",
+    ),
+    "second POST": (
+        Promise.ONE_POST,
+        """
+post = LlmClient.post
+def post_twice(client, body, headers):
+    post(client, body, headers).close()
+    return post(client, body, headers)
+LlmClient.post = post_twice
+""",
+    ),
+    "older request ends late": (
+        Promise.OLD_ENDS_FIRST,
+        """
+send = SessionActor._send
+def send_late(session, payload):
+    late = getattr(payload, "interrupt_reason", None) == "USER_NEW_INPUT"
+    gevent.spawn_later(0.05 * late, send, session, payload) if late else send(session, payload)
+SessionActor._send = send_late
+""",
+    ),
+    "streams outlive their client": (
+        Promise.GONE_IS_STOPPED,
+        """
+end = SessionActor._end
+def end_without_requests(session, reason, farewell):
+    if reason == "CONNECTION_LOST":
+        session._live.clear()
+    end(session, reason, farewell)
+SessionActor._end = end_without_requests
+""",
+    ),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", BUGS)
+def test_the_machine_finds_a_planted_bug(provider: ProviderProcess, name: str) -> None:
+    promise, bug = BUGS[name]
+    arguments = ("--llm-url", provider.base_url, "--llm-model", "test")
+    with Daemon(*arguments, launcher=LAUNCHER.format(bug=bug)) as daemon:
+        stage = Stage(provider, daemon.port, wait_seconds=2.0)
+        with pytest.raises(Violation):
+            run_machine(stage, TO_THE_FIRST)
+    print(f"after {stage.examples} examples: {stage.violations[0]}")
+    assert stage.violations[0].promise is promise
