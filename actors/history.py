@@ -1,6 +1,7 @@
 """The conversation as the user got it, and what the model is sent of it. Pure: no I/O, no clock.
 
-The order of turns is the order in which requests were accepted. A turn runs until `History.end`;
+The order of turns is the order in which requests were accepted, but that one which goes on after
+the results of functions follows the turn that asked for them. A turn runs until `History.end`;
 only ended turns are told to the model, and only they count against the bounds. Whatever happened
 to a turn, what is sent of it is what providers accept: each call of a function is followed by
 its result, a stand-in where there is none, before anything else.
@@ -43,7 +44,7 @@ class Call:
 
     call: ToolCall
     result: str | None = None
-    """JSON text; None until it comes. Set by `History.set_result`."""
+    """As the model is to read it; None until it comes. Set by `History.set_result`."""
 
 
 @dataclass(eq=False)
@@ -59,6 +60,10 @@ class Turn:
     """The calls that the client was given, in order."""
     ending: Ending | None = None
     """None while the turn runs."""
+    goes_on: Turn | None = None
+    """The turn after whose results it goes on."""
+    holds: int = 0
+    """How often it is held: see `History.hold`."""
 
     @property
     def resolved(self) -> bool:
@@ -72,7 +77,7 @@ class History:
     Over a bound the oldest ended turns are forgotten, whole, so that no call loses its result;
     the newest too, where it alone is over the bound. A turn that goes on after results
     (`user_text` None) goes with the question that it belongs to, since no conversation begins with
-    an answer. Running turns are never forgotten.
+    an answer. Running turns, and those that are held, are never forgotten.
 
     Args:
         max_messages: how many messages `messages` may give for all ended turns; 0 keeps no history.
@@ -85,18 +90,35 @@ class History:
         self._max_chars = max_chars
         self._turns: list[Turn] = []
 
-    def begin(self, request_id: str, user_text: str | None) -> Turn:
-        """A request was accepted: its turn runs from here on."""
-        turn = Turn(request_id, user_text)
-        self._turns.append(turn)
+    def begin(self, request_id: str, user_text: str | None, goes_on: Turn | None = None) -> Turn:
+        """A request was accepted: its turn runs from here on.
+
+        Args:
+            request_id: the client's.
+            user_text: what the user said; None for a turn that goes on after results.
+            goes_on: the turn of those results, which is held until this one ends. This one follows
+                it at once: no model could go on from results that lie further back.
+        """
+        turn = Turn(request_id, user_text, goes_on=goes_on)
+        if goes_on is None:
+            self._turns.append(turn)
+        else:
+            self.hold(goes_on)
+            self._turns.insert(self._turns.index(goes_on) + 1, turn)
         return turn
 
-    def add_call(self, request_id: str, call: ToolCall) -> None:
-        """The client was given this call by a turn, which may have ended meanwhile."""
-        for turn in reversed(self._turns):
-            if turn.request_id == request_id:
-                turn.calls.append(Call(call))
-                return
+    def hold(self, turn: Turn) -> None:
+        """Do not forget this turn, whatever the bounds say, until it is released as often."""
+        turn.holds += 1
+
+    def release(self, turn: Turn) -> None:
+        """The contrary of `hold`."""
+        turn.holds -= 1
+        self._apply_bounds()
+
+    def add_call(self, turn: Turn, call: ToolCall) -> None:
+        """The client was given this call by a turn that runs."""
+        turn.calls.append(Call(call))
 
     def end(self, turn: Turn, text: str, ending: Ending) -> None:
         """A turn is over.
@@ -115,13 +137,15 @@ class History:
         broke_at_once = ending is Ending.BROKEN and not text and not turn.calls
         if broke_at_once or not _messages_of(turn):
             self._turns.remove(turn)
+        if turn.goes_on is not None:
+            turn.goes_on.holds -= 1
         self._apply_bounds()
 
-    def trim(self, request_id: str, chars: int) -> bool:
+    def trim(self, request_id: str | None, chars: int) -> bool:
         """The user got less of an ended answer than was sent: cut it, and mark it as interrupted.
 
         Args:
-            request_id: whose answer.
+            request_id: whose answer; None for the last one.
             chars: how many Unicode code points the user got, at least 0. Where that is all of the
                 answer, nothing changes, its ending neither.
 
@@ -129,7 +153,7 @@ class History:
             False when there is no such turn, or it still runs.
         """
         for turn in reversed(self._turns):
-            if turn.request_id == request_id and turn.ending is not None:
+            if request_id in (None, turn.request_id) and turn.ending is not None:
                 if chars < len(turn.text):
                     turn.text = turn.text[:chars]
                     turn.ending = Ending.INTERRUPTED
@@ -151,7 +175,7 @@ class History:
 
         Args:
             call: as found by `find_call`.
-            result: JSON text.
+            result: as the model is to read it.
         """
         call.result = result
         self._apply_bounds()
@@ -176,7 +200,7 @@ class History:
         first_kept = len(self._turns)
         for index in reversed(range(len(self._turns))):
             turn = self._turns[index]
-            if turn.ending is None:
+            if turn.ending is None or turn.holds:
                 continue
             messages += len(_messages_of(turn))
             chars += _chars(turn)
@@ -187,7 +211,7 @@ class History:
         self._turns = [
             turn
             for index, turn in enumerate(self._turns)
-            if index >= first_kept or turn.ending is None
+            if index >= first_kept or turn.ending is None or turn.holds
         ]
 
 

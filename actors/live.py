@@ -28,6 +28,7 @@ from gateway.protocol import (
     Usage,
     error,
 )
+from llm.chat import ToolCall
 from llm.errors import LimitPassedError
 from llm.stream import Ending, Result
 
@@ -56,16 +57,16 @@ class Live:
         outlet: its way to the client.
         actor: the actor that runs it.
         turn: its place in the history.
+        calls: the function calls that the client was given.
         voice_stream_seq: what its terminal frame says of speech.
-        goes_on: the turn of whose functions it waits for the results.
     """
 
     request_id: str
     outlet: Outlet
     actor: pykka.ActorRef[RequestActor]
     turn: Turn
+    calls: list[ToolCall]
     voice_stream_seq: int | UnsetType = UNSET
-    goes_on: Turn | None = None
     started: bool = False
     interrupted_by: InterruptReason | None = None
     reaped: str | None = None
@@ -91,7 +92,8 @@ class Live:
         """True when nothing that it builds on is still to come."""
         if self.started or self.stopping:
             return False
-        return self.goes_on is None or (self.goes_on.ending is not None and self.goes_on.resolved)
+        before = self.turn.goes_on
+        return before is None or (before.ending is not None and before.resolved)
 
     def heard(self, chars: int | None) -> None:
         """The client says how many code points the user got."""

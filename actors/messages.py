@@ -12,7 +12,6 @@ from typing import Any, TypeAlias
 import pykka
 
 from gateway.protocol import ClientFrame, FrameError, InterruptReason
-from llm.chat import ToolCall
 from llm.stream import Result
 
 # To a session.
@@ -64,10 +63,9 @@ class TerminalWritten:
 
 @dataclass(frozen=True, slots=True)
 class CallWritten:
-    """A function call of the model was handed to the kernel."""
+    """A function call of the model was handed to the kernel: there is one more in its list."""
 
     request_id: str
-    call: ToolCall
 
 
 @dataclass(frozen=True, slots=True)

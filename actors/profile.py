@@ -118,6 +118,8 @@ def _schema(parameters: dict[str, Any] | list[FunctionParameter] | None) -> dict
     properties: dict[str, Any] = {}
     for one in parameters or ():
         properties[one.name] = {"type": one.type}
+        if one.type == "array":
+            properties[one.name]["items"] = {}  # providers want to be told of what
         if one.description:
             properties[one.name]["description"] = one.description
     required = [one.name for one in parameters or () if one.required]

@@ -104,7 +104,8 @@ class StreamSource(Protocol):
 class RequestActor(GreenletActor):
     """Runs one generation and reports its end to its session, exactly once.
 
-    It lives until it has reported and its session has released it.
+    It lives until it has reported and its session has released it. Function calls that the client
+    was given are put in the session's list `calls`.
 
     The report comes when the reader is dead, whoever wanted it to end, and even when this actor
     itself fails.
@@ -119,6 +120,7 @@ class RequestActor(GreenletActor):
         tell_supervisor: Callable[[SupervisorMessage], None],
         source: StreamSource,
         outlet: Outlet,
+        calls: list[ToolCall],
         metrics: Metrics,
     ) -> None:
         super().__init__()
@@ -128,6 +130,7 @@ class RequestActor(GreenletActor):
         self._tell_supervisor = tell_supervisor
         self._metrics = metrics
         self._outlet = outlet
+        self._calls = calls
         self._source = source
         self._stream: Stream | None = None
         self._state = self._active_state = RequestState.CONNECTING
@@ -201,7 +204,9 @@ class RequestActor(GreenletActor):
         if self._told_to_stop is None and self._started_at is None:
             self._started_at = time.monotonic()
             self._metrics.llm_posts.inc()
-            relay = _Relay(self.actor_ref, self._session, self._request_id, self._outlet)
+            relay = _Relay(
+                self.actor_ref, self._session, self._request_id, self._outlet, self._calls
+            )
             self._stream = self._source.generation(body, relay, self._reader_ended)
             self._stream.start()
 
@@ -319,11 +324,13 @@ class _Relay:
         session: pykka.ActorRef[Any],
         request_id: str,
         outlet: Outlet,
+        calls: list[ToolCall],
     ) -> None:
         self._request = request
         self._session = session
         self._request_id = request_id
         self._outlet = outlet
+        self._calls = calls
         self._first = True
 
     def opened(self) -> None:
@@ -339,7 +346,8 @@ class _Relay:
     def call(self, call: ToolCall) -> None:
         def written(_at: float) -> None:
             # At once, so that the session knows of it before the client's result can come.
-            tell(self._session, CallWritten(self._request_id, call))
+            self._calls.append(call)
+            tell(self._session, CallWritten(self._request_id))
 
         parameters = msgspec.json.decode(call.arguments, type=dict[str, Any])
         self._outlet.put_call(FunctionCall(call.name, parameters, call.id), written)

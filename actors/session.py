@@ -75,7 +75,7 @@ from gateway.protocol import (
     encode,
     error,
 )
-from llm.chat import encode_body
+from llm.chat import ToolCall, encode_body
 from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
@@ -174,6 +174,8 @@ class SessionActor(GreenletActor):
         """The VOICE request whose frames are still coming."""
         self._dropped_voice: str | None = None
         """The VOICE request that is over for us, but not for the client: its rest is ignored."""
+        self._refused: OrderedDict[str, None] = OrderedDict()
+        """Ids of requests that were refused, and may come again."""
         self._ended: OrderedDict[str, int] = OrderedDict()
         """Ids of ended requests, with what was delivered of each, in code points."""
         self._farewell: Callable[[], None] | None = None
@@ -194,8 +196,8 @@ class SessionActor(GreenletActor):
                 self._on_report(request_id, result)
             case TerminalWritten(request_id):
                 self._on_terminal_written(request_id)
-            case CallWritten(request_id, call):
-                self._history.add_call(request_id, call)
+            case CallWritten(request_id):
+                self._note_calls(self._live.get(request_id))
             case TimeIsDue():
                 self._on_time()
             case StopOverdue(request_id):
@@ -292,6 +294,8 @@ class SessionActor(GreenletActor):
             self._voice_request(request)
         elif self._is_used(request_id):
             self._refuse_used(request_id)
+            if request.data_type == "VOICE" and self._voice is None:
+                self._dropped_voice = request_id  # nor are its other frames wanted
         elif self._farewell is not None:
             self._refuse(ErrorCode.SERVER_BUSY, "the session is ending", request_id)
         elif request.data_type == "VOICE":
@@ -320,7 +324,8 @@ class SessionActor(GreenletActor):
             self._settle()
 
     def _is_used(self, request_id: str) -> bool:
-        return request_id in self._live or request_id in self._ended
+        of_voice = self._voice is not None and self._voice.request_id == request_id
+        return of_voice or request_id in self._live or request_id in self._ended
 
     def _refuse_used(self, request_id: str) -> None:
         # Without the id as a field: it would end the live request for the client.
@@ -362,6 +367,7 @@ class SessionActor(GreenletActor):
     def _accept(self, request_id: str, text: str | None, goes_on: Turn | None = None) -> None:
         assert self._session_id is not None
         outlet = self._outbox.outlet(ResponseEncoder(self._session_id, request_id))
+        calls: list[ToolCall] = []
         actor = RequestActor.start(
             session_id=self._session_id,
             request_id=request_id,
@@ -369,11 +375,12 @@ class SessionActor(GreenletActor):
             tell_supervisor=self._tell_supervisor,
             source=self._source,
             outlet=outlet,
+            calls=calls,
             metrics=self._metrics,
         )
-        turn = self._history.begin(request_id, text)
+        turn = self._history.begin(request_id, text, goes_on)
         self._live[request_id] = Live(
-            request_id, outlet, actor, turn, self._voice_stream_seq, goes_on
+            request_id, outlet, actor, turn, calls, self._voice_stream_seq
         )
 
     def _start_next(self) -> None:
@@ -395,11 +402,16 @@ class SessionActor(GreenletActor):
 
     # Functions of the client.
 
+    def _note_calls(self, live: Live | None) -> None:
+        if live is not None:
+            for call in live.calls[len(live.turn.calls) :]:
+                self._history.add_call(live.turn, call)
+
     def _function_result(self, result: FunctionResult) -> None:
         request_id = result.request_id
         found = self._history.find_call(result.call_id)
         going_on = found and next(
-            (live for live in self._live.values() if live.goes_on is found[0]), None
+            (live for live in self._live.values() if live.turn.goes_on is found[0]), None
         )
         waits = going_on is not None and not (going_on.started or going_on.stopping)
         if request_id is not None and self._is_used(request_id):
@@ -418,14 +430,13 @@ class SessionActor(GreenletActor):
             turn, call = found
             value = result.result
             text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+            self._history.hold(turn)  # however long the result is, the model is told of it once
             self._history.set_result(call, text)
             if request_id is None:
                 self._start_next()
-            elif self._history.find_call(result.call_id) is None:
-                detail = f"the result of {call.call.name!r} is more than the history may hold"
-                self._refuse_request(ErrorCode.PAYLOAD_TOO_LARGE, detail, request_id)
             else:
                 self._go_on(request_id, turn)
+            self._history.release(turn)
 
     def _go_on(self, request_id: str, turn: Turn) -> None:
         if self._farewell is not None:
@@ -448,38 +459,34 @@ class SessionActor(GreenletActor):
             detail = f"the voice of {request.request_id!r} began before the last frame of this one"
             self._fail_voice(self._voice, VoiceError(ErrorCode.STREAM_SEQ_ERROR, detail))
         self._dropped_voice = None
-        mode = request.content.voice_mode
+        request_id, mode = request.request_id, request.content.voice_mode
         assert mode is not None  # `decode` sees to it
-        self._voice = VoiceIntake(request.request_id, mode, self._settings.max_voice_bytes)
+        voice = self._voice = VoiceIntake(request_id, mode, self._settings.max_voice_bytes)
+        try:
+            self._profile = self._profile.updated(request.updates)
+        except UpdateError as failure:
+            self._fail_voice(voice, VoiceError(ErrorCode.MALFORMED_PAYLOAD, str(failure)))
+        if (reason := self._take_early(request_id)) is not None and self._voice is not None:
+            self._drop_voice(voice)
+            self._send(interrupted(request_id, reason, self._voice_stream_seq))
         self._voice_request(request)
 
     def _voice_request(self, request: Request) -> None:
-        voice, content = self._voice, request.content
-        if voice is None or voice.request_id != request.request_id:
-            if request.stream_seq == -1:
-                self._dropped_voice = None
-            return
-        assert content.voice_mode is not None
-        try:
-            voice.add_frame(
-                content.voice_mode, request.stream_flag, request.stream_seq, content.voice
-            )
-        except VoiceError as failure:
-            self._fail_voice(voice, failure)
-            if request.stream_seq == -1:
-                self._dropped_voice = None
-            return
-        if voice.complete:
-            self._voice = None
-            self._remember(voice.request_id, 0)
-            if (reason := self._take_early(voice.request_id)) is not None:
-                self._send(interrupted(voice.request_id, reason, self._voice_stream_seq))
-            else:
-                self._refuse(
-                    ErrorCode.INTERNAL_ERROR,
-                    "no speech recognition is configured",
-                    voice.request_id,
-                )
+        content, seq = request.content, request.stream_seq
+        is_all = content.voice_mode == "BASE64" and not request.stream_flag
+        voice = self._voice
+        if voice is not None:
+            assert content.voice_mode is not None
+            try:
+                voice.add_frame(content.voice_mode, request.stream_flag, seq, content.voice)
+            except VoiceError as failure:
+                self._fail_voice(voice, failure)
+            if voice.complete:
+                self._drop_voice(voice)
+                detail = "no speech recognition is configured"
+                self._refuse(ErrorCode.INTERNAL_ERROR, detail, voice.request_id)
+        if is_all or seq == -1:
+            self._dropped_voice = None  # no more of it will come
 
     def _on_voice(self, data: bytes) -> None:
         if self._voice is not None:
@@ -513,6 +520,9 @@ class SessionActor(GreenletActor):
                 pending.targets[request_id] = live
             elif target is not None:
                 pending.targets[request_id] = self._missed(request_id, interrupt, read_at)
+        if target is None and not self._live and interrupt.delivered_text_chars is not None:
+            # Nothing runs, but speech outlasts text: what was not heard was of the last answer.
+            self._history.trim(None, interrupt.delivered_text_chars)
         if self._voice is not None and target in (None, self._voice.request_id):
             self._interrupt_voice(self._voice, pending)
         pending.active_requests = list(self._live)
@@ -548,11 +558,12 @@ class SessionActor(GreenletActor):
         """An INTERRUPT found nothing to stop: what it was for has ended, or is still to come."""
         live = self._live.get(request_id)
         delivered = live.outlet.delivered_text_chars if live else self._ended.get(request_id)
+        if delivered is None and request_id in self._refused:
+            delivered = 0
         if delivered is None:
             self._early[request_id] = (read_at, interrupt.known_reason)
             self._early.move_to_end(request_id)
-            if len(self._early) > MAX_EARLY_INTERRUPTS:
-                self._early.popitem(last=False)
+            _bound(self._early, MAX_EARLY_INTERRUPTS)
             return InterruptResult(request_id, InterruptOutcome.UNKNOWN, 0, None)
         if interrupt.delivered_text_chars is not None:
             self._history.trim(request_id, interrupt.delivered_text_chars)
@@ -672,6 +683,7 @@ class SessionActor(GreenletActor):
     def _forget(self, live: Live, outcome: Outcome) -> None:
         del self._live[live.request_id]
         self._remember(live.request_id, live.outlet.delivered_text_chars)
+        self._note_calls(live)
         self._history.end(live.turn, *live.as_heard(outcome))
         lanes().call_later(self._release, live, outcome)
 
@@ -689,8 +701,7 @@ class SessionActor(GreenletActor):
 
     def _remember(self, request_id: str, delivered: int) -> None:
         self._ended[request_id] = delivered
-        if len(self._ended) > MAX_REMEMBERED_IDS:
-            self._ended.popitem(last=False)
+        _bound(self._ended, MAX_REMEMBERED_IDS)
 
     # The session's own time.
 
@@ -760,6 +771,8 @@ class SessionActor(GreenletActor):
         if request_id is None:
             self._send(error(code, detail))
         else:
+            self._refused[request_id] = None
+            _bound(self._refused, MAX_REMEMBERED_IDS)
             outcome = Outcome.FAILED  # to the client, this is the end of that request
             self._send(
                 error(
@@ -808,6 +821,11 @@ def _only(data: _S, fields: Collection[str] | None) -> _S:
         return data
     asked = {name: getattr(data, name) for name in data.__struct_fields__ if name in fields}
     return type(data)(**asked)
+
+
+def _bound(remembered: OrderedDict[str, Any], most: int) -> None:
+    if len(remembered) > most:
+        remembered.popitem(last=False)
 
 
 def _now_ms() -> int:

@@ -31,7 +31,7 @@ from metrics.instruments import Metrics
 
 MAX_FRAME_CHARS = 16 * 1024
 """Text of one frame, in code points. A begun frame is finished even when its request is
-interrupted, so this also bounds what may still follow."""
+interrupted, so this also bounds what text may still follow."""
 
 MAX_FRAMES_IN_A_WRITE = 16
 """Control frames that go to the kernel together: an ack and what follows it, in one call."""

@@ -398,7 +398,7 @@ class _OnlyId(Struct):
 
 
 class _BadRequest(Struct):
-    msg_type: Literal["REQUEST"]
+    msg_type: Literal["REQUEST", "FUNCTION_RESULT"]
     payload: _OnlyId
 
 
@@ -559,8 +559,8 @@ def _id_in_bad_frame(data: bytes) -> str | None:
 
 
 def _request_id(envelope: _Envelope) -> str | None:
-    """The id in a REQUEST that is refused: its client waits for an answer to that id."""
-    if envelope.msg_type != Request.msg_type:
+    """The id of a request that a refused frame would have begun: its client waits for an answer."""
+    if envelope.msg_type not in (Request.msg_type, FunctionResult.msg_type):
         return None
     try:
         request_id: str = _id_decoder.decode(envelope.payload).request_id

@@ -7,6 +7,7 @@ arguments.
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ MAX_ID_CHARS = 256
 
 _NAME_CHARS = 64
 """So much of a name is quoted in an error; a function's has no more."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""Of a function (OpenAI API reference, `tools`)."""
 
 _decoder = msgspec.json.Decoder()
 
@@ -79,6 +83,8 @@ class CallAssembler:
         for call in self._calls:
             if not call.name:
                 raise MalformedCallError("malformed function call: it has no name")
+            if not _NAME.fullmatch(call.name):  # nor would a provider take it back
+                raise _error(call.name, "that is no name of a function")
             # One that could not be answered, or not be told from another's, is none.
             call_id = call.id if len(call.id) <= MAX_ID_CHARS and call.id not in ids else ""
             call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"

@@ -42,9 +42,10 @@ class Lanes:
         self._after_look: _Calls = deque()
         self._data: _Calls = deque()
         self._control_is_due = self._slice_is_due = False
-        self._control_ran = False
-        """True when control was run since the last slice of data."""
-        self.has_priorities = hasattr(loop, "MAXPRI")
+        self._control_ran = self._has_given_way = False
+        """Whether control was run since the last look, and whether data waited for that once."""
+        # By its name: a loop of libuv has `MAXPRI` as well.
+        self.has_priorities = type(loop).__module__.startswith("gevent.libev")
         if not self.has_priorities:
             return
         first, last = loop.MAXPRI, loop.MINPRI
@@ -133,9 +134,11 @@ class Lanes:
         self._hurry.start(self._rest)
 
     def _hand_on(self) -> None:
-        if self._control_ran:
-            self._control_ran = False  # a look first
+        control_ran, self._control_ran = self._control_ran, False
+        if control_ran and not self._has_given_way:
+            self._has_given_way = True  # a look first; but one client must not hold up all data
         else:
+            self._has_given_way = False
             until = time.monotonic() + _SLICE_SECONDS
             while self._data:
                 function, args = self._data.popleft()

@@ -39,7 +39,7 @@ def add(
     """A turn from its beginning to its end."""
     turn = history.begin(request_id, user_text)
     for call in calls:
-        history.add_call(turn.request_id, call)
+        history.add_call(turn, call)
     history.end(turn, text, ending)
     return turn
 
@@ -197,8 +197,8 @@ def test_a_turn_is_resolved_when_every_call_has_its_result() -> None:
     conversation = history()
     turn = conversation.begin("r1", "Go")
     assert turn.resolved
-    conversation.add_call(turn.request_id, tool_call("c1"))
-    conversation.add_call(turn.request_id, tool_call("c2"))
+    conversation.add_call(turn, tool_call("c1"))
+    conversation.add_call(turn, tool_call("c2"))
     assert not turn.resolved
     conversation.set_result(turn.calls[0], "1")
     assert not turn.resolved
@@ -221,7 +221,7 @@ def test_the_newest_call_with_an_id_is_found() -> None:
 def test_a_call_of_a_turn_that_runs_is_found() -> None:
     conversation = history()
     turn = conversation.begin("r1", "Go")
-    conversation.add_call(turn.request_id, tool_call("c1"))
+    conversation.add_call(turn, tool_call("c1"))
     assert conversation.find_call("c1") == (turn, Call(tool_call("c1")))
 
 
@@ -360,7 +360,7 @@ def test_a_turn_that_runs_is_not_counted() -> None:
 def test_a_turn_that_runs_is_not_forgotten() -> None:
     conversation = history(max_messages=2, max_chars=8)
     running = conversation.begin("r1", "a very long question")
-    conversation.add_call(running.request_id, tool_call("c1"))
+    conversation.add_call(running, tool_call("c1"))
     add(conversation, "r2", "q2", "a2")
     add(conversation, "r3", "q3", "a3")
     assert [message.content for message in told(conversation)] == ["q3", "a3"]
@@ -459,7 +459,7 @@ class Play:
         if self.running:
             turn = self.running[which % len(self.running)]
             self._called += 1
-            self.history.add_call(turn.request_id, tool_call(f"c{self._called}"))
+            self.history.add_call(turn, tool_call(f"c{self._called}"))
             self.calls.append(turn.calls[-1])
 
     def end(self, which: int, chars: int, ending: Ending) -> None:

@@ -30,7 +30,7 @@ from actors.messages import (
 )
 from actors.request import RequestActor
 from gateway.protocol import FunctionCall
-from llm.chat import Delta, Usage
+from llm.chat import Delta, ToolCall, Usage
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
 from llm.stream import Ending, LlmClient, Provider, Result
 from metrics.instruments import Metrics
@@ -69,6 +69,7 @@ class Given:
     ) -> None:
         self.source = FakeSource() if source is None else source
         self.outlet = FakeOutlet()
+        self.calls: list[ToolCall] = []
         self.metrics = Metrics(CollectorRegistry())
         self.session_mail: gevent.queue.SimpleQueue[Any] = gevent.queue.SimpleQueue()
         self.session = Collector.start(self.session_mail)
@@ -80,6 +81,7 @@ class Given:
             tell_supervisor=tell_supervisor or self.supervisor_mail.append,
             source=self.source,
             outlet=self.outlet,
+            calls=self.calls,
             metrics=self.metrics,
         )
 

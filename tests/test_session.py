@@ -279,7 +279,8 @@ class Given:
         )
 
     def sample(self, name: str, **labels: str) -> float:
-        lanes().wait_turn()  # books are kept last
+        lanes().wait_turn()  # books are kept last: by the session, and by the request it releases
+        lanes().wait_for_control()
         return self.metrics.registry.get_sample_value(f"bargein_{name}", labels) or 0.0
 
     def assert_nothing_counted_as_live(self) -> None:
