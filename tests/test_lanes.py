@@ -197,6 +197,20 @@ def test_control_that_has_come_meanwhile_goes_before_what_may_wait() -> None:
         sock.close()
 
 
+def test_control_without_end_does_not_keep_data_back() -> None:
+    """A client that says something in each turn of the loop must not stop everybody's answers."""
+    loop: Any = gevent.get_hub().loop
+    noise = loop.check(priority=loop.MAXPRI)
+    noise.start(lambda: lanes().call(lambda: None))
+    try:
+        with gevent.Timeout(LIMIT):
+            for _ in range(20):
+                lanes().wait_turn()
+    finally:
+        noise.stop()
+        noise.close()
+
+
 def test_the_loop_sleeps_when_all_is_done() -> None:
     """What keeps the loop from waiting ends by itself, or it would spin."""
     done = gevent.event.Event()

@@ -28,7 +28,7 @@ from gateway.outbox import (
     OutboxSettings,
     Outlet,
 )
-from gateway.protocol import ResponseEncoder
+from gateway.protocol import FunctionCall, ResponseEncoder
 from metrics.instruments import Metrics
 from tests.harness.client import wait_until
 
@@ -408,6 +408,58 @@ def test_shutting_an_outlet_finishes_its_begun_frame_and_counts_it_as_delivered(
     assert outlet.delivered_text_chars == counted  # and not once more when it was written
     assert "queued" not in pair.text_of("req_1")
     assert pair.count("frames_purged") == 1
+
+
+def test_a_call_goes_behind_the_text_before_it_and_takes_the_next_number(pair: Pair) -> None:
+    outlet = pair.outlet()
+    written: list[float] = []
+    outlet.put("text")
+    outlet.put_call(FunctionCall("look", {"at": ["x"]}, "call_1"), written.append)
+    assert len(written) == 1
+    outlet.put("more")
+    turn()
+    text, call, more = pair.read_texts(3)
+    assert (text["payload"]["content"], call["payload"]["content"]) == ({"text": "text"}, {})
+    assert call["payload"]["function_call"] == {
+        "name": "look",
+        "parameters": {"at": ["x"]},
+        "call_id": "call_1",
+    }
+    assert "function_call" not in more["payload"]
+    assert pair.seqs_of("req_1") == [0, 1, 2]
+
+
+def test_a_call_that_was_begun_when_its_outlet_is_shut_counts_at_once_and_once(pair: Pair) -> None:
+    outlet = pair.outlet()
+    written: list[float] = []
+    outlet.put_call(FunctionCall("look", {"at": "x" * 300_000}, "call_1"), written.append)
+    assert pair.outbox.begun_frame(outlet) is not None
+    assert written == []
+    outlet.shut()
+    assert len(written) == 1
+    assert len(pair.read_texts(1)) == 1
+    assert len(written) == 1
+
+
+def test_a_call_is_not_given_to_a_shut_outlet(pair: Pair) -> None:
+    outlet = pair.outlet()
+    outlet.shut()
+    outlet.put_call(FunctionCall("look", {}, "call_1"), nothing_follows)
+    turn()
+    assert pair.read_now() == []
+
+
+def test_a_reader_with_a_call_waits_beyond_the_bound(make_pair: Callable[..., Pair]) -> None:
+    pair = make_pair(max_bytes=1000)
+    outlet = pair.outlet()
+    pair.begin_frame(outlet)
+    call = FunctionCall("look", {"at": "x" * 2000}, "call_1")
+    reader = gevent.spawn(outlet.put_call, call, nothing_follows)
+    turn()
+    assert outlet.waiting
+    pair.read_until(lambda: any("function_call" in one["payload"] for one in pair.texts))
+    reader.join(LIMIT)
+    assert reader.successful()
 
 
 def test_an_outlet_may_be_shut_twice(pair: Pair) -> None:

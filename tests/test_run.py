@@ -417,6 +417,25 @@ def test_without_what_only_linux_has_it_starts_and_does_its_job(provider: Provid
         assert "Traceback" not in daemon.log
 
 
+def test_on_the_event_loop_of_windows_it_does_its_job(provider: ProviderProcess) -> None:
+    """libuv has no priorities: `llm/lanes.py` does without."""
+    arguments = ("--llm-url", provider.base_url, "--llm-model", "test")
+    with (
+        Daemon(*arguments, env={"GEVENT_LOOP": "libuv-cffi"}) as daemon,
+        Client(daemon.port) as client,
+    ):
+        script = provider.fresh(scripts.idle_mid_stream(["once"]))
+        request_id = client.request(script)
+        client.wait_text(request_id)
+        client.interrupt(request_id)
+        assert client.wait_ack().payload["status"] == "SUCCESS"
+        assert client.wait_terminal(request_id).payload["interrupted"] is True
+        provider.wait_closed(provider.wait_post(script=script).conn)
+        answer = client.request(provider.fresh(scripts.answer(["upon"])))
+        assert client.wait_terminal(answer).payload["outcome"] == "COMPLETED"
+        assert "Traceback" not in daemon.log
+
+
 def test_importing_the_rooms_patches_nothing() -> None:
     """Only run.py patches: another program may use the rooms as they are."""
     program = (

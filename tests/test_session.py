@@ -47,6 +47,7 @@ from gateway.protocol import (
     ErrorCode,
     FrameError,
     FunctionCall,
+    FunctionResult,
     HealthCheck,
     HealthStatus,
     HeartbeatReply,
@@ -59,12 +60,12 @@ from gateway.protocol import (
     ResponseEncoder,
     Shutdown,
 )
-from llm.chat import Usage
+from llm.chat import ToolCall, Usage
 from llm.errors import BadStatusError, LimitPassedError
 from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
-from tests.harness.fakes import LIMIT, FakeSource
+from tests.harness.fakes import LIMIT, FakeSource, FakeStream
 
 NONSENSE: Any = "no message of the protocol"
 
@@ -1188,3 +1189,129 @@ def test_a_request_actor_that_has_failed_says_once_that_it_is_over(given: Given)
     assert not actor.is_alive()
     given.settle()
     assert overs(given) == [RequestOver(actor.actor_urn)]
+
+
+# Ids, where they are easily mistaken -------------------------------------------------------------
+
+
+def voice(request_id: str, seq: int) -> Request:
+    content = RequestContent(voice_mode="BINARY")
+    return Request(request_id, "VOICE", content, stream_flag=True, stream_seq=seq)
+
+
+def test_the_id_of_voice_that_still_comes_is_taken(given: Given) -> None:
+    given.tell(given.frame(voice("req_1", 0)))
+    given.request("req_1")
+    refused = given.outbox.wait_for("ERROR")
+    assert "'req_1' was used" in refused["error_detail"]
+    assert "request_id" not in refused
+    given.tell(given.frame(voice("req_1", -1)))
+    assert given.outbox.wait_terminal("req_1")["error_code"] == "INTERNAL_ERROR"
+    given.settle()
+    assert given.source.streams == []
+
+
+def test_a_request_that_was_refused_may_come_again_although_it_was_interrupted_meanwhile() -> None:
+    given = Given(on_new_request=OnNewRequest.REJECT)
+    given.register()
+    given.request("req_1")
+    first = given.source.next()
+    given.request("req_2")
+    assert given.outbox.wait_terminal("req_2")["error_code"] == "SERVER_BUSY"
+    given.interrupt("req_2")  # as clients do before each new request, whatever became of the last
+    assert given.outbox.wait_ack()["results"][0]["outcome"] == "ALREADY_DONE"
+    first.complete()
+    given.outbox.wait_terminal("req_1")
+    given.request("req_2")
+    given.source.next().complete()
+    assert given.outbox.wait_terminal("req_2")["outcome"] == "COMPLETED"
+
+
+# Going on after function calls -------------------------------------------------------------------
+
+
+def asked(stream: FakeStream) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = json.loads(stream.body)["messages"]
+    return messages
+
+
+def call(given: Given, request_id: str, *call_ids: str) -> FakeStream:
+    """A request whose answer is calls of functions, all but its end."""
+    given.request(request_id, text=request_id)
+    stream = given.source.next()
+    stream.sink.opened()
+    for call_id in call_ids:
+        stream.sink.call(ToolCall(call_id, "look", "{}"))
+    given.settle()
+    return stream
+
+
+def test_a_result_over_the_bound_is_told_to_the_model_that_waits_for_it() -> None:
+    given = Given(history_chars=100)
+    given.register()
+    call(given, "req_1", "a", "b").complete()
+    given.outbox.wait_terminal("req_1")
+    given.tell(given.frame(FunctionResult("a", 1, "req_2")))
+    given.tell(given.frame(FunctionResult("b", "x" * 1000)))
+    going_on = given.source.next()
+    assert [message["role"] for message in asked(going_on)] == ["user", "assistant", "tool", "tool"]
+    assert asked(going_on)[-1]["content"] == "x" * 1000
+    going_on.complete()
+    given.outbox.wait_terminal("req_2")
+    given.request("req_3", text="next")
+    assert asked(given.source.next()) == [{"role": "user", "content": "next"}]
+
+
+def test_without_any_history_a_result_still_reaches_the_model_while_its_answer_runs() -> None:
+    given = Given(history_messages=0)
+    given.register()
+    stream = call(given, "req_1", "a")
+    given.tell(given.frame(FunctionResult("a", 1, "req_2")))
+    given.settle()
+    stream.complete()
+    assert len(asked(given.source.next())) == 3
+
+
+def test_a_late_result_goes_on_from_its_own_question_and_stays_there(given: Given) -> None:
+    call(given, "req_1", "a").complete()
+    given.outbox.wait_terminal("req_1")
+    given.request("req_2", text="another thing")
+    second = given.source.next()
+    second.say("fine")
+    second.complete()
+    given.outbox.wait_terminal("req_2")
+    given.tell(given.frame(FunctionResult("a", 1, "req_3")))
+    third = given.source.next()
+    assert [message["role"] for message in asked(third)] == ["user", "assistant", "tool"]
+    third.say("found")
+    third.complete()
+    given.outbox.wait_terminal("req_3")
+    given.request("req_4", text="last")
+    assert [message["content"] for message in asked(given.source.next())] == [
+        "req_1",
+        None,
+        "1",
+        "found",
+        "another thing",
+        "fine",
+        "last",
+    ]
+
+
+def test_a_refused_function_result_ends_the_request_that_it_would_have_begun(given: Given) -> None:
+    given.tell(given.frame(FunctionResult("nobody's", 1, "req_1")))
+    assert given.outbox.wait_terminal("req_1")["error_code"] == "MALFORMED_PAYLOAD"
+
+
+def test_an_interrupt_for_all_with_nothing_live_still_trims_what_was_not_heard(
+    given: Given,
+) -> None:
+    given.request("req_1", text="one")
+    first = given.source.next()
+    first.say("once upon")
+    first.complete()
+    given.outbox.wait_terminal("req_1")
+    given.tell(given.frame(Interrupt(None, "USER_VOICE_INPUT", 4)))
+    assert given.outbox.wait_ack()["status"] == "FAILED"
+    given.request("req_2", text="two")
+    assert asked(given.source.next())[1]["content"] == "once [interrupted by the user]"
