@@ -328,6 +328,21 @@ def test_a_voice_that_was_interrupted_before_it_came_is_answered_so(client: Clie
     assert client.frames_of("whole") == [terminal]
 
 
+def test_a_voice_that_begins_in_time_is_answered_so_however_long_it_is(clock: Clock) -> None:
+    given = session()
+    interrupt_early(given, clock, "v")
+    clock.now += 30
+    voice = RequestContent(voice_mode="BINARY")
+    given.tell(given.frame(Request("v", "VOICE", voice, True, 0)))
+    given.settle()
+    clock.now += 60
+    given.tell(given.frame(Request("v", "VOICE", voice, True, -1)))
+    assert given.outbox.wait_terminal("v")["outcome"] == "INTERRUPTED"
+    given.settle()
+    assert given.outbox.history().count("end INTERRUPTED v") == 1
+    assert given.outbox.history()[-1] == "end INTERRUPTED v"
+
+
 # A request that goes on after the results of functions -------------------------------------------
 
 

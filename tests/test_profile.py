@@ -251,6 +251,7 @@ def test_a_list_of_parameters_becomes_a_schema() -> None:
             FunctionParameter("city", "string", "where"),
             FunctionParameter("days", "integer", required=False),
             FunctionParameter("units", "boolean", ""),
+            FunctionParameter("more", "array", required=False),
         ]
     )
     assert made.parameters == {
@@ -259,6 +260,7 @@ def test_a_list_of_parameters_becomes_a_schema() -> None:
             "city": {"type": "string", "description": "where"},
             "days": {"type": "integer"},
             "units": {"type": "boolean"},
+            "more": {"type": "array", "items": {}},
         },
         "required": ["city", "units"],
     }

@@ -585,3 +585,108 @@ def test_it_gets_it_when_it_is_interrupted_too(client: Client) -> None:
     client.wait_text("t")
     client.interrupt("t")
     assert client.wait_terminal("t").payload["voice_stream_seq"] == -1
+
+
+# Ids and updates ---------------------------------------------------------------------------------
+
+
+def terminal_of(frames: list[Received], request_id: str) -> Received:
+    """The one terminal frame of a request."""
+    (terminal,) = (
+        one for one in frames if one.is_terminal and one.payload["request_id"] == request_id
+    )
+    return terminal
+
+
+@pytest.mark.parametrize("text", ["", "hello"])
+def test_a_text_may_not_take_the_id_of_a_voice_whose_frames_are_still_coming(
+    client: Client, text: str
+) -> None:
+    binary_frame(client, "v", 0)
+    client.request(text, "v")
+    (fault,) = fence(client)
+    assert fault.payload["error_code"] == "MALFORMED_PAYLOAD"
+    assert "'v'" in fault.payload["error_detail"]
+    assert "request_id" not in fault.payload
+    client.send_binary(b"\0\1")
+    binary_frame(client, "v", -1)
+    assert_not_recognized(client, "v")
+
+
+def test_a_voice_under_an_id_that_was_used_is_refused_once_and_its_rest_is_ignored(
+    client: Client,
+) -> None:
+    client.request("", "used")
+    client.wait_terminal("used")
+    fence(client)
+    binary_frame(client, "used", 0)
+    (fault,) = fence(client)
+    assert fault.payload["error_code"] == "MALFORMED_PAYLOAD"
+    assert "request_id" not in fault.payload
+    client.send_binary(b"\0\1")
+    client.send_binary(b"\0\1")
+    binary_frame(client, "used", -1)
+    assert fence(client) == []
+    client.send_binary(b"\0\1")  # after its end
+    (fault,) = fence(client)
+    assert fault.payload["error_code"] == "MALFORMED_PAYLOAD"
+
+
+@pytest.mark.parametrize(
+    "content", [{"voice_mode": "BASE64", "voice": VOICE}, MALFORMED["no_voice"]]
+)
+def test_after_one_whole_frame_nothing_more_is_ignored(
+    client: Client, content: dict[str, Any]
+) -> None:
+    base64_frame(client, "v", flag=False, content=content)
+    refusal(client, "v")
+    client.send_binary(b"\0\1")
+    (outside,) = fence(client)
+    assert "outside" in outside.payload["error_detail"]
+    base64_frame(client, "v", flag=False, content=content)
+    (again,) = fence(client)
+    assert "'v'" in again.payload["error_detail"]
+    assert "request_id" not in again.payload
+
+
+def switches(client: Client) -> tuple[bool, bool]:
+    client.send("SESSION_QUERY", {"query_fields": ["require_tts", "enable_srs"]})
+    info = client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO")
+    data = info.payload["session_data"]
+    return data["require_tts"], data["enable_srs"]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_updates_of_a_voice_are_made(client: Client, whole: bool) -> None:
+    base64_frame(
+        client, "v", flag=not whole, require_tts=True, update_session={"enable_srs": False}
+    )
+    assert switches(client) == (True, False)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_half_valid_updates_of_a_voice_change_nothing_and_end_it(
+    client: Client, whole: bool
+) -> None:
+    bad: dict[str, Any] = {"function_calling_op": "DELETE", "function_calling": ["lamp"]}
+    base64_frame(client, "v", flag=not whole, require_tts=True, update_session=bad)
+    payload = refusal(client, "v")
+    assert payload["error_code"] == "MALFORMED_PAYLOAD"
+    assert "'lamp'" in payload["error_detail"]
+    if not whole:
+        base64_frame(client, "v", 1)
+        base64_frame(client, "v", -1)
+    assert fence(client) == []
+    assert switches(client) == (False, True)
+
+
+def test_a_voice_that_was_interrupted_before_it_came_ends_so_whatever_else_is_wrong_with_it(
+    client: Client,
+) -> None:
+    for request_id, seqs in (("good", (0, 1, -1)), ("gap", (0, 5, -1)), ("begins_badly", (5, -1))):
+        client.interrupt(request_id)
+        for seq in seqs:
+            base64_frame(client, request_id, seq)
+        terminal = terminal_of(fence(client), request_id)
+        assert terminal.msg_type == "RESPONSE"
+        assert terminal.payload["outcome"] == "INTERRUPTED"
