@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from gateway.protocol import ErrorCode, VoiceMode
 
+_DIGITS = 20
+"""So much of a number is quoted in an error."""
+
 _LAST = -1
 """The `stream_seq` of the last frame."""
 
@@ -112,7 +115,7 @@ class VoiceIntake:
             fits = stream_flag and stream_seq in (self._frames, _LAST)
         if not fits:
             flag = "" if stream_flag else " with stream_flag false"
-            raise _out_of_order(self._expected, f"stream_seq {stream_seq}{flag}")
+            raise _out_of_order(self._expected, f"stream_seq {str(stream_seq)[:_DIGITS]}{flag}")
 
     def _count(self, voice: bytes) -> None:
         size = self.size + len(voice)

@@ -128,6 +128,10 @@ class FrameError(Exception):
 MAX_FUNCTIONS = 128
 """Functions of one session: what providers take."""
 
+MAX_NESTING = 100
+"""Levels of a JSON value that goes on to the provider. What is nested deeper can be read, but maybe
+not be written again."""
+
 _FUNCTION_PATH = re.compile(
     r"`\$\.((?P<outer>update_session)\.)?function_calling\[(?P<index>\d+)\]"
 )
@@ -471,8 +475,21 @@ def _fault(payload: ClientPayload) -> str | None:
                 return "a VOICE request without `payload.content.voice_mode`"
             faults = (_update_fault(update) for update in payload.updates)
             return next((fault for fault in faults if fault), None)
+        case FunctionResult():
+            is_deep = _is_too_deep(payload.result)
+            return f"`result` is nested over {MAX_NESTING} levels deep" if is_deep else None
         case _:
             return None
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        inside = [list(one.values()) if isinstance(one, dict) else one for one in level]
+        level = [inner for one in inside if isinstance(one, list) for inner in one]
+        if not level:
+            return False
+    return True
 
 
 def _update_fault(update: SessionUpdate) -> str | None:
@@ -504,6 +521,8 @@ def _parameters_fault(parameters: dict[str, Any] | list[FunctionParameter] | Non
         twice = next((name for name in names if names.count(name) > 1), None)
         return twice and f"`parameters`: {twice!r} is there twice"
     schema = parameters or {}
+    if _is_too_deep(schema):
+        return f"`parameters` is nested over {MAX_NESTING} levels deep"
     if schema.get("type", "object") != "object":
         return "`parameters.type` must be 'object'"
     properties = schema.get("properties", {})
@@ -528,7 +547,7 @@ def _function_named(message: str, payload: msgspec.Raw) -> str | None:
         for step in (found["outer"], "function_calling"):
             inside = inside[step] if step else inside
         name = inside[int(found["index"])]["name"]
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, msgspec.DecodeError, RecursionError):
         return None
     return f"function {name[:64]!r}" if isinstance(name, str) else None
 
