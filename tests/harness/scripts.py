@@ -257,6 +257,12 @@ def finish_on_release(texts: Iterable[str], key: str) -> Script:
     return [*opening(), *tokens(texts), wait(key), *ending()]
 
 
+def calls_before_release(events: Iterable[bytes], key: str, texts: Iterable[str] = ()) -> Script:
+    """An answer with function calls whose [DONE] is held back until ``key`` is released."""
+    finish, done_event, last = ending("tool_calls")
+    return [*opening(), *tokens(texts), *chunks(events), finish, wait(key), done_event, last]
+
+
 def plain_content_length(texts: Iterable[str]) -> Script:
     """A complete answer without chunking: Content-Length, event by event."""
     events = [role_event(), *map(text_event, texts), finish_event(usage=USAGE), done()]
