@@ -285,7 +285,8 @@ class Conversation:
         Args:
             echo: its `interrupt_request_id`, or MISSING.
             reason: why.
-            heard: its `delivered_text_chars`; where all are meant, of what surely runs.
+            heard: its `delivered_text_chars`; where all are meant, of what surely runs, and where
+                nothing runs, of the last answer.
         """
         tick = next(self._ticks)
         request_id = None if echo is MISSING else echo or None
@@ -299,8 +300,17 @@ class Conversation:
         for one in targets:
             one.causes.append(Cause(reason, acknowledged=True))
         if heard is not None:
-            for one in pending.must_stop if request_id is None else targets:
+            if request_id is None:
+                targets = list(pending.must_stop) if unended else self._last_turn()
+            for one in targets:
                 one.heard.append((tick, heard))
+
+    def _last_turn(self) -> list[Asked]:
+        """The latest of which the model is told, or none."""
+        for one in reversed(self.asked):
+            if one.text and (one.interrupted_ahead or one.turn(as_of=0)):
+                return [one]
+        return []
 
     def shut_down(self) -> None:
         """A SHUTDOWN."""

@@ -79,15 +79,16 @@ from llm.stream import Ending, LlmClient, Result
 sys.exit(run.main())
 """
 
-BUGS: dict[str, tuple[Promise, str]] = {
+BUGS: dict[str, tuple[set[Promise], str]] = {
     "skip the purge": (
-        Promise.NOTHING_AFTER,
+        # What is sent behind its back, the history may miss.
+        {Promise.NOTHING_AFTER, Promise.HISTORY},
         """
 Outbox.purge = lambda outbox, outlet: None
 """,
     ),
     "ack before close": (
-        Promise.ACK_AFTER_CLOSE,
+        {Promise.ACK_AFTER_CLOSE},
         # The close takes long, and is reported before it is done.
         """
 hang_up, stop_reading = ConnectionReader.hang_up, RequestActor._stop_reading
@@ -101,7 +102,7 @@ ConnectionReader.hang_up, RequestActor._stop_reading = hang_up_slowly, report_an
 """,
     ),
     "terminal frame twice": (
-        Promise.ONE_END,
+        {Promise.ONE_END},
         """
 forget = SessionActor._forget
 def forget_and_repeat(session, live, outcome):
@@ -111,7 +112,7 @@ SessionActor._forget = forget_and_repeat
 """,
     ),
     "interrupt clears the wrong request": (
-        Promise.RIGHT_TARGET,
+        {Promise.RIGHT_TARGET},
         # One for a request that has ended stops the one that runs.
         """
 interrupt = SessionActor._interrupt
@@ -124,7 +125,7 @@ SessionActor._interrupt = interrupt_what_runs
 """,
     ),
     "history takes undelivered text": (
-        Promise.HISTORY,
+        {Promise.HISTORY},
         """
 put, texts = Outlet.put, {}
 def put_and_keep(outlet, text):
@@ -135,26 +136,26 @@ Outlet.delivered_text = property(lambda outlet: "".join(texts.get(outlet, [])))
 """,
     ),
     "history takes unheard text": (
-        Promise.HISTORY,
+        {Promise.HISTORY},
         """
 Live.heard = lambda live, chars: None
 """,
     ),
     "interrupt ahead of its request is forgotten": (
-        Promise.RIGHT_TARGET,
+        {Promise.RIGHT_TARGET},
         """
 SessionActor._take_early = lambda session, request_id: None
 """,
     ),
     "long text is cut": (
-        Promise.EXACT_TEXT,
+        {Promise.EXACT_TEXT},
         """
 put = Outlet.put
 Outlet.put = lambda outlet, text: put(outlet, text[:10_000])
 """,
     ),
     "second POST": (
-        Promise.ONE_POST,
+        {Promise.ONE_POST},
         """
 post = LlmClient.post
 def post_twice(client, body, headers):
@@ -164,7 +165,7 @@ LlmClient.post = post_twice
 """,
     ),
     "older request ends late": (
-        Promise.OLD_ENDS_FIRST,
+        {Promise.OLD_ENDS_FIRST},
         """
 send = SessionActor._send
 def send_late(session, payload):
@@ -174,7 +175,7 @@ SessionActor._send = send_late
 """,
     ),
     "streams outlive their client": (
-        Promise.GONE_IS_STOPPED,
+        {Promise.GONE_IS_STOPPED},
         """
 end = SessionActor._end
 def end_without_requests(session, reason, farewell):
@@ -190,11 +191,11 @@ SessionActor._end = end_without_requests
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", BUGS)
 def test_the_machine_finds_a_planted_bug(provider: ProviderProcess, name: str) -> None:
-    promise, bug = BUGS[name]
+    promises, bug = BUGS[name]
     arguments = ("--llm-url", provider.base_url, "--llm-model", "test")
     with Daemon(*arguments, launcher=LAUNCHER.format(bug=bug)) as daemon:
         stage = Stage(provider, daemon.port, wait_seconds=2.0)
         with pytest.raises(Violation):
             run_machine(stage, TO_THE_FIRST)
-    print(f"after {stage.examples} examples: {stage.violations[0]}")
-    assert stage.violations[0].promise is promise
+    print(f"after {stage.examples} examples: {str(stage.violations[0])[:300]}")
+    assert stage.violations[0].promise in promises
