@@ -254,6 +254,30 @@ def test_an_interrupt_of_what_was_live_is_not_kept_for_a_later_one(clock: Clock)
     assert is_generated(given, "req_1")
 
 
+def test_one_whose_request_has_come_takes_no_place_any_more(clock: Clock) -> None:
+    given = session()
+    interrupt_early(given, clock, "first")
+    interrupt_early(given, clock, "second")
+    assert not is_generated(given, "second")
+    for number in range(99):
+        interrupt_early(given, clock, f"req_{number}")
+    assert not is_generated(given, "first")
+
+
+def test_an_interrupt_of_a_request_that_was_refused_is_late_and_not_early(clock: Clock) -> None:
+    given = session(on_new_request=OnNewRequest.REJECT)
+    given.request("live")
+    stream = given.source.next()
+    given.request("req_1")
+    assert given.outbox.wait_terminal("req_1")["error_code"] == "SERVER_BUSY"
+    given.interrupt("req_1")
+    assert given.outbox.wait_ack()["results"][0]["outcome"] == "ALREADY_DONE"
+    stream.complete()
+    given.outbox.wait_terminal("live")
+    given.settle()
+    assert is_generated(given, "req_1")
+
+
 def test_a_hundred_are_remembered_and_the_oldest_is_forgotten_first(clock: Clock) -> None:
     assert MAX_EARLY_INTERRUPTS == 100
     given = session()

@@ -35,6 +35,7 @@ from gateway.protocol import (
     Request,
     RequestContent,
     SessionQuery,
+    Shutdown,
 )
 from run import Gateway
 from tests.harness import scripts
@@ -241,6 +242,24 @@ def test_at_the_end_what_is_live_is_interrupted_first(clock: Clock) -> None:
         "SHUTDOWN",
     ]
     assert len(given.source.streams) == 1
+
+
+def test_a_session_that_ends_for_another_reason_neither_beats_nor_times_out_meanwhile(
+    clock: Clock,
+) -> None:
+    given = session(FakeSource(stuck=True), session_timeout=100, ack_timeout=60)
+    given.request("req_1")
+    stream = given.source.next()
+    given.tell(given.frame(Shutdown()))
+    given.settle()
+    for _ in range(5):
+        clock.now += 30
+        assert look(given) == []
+    stream.end_closed()
+    assert given.outbox.wait_terminal("req_1")["interrupt_reason"] == "CLIENT_SHUTDOWN"
+    assert given.outbox.wait_for("SHUTDOWN") == {"reason": "CLIENT_SHUTDOWN"}
+    given.ref.actor_stopped.wait(LIMIT)
+    assert given.outbox.closed == (1000, "CLIENT_SHUTDOWN")
 
 
 def test_a_session_without_timeout_and_heartbeat_has_no_timer(clock: Clock) -> None:

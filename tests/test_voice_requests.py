@@ -649,6 +649,15 @@ def test_after_one_whole_frame_nothing_more_is_ignored(
     assert "request_id" not in again.payload
 
 
+def test_a_text_under_an_id_that_was_used_lets_nothing_be_ignored(client: Client) -> None:
+    for _ in range(2):
+        client.request("", "used")
+    client.send_binary(b"\0\1")
+    *_, outside = fence(client)
+    assert outside.payload["error_code"] == "MALFORMED_PAYLOAD"
+    assert "outside" in outside.payload["error_detail"]
+
+
 def switches(client: Client) -> tuple[bool, bool]:
     client.send("SESSION_QUERY", {"query_fields": ["require_tts", "enable_srs"]})
     info = client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO")
@@ -678,6 +687,16 @@ def test_half_valid_updates_of_a_voice_change_nothing_and_end_it(
         base64_frame(client, "v", -1)
     assert fence(client) == []
     assert switches(client) == (False, True)
+
+
+def test_a_voice_with_bad_updates_that_was_interrupted_before_it_came_ends_once(
+    client: Client,
+) -> None:
+    bad: dict[str, Any] = {"function_calling_op": "DELETE", "function_calling": ["lamp"]}
+    client.interrupt("v")
+    base64_frame(client, "v", 0, update_session=bad)
+    base64_frame(client, "v", -1)
+    assert terminal_of(fence(client), "v").session_id == client.session_id
 
 
 def test_a_voice_that_was_interrupted_before_it_came_ends_so_whatever_else_is_wrong_with_it(
