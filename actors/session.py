@@ -638,12 +638,14 @@ class SessionActor(GreenletActor):
             for pending in [pending for pending in self._interrupts if pending.ready]:
                 self._interrupts.remove(pending)
                 self._acknowledge(pending)
-            for live in list(self._live.values()):
-                if live.stopping and live.settled and not self._is_awaited(live):
+            for live in [live for live in self._live.values() if live.stopping]:
+                if live.settled and not self._is_awaited(live):
                     self._send(live.terminal())
                     self._forget(
                         live, Outcome.INTERRUPTED if live.interrupted_by else Outcome.REAPED
                     )
+                elif self._on_new_request is not OnNewRequest.PARALLEL:
+                    break  # nothing of the next one before the end of this one
         if self._live:
             self._start_next()
         elif self._farewell is not None:

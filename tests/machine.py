@@ -390,9 +390,7 @@ class Conversation:
         if asked.terminal is not None:
             promise = Promise.ONE_END if frame.is_terminal else Promise.NOTHING_AFTER
             raise Violation(promise, f"{frame} after {asked.terminal}")
-        # One that is stopped before it began waits for nobody: its end may come before that of the
-        # older one, whose stream is still being closed.
-        if asked.is_generation and not asked.got and "interrupted" not in frame.payload:
+        if asked.is_generation and not asked.got:
             self._check_older_have_ended(asked, frame)
         if frame.is_terminal:
             self._take_terminal(asked, frame)
