@@ -200,12 +200,11 @@ class History:
         first_kept = len(self._turns)
         for index in reversed(range(len(self._turns))):
             turn = self._turns[index]
-            if turn.ending is None or turn.holds:
-                continue
-            messages += len(_messages_of(turn))
-            chars += _chars(turn)
-            if messages > self._max_messages or chars > self._max_chars or not self._max_chars:
-                break
+            if turn.ending is not None and not turn.holds:
+                messages += len(_messages_of(turn))
+                chars += _chars(turn)
+                if messages > self._max_messages or chars > self._max_chars or not self._max_chars:
+                    break
             if turn.user_text is not None:
                 first_kept = index
         self._turns = [

@@ -88,9 +88,14 @@ class Live:
         return self.result is not None or self.timed_out
 
     @property
+    def waits(self) -> bool:
+        """True when it is still to be started."""
+        return not (self.started or self.stopping)
+
+    @property
     def may_start(self) -> bool:
-        """True when nothing that it builds on is still to come."""
-        if self.started or self.stopping:
+        """True when it waits, and nothing that it builds on is still to come."""
+        if not self.waits:
             return False
         before = self.turn.goes_on
         return before is None or (before.ending is not None and before.resolved)

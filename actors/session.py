@@ -84,6 +84,9 @@ from metrics.logs import get_logger
 MAX_REMEMBERED_IDS = 1000
 """Ids of ended requests that a session remembers, so that none is used twice."""
 
+MAX_DROPPED_VOICES = 100
+"""VOICE requests of one session of which frames may still come that nobody wants."""
+
 MAX_EARLY_INTERRUPTS = 100
 """INTERRUPTs of one session that may wait for their request."""
 
@@ -172,8 +175,8 @@ class SessionActor(GreenletActor):
         """INTERRUPTs whose request has not come: when they were read, and why."""
         self._voice: VoiceIntake | None = None
         """The VOICE request whose frames are still coming."""
-        self._dropped_voice: str | None = None
-        """The VOICE request that is over for us, but not for the client: its rest is ignored."""
+        self._dropped_voice: OrderedDict[str, None] = OrderedDict()
+        """VOICE requests that are over for us, but not for the client: their rest is ignored."""
         self._refused: OrderedDict[str, None] = OrderedDict()
         """Ids of requests that were refused, and may come again."""
         self._ended: OrderedDict[str, int] = OrderedDict()
@@ -217,6 +220,8 @@ class SessionActor(GreenletActor):
         if self._timer is not None:
             self._timer.cancel()
         for live in self._live.values():
+            if live.timer is not None:
+                live.timer.cancel()
             live.outlet.shut()
             tell(live.actor, Stop())
             tell(live.actor, Release())
@@ -290,28 +295,25 @@ class SessionActor(GreenletActor):
 
     def _request(self, request: Request) -> None:
         request_id = request.request_id
-        if request.data_type == "VOICE" and self._takes_voice_of(request_id):
-            self._voice_request(request)
+        if request.data_type == "VOICE":
+            self._voice_request(request_id, request)
         elif self._is_used(request_id):
             self._refuse_used(request_id)
-            if request.data_type == "VOICE" and self._voice is None:
-                self._dropped_voice = request_id  # nor are its other frames wanted
         elif self._farewell is not None:
             self._refuse(ErrorCode.SERVER_BUSY, "the session is ending", request_id)
-        elif request.data_type == "VOICE":
-            self._begin_voice(request)
         else:
             self._text_request(request_id, request)
 
     def _text_request(self, request_id: str, request: Request) -> None:
-        text = request.content.text
+        text, reason = request.content.text, self._take_early(request_id)
         try:
             profile = self._profile.updated(request.updates)
         except UpdateError as failure:
-            self._remember(request_id, 0)
-            self._refuse(ErrorCode.MALFORMED_PAYLOAD, str(failure), request_id)
-            return
-        if (reason := self._take_early(request_id)) is not None:
+            if reason is None:
+                self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, str(failure), request_id)
+                return
+            profile = self._profile  # an interrupted request ends as such, whatever was in it
+        if reason is not None:
             self._profile = profile
             self._answer_early(request_id, text, reason)
         elif not text:
@@ -410,37 +412,37 @@ class SessionActor(GreenletActor):
     def _function_result(self, result: FunctionResult) -> None:
         request_id = result.request_id
         found = self._history.find_call(result.call_id)
-        going_on = found and next(
-            (live for live in self._live.values() if live.turn.goes_on is found[0]), None
-        )
-        waits = going_on is not None and not (going_on.started or going_on.stopping)
-        if request_id is not None and self._is_used(request_id):
-            if going_on is None or going_on.request_id != request_id or not waits:
-                self._refuse_used(request_id)
-                return
-            request_id = None  # said once more, with the result of another call
         if found is None:
-            detail = f"call_id {result.call_id[:64]!r} is of no call that is remembered"
-            self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
-        elif request_id is not None and waits:
-            assert going_on is not None
-            detail = f"this answer goes on as {going_on.request_id!r} already"
-            self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
-        else:
-            turn, call = found
-            value = result.result
-            text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-            self._history.hold(turn)  # however long the result is, the model is told of it once
-            self._history.set_result(call, text)
-            if request_id is None:
-                self._start_next()
+            if request_id is not None and self._is_used(request_id):
+                self._refuse_used(request_id)
             else:
-                self._go_on(request_id, turn)
-            self._history.release(turn)
+                detail = f"call_id {result.call_id[:64]!r} is of no call that is remembered"
+                self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
+            return
+        turn, call = found
+        value = result.result
+        text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        self._history.hold(turn)  # however long the result is, the model is told of it once
+        self._history.set_result(call, text)
+        if request_id is not None:
+            self._go_on(request_id, turn)
+        self._start_next()
+        self._history.release(turn)
 
     def _go_on(self, request_id: str, turn: Turn) -> None:
-        if self._farewell is not None:
+        """Let the model go on from the results of a turn, as soon as all are there."""
+        waiting = next(
+            (live for live in self._live.values() if live.turn.goes_on is turn and live.waits), None
+        )
+        if waiting is not None and waiting.request_id == request_id:
+            pass  # said once more, with the result of another call
+        elif self._is_used(request_id):
+            self._refuse_used(request_id)
+        elif self._farewell is not None:
             self._refuse(ErrorCode.SERVER_BUSY, "the session is ending", request_id)
+        elif waiting is not None:
+            detail = f"this answer goes on as {waiting.request_id!r} already"
+            self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
         elif (reason := self._take_early(request_id)) is not None:
             self._answer_early(request_id, None, reason)
         elif self._make_way(request_id, beside=turn):
@@ -450,62 +452,83 @@ class SessionActor(GreenletActor):
 
     # Voice.
 
-    def _takes_voice_of(self, request_id: str) -> bool:
-        of_open = self._voice is not None and self._voice.request_id == request_id
-        return of_open or self._dropped_voice == request_id
+    def _voice_request(self, request_id: str, request: Request) -> None:
+        """One frame of a VOICE request, whether its first or another."""
+        is_all = request.content.voice_mode == "BASE64" and not request.stream_flag
+        is_last = is_all or request.stream_seq == -1
+        voice = self._voice
+        if voice is not None and voice.request_id == request_id:
+            self._take_voice(voice, request)
+        elif request_id in self._dropped_voice and not is_all:
+            pass
+        elif self._is_used(request_id):
+            self._refuse_used(request_id)
+            self._drop_voice(request_id)  # nor are its other frames wanted
+        elif self._farewell is not None:
+            detail = "the session is ending"
+            self._fail_voice(request_id, VoiceError(ErrorCode.SERVER_BUSY, detail))
+        else:
+            self._begin_voice(request_id, request)
+        if is_last:
+            self._dropped_voice.pop(request_id, None)  # no more of it will come
 
-    def _begin_voice(self, request: Request) -> None:
+    def _begin_voice(self, request_id: str, request: Request) -> None:
         if self._voice is not None:
-            detail = f"the voice of {request.request_id!r} began before the last frame of this one"
-            self._fail_voice(self._voice, VoiceError(ErrorCode.STREAM_SEQ_ERROR, detail))
-        self._dropped_voice = None
-        request_id, mode = request.request_id, request.content.voice_mode
+            detail = f"the voice of {request_id!r} began before the last frame of this one"
+            failure = VoiceError(ErrorCode.STREAM_SEQ_ERROR, detail)
+            self._fail_voice(self._voice.request_id, failure)
+        mode, reason = request.content.voice_mode, self._take_early(request_id)
         assert mode is not None  # `decode` sees to it
-        voice = self._voice = VoiceIntake(request_id, mode, self._settings.max_voice_bytes)
         try:
             self._profile = self._profile.updated(request.updates)
         except UpdateError as failure:
-            self._fail_voice(voice, VoiceError(ErrorCode.MALFORMED_PAYLOAD, str(failure)))
-        if (reason := self._take_early(request_id)) is not None and self._voice is not None:
-            self._drop_voice(voice)
+            if reason is None:
+                error = VoiceError(ErrorCode.MALFORMED_PAYLOAD, str(failure))
+                self._fail_voice(request_id, error)
+                return
+        if reason is not None:
+            self._drop_voice(request_id)
             self._send(interrupted(request_id, reason, self._voice_stream_seq))
-        self._voice_request(request)
+            return
+        self._voice = VoiceIntake(request_id, mode, self._settings.max_voice_bytes)
+        self._take_voice(self._voice, request)
 
-    def _voice_request(self, request: Request) -> None:
-        content, seq = request.content, request.stream_seq
-        is_all = content.voice_mode == "BASE64" and not request.stream_flag
-        voice = self._voice
-        if voice is not None:
-            assert content.voice_mode is not None
-            try:
-                voice.add_frame(content.voice_mode, request.stream_flag, seq, content.voice)
-            except VoiceError as failure:
-                self._fail_voice(voice, failure)
-            if voice.complete:
-                self._drop_voice(voice)
-                detail = "no speech recognition is configured"
-                self._refuse(ErrorCode.INTERNAL_ERROR, detail, voice.request_id)
-        if is_all or seq == -1:
-            self._dropped_voice = None  # no more of it will come
+    def _take_voice(self, voice: VoiceIntake, request: Request) -> None:
+        content = request.content
+        assert content.voice_mode is not None
+        try:
+            voice.add_frame(
+                content.voice_mode, request.stream_flag, request.stream_seq, content.voice
+            )
+        except VoiceError as failure:
+            self._fail_voice(voice.request_id, failure)
+        if voice.complete:
+            detail = "no speech recognition is configured"
+            self._fail_voice(voice.request_id, VoiceError(ErrorCode.INTERNAL_ERROR, detail))
 
     def _on_voice(self, data: bytes) -> None:
         if self._voice is not None:
             try:
                 self._voice.add_binary(data)
             except VoiceError as failure:
-                self._fail_voice(self._voice, failure)
+                self._fail_voice(self._voice.request_id, failure)
         elif self._session_id is None:
             self._refuse(ErrorCode.SESSION_INVALID, "the first message must be REGISTER")
-        elif self._dropped_voice is None:
+        elif not self._dropped_voice:
             self._refuse(ErrorCode.MALFORMED_PAYLOAD, "a binary frame outside of a request")
 
-    def _fail_voice(self, voice: VoiceIntake, failure: VoiceError) -> None:
-        self._drop_voice(voice)
-        self._refuse(failure.code, failure.detail, voice.request_id)
+    def _fail_voice(self, request_id: str, failure: VoiceError) -> None:
+        self._drop_voice(request_id)
+        self._refuse_request(failure.code, failure.detail, request_id)
 
-    def _drop_voice(self, voice: VoiceIntake) -> None:
-        self._voice, self._dropped_voice = None, voice.request_id
-        self._remember(voice.request_id, 0)
+    def _drop_voice(self, request_id: str) -> None:
+        """Take nothing more of a VOICE request, and say nothing to what still comes of it."""
+        if self._voice is not None and self._voice.request_id == request_id:
+            self._voice = None
+        if request_id not in self._live:
+            self._ended.setdefault(request_id, 0)
+        self._dropped_voice[request_id] = None
+        _bound(self._dropped_voice, MAX_DROPPED_VOICES)
 
     # Interrupts.
 
@@ -532,10 +555,9 @@ class SessionActor(GreenletActor):
 
     def _interrupt_voice(self, voice: VoiceIntake, pending: PendingInterrupt) -> None:
         request_id, reason = voice.request_id, pending.frame.known_reason
-        self._early.pop(request_id, None)
         pending.targets[request_id] = InterruptResult(request_id, InterruptOutcome.STOPPED, 0, None)
         pending.terminals.append(interrupted(request_id, reason, self._voice_stream_seq))
-        self._drop_voice(voice)
+        self._drop_voice(request_id)
 
     def _stop_request(self, live: Live, reason: InterruptReason) -> bool:
         """Stop a request; False when its terminal frame is on its way already."""
@@ -737,9 +759,9 @@ class SessionActor(GreenletActor):
         """Stop everything that is live; when it has ended, do the farewell and stop."""
         self._farewell = farewell
         if self._voice is not None:
-            voice = self._voice
-            self._drop_voice(voice)
-            self._send(interrupted(voice.request_id, reason, self._voice_stream_seq))
+            request_id = self._voice.request_id
+            self._drop_voice(request_id)
+            self._send(interrupted(request_id, reason, self._voice_stream_seq))
         for live in list(self._live.values()):
             if not self._stop_request(live, reason):
                 # Its terminal frame is with the kernel, or was begun on a lost connection.
@@ -755,13 +777,15 @@ class SessionActor(GreenletActor):
 
     def _refuse_frame(self, frame_error: FrameError) -> None:
         request_id = frame_error.request_id
-        if request_id is not None and self._takes_voice_of(request_id):
-            if self._voice is not None and self._voice.request_id == request_id:
-                self._fail_voice(self._voice, VoiceError(frame_error.code, frame_error.detail))
+        of_voice = self._voice is not None and self._voice.request_id == request_id
+        if request_id is not None and frame_error.of_voice and request_id in self._dropped_voice:
             return
-        if request_id is not None and self._is_used(request_id):
+        if request_id is not None and self._is_used(request_id) and not of_voice:
             request_id = None
-        self._refuse(frame_error.code, frame_error.detail, request_id)
+        if request_id is not None and (of_voice or frame_error.of_voice):
+            self._fail_voice(request_id, VoiceError(frame_error.code, frame_error.detail))
+        else:
+            self._refuse(frame_error.code, frame_error.detail, request_id)
 
     def _refuse_request(self, code: ErrorCode, detail: str, request_id: str | None) -> None:
         """Refuse a frame that would have begun a request, for good."""

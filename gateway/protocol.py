@@ -114,13 +114,22 @@ class FrameError(Exception):
         code: the error code for the client.
         detail: what exactly is wrong, for the client.
         request_id: the id in a REQUEST that was refused, where it is a proper one.
+        of_voice: whether that is a VOICE request, of which more frames may come.
     """
 
-    def __init__(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
+    def __init__(
+        self,
+        code: ErrorCode,
+        detail: str,
+        request_id: str | None = None,
+        *,
+        of_voice: bool = False,
+    ) -> None:
         super().__init__(code, detail)
         self.code = code
         self.detail = detail
         self.request_id = request_id
+        self.of_voice = of_voice
 
 
 # Client to server.
@@ -397,13 +406,17 @@ class _VoiceRequest(Struct):
     content: _VoiceContent
 
 
-class _OnlyId(Struct):
+class _Begun(Struct):
+    """What is left to know of a frame that is refused, and would have begun a request: its client
+    waits for an answer."""
+
     request_id: RequestId
+    data_type: Any = None
 
 
-class _BadRequest(Struct):
+class _BadFrame(Struct):
     msg_type: Literal["REQUEST", "FUNCTION_RESULT"]
-    payload: _OnlyId
+    payload: _Begun
 
 
 _envelope_decoder = msgspec.json.Decoder(_Envelope)
@@ -411,7 +424,7 @@ _payload_decoders: dict[str, msgspec.json.Decoder[Any]] = {
     payload.msg_type: msgspec.json.Decoder(payload) for payload in CLIENT_PAYLOADS
 }
 _voice_decoder = msgspec.json.Decoder(_VoiceRequest)
-_id_decoder = msgspec.json.Decoder(_OnlyId)
+_begun_decoder = msgspec.json.Decoder(_Begun)
 
 
 def decode(data: bytes) -> ClientFrame:
@@ -436,7 +449,7 @@ def decode(data: bytes) -> ClientFrame:
     except msgspec.ValidationError as error:
         raise _malformed(error, "frame") from None
     except (msgspec.DecodeError, RecursionError) as error:  # the latter: nested too deeply
-        raise _malformed(error, "frame", _id_in_bad_frame(data)) from None
+        raise _malformed(error, "frame", _begun_by_bad_frame(data)) from None
     if envelope.version != VERSION:
         raise FrameError(
             ErrorCode.MALFORMED_PAYLOAD,
@@ -448,18 +461,15 @@ def decode(data: bytes) -> ClientFrame:
             ErrorCode.MALFORMED_PAYLOAD, f"unknown msg_type {envelope.msg_type[:64]!r}"
         )
     if len(data) > MAX_TEXT_BYTES and not _reads(_voice_decoder, envelope.payload):
-        raise FrameError(
-            ErrorCode.PAYLOAD_TOO_LARGE,
-            f"a text frame of {len(data)} bytes; without voice the limit is {MAX_TEXT_BYTES}",
-            _request_id(envelope),
-        )
+        detail = f"a text frame of {len(data)} bytes; without voice the limit is {MAX_TEXT_BYTES}"
+        raise _refusal(ErrorCode.PAYLOAD_TOO_LARGE, detail, _begun_by(envelope))
     try:
         payload = decoder.decode(envelope.payload)
     except msgspec.DecodeError as error:
         where = _function_named(str(error), envelope.payload) or "payload"
-        raise _malformed(error, where, _request_id(envelope)) from None
+        raise _malformed(error, where, _begun_by(envelope)) from None
     if fault := _fault(payload):
-        raise FrameError(ErrorCode.MALFORMED_PAYLOAD, fault, _request_id(envelope))
+        raise _refusal(ErrorCode.MALFORMED_PAYLOAD, fault, _begun_by(envelope))
     return ClientFrame(envelope.session_id, payload)
 
 
@@ -552,12 +562,18 @@ def _function_named(message: str, payload: msgspec.Raw) -> str | None:
     return f"function {name[:64]!r}" if isinstance(name, str) else None
 
 
-def _malformed(error: Exception, where: str, request_id: str | None = None) -> FrameError:
+def _malformed(error: Exception, where: str, begun: _Begun | None = None) -> FrameError:
     text = str(error)  # may quote what it was sent, at any length
     if len(text) > _MAX_DETAIL_CHARS:
         half = _MAX_DETAIL_CHARS // 2
         text = f"{text[:half]} … {text[-half:]}"
-    return FrameError(ErrorCode.MALFORMED_PAYLOAD, f"{where}: {text}", request_id)
+    return _refusal(ErrorCode.MALFORMED_PAYLOAD, f"{where}: {text}", begun)
+
+
+def _refusal(code: ErrorCode, detail: str, begun: _Begun | None) -> FrameError:
+    if begun is None:
+        return FrameError(code, detail)
+    return FrameError(code, detail, begun.request_id, of_voice=begun.data_type == "VOICE")
 
 
 def _reads(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw) -> bool:
@@ -568,24 +584,23 @@ def _reads(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw) -> bool:
     return True
 
 
-def _id_in_bad_frame(data: bytes) -> str | None:
+def _begun_by_bad_frame(data: bytes) -> _Begun | None:
     # The standard library reads what msgspec does not: half a surrogate pair, which a browser sends
     # when it cut a text inside of an emoji.
     try:
-        return msgspec.convert(json.loads(data), _BadRequest).payload.request_id
+        return msgspec.convert(json.loads(data), _BadFrame).payload
     except (ValueError, RecursionError):
         return None
 
 
-def _request_id(envelope: _Envelope) -> str | None:
-    """The id of a request that a refused frame would have begun: its client waits for an answer."""
+def _begun_by(envelope: _Envelope) -> _Begun | None:
     if envelope.msg_type not in (Request.msg_type, FunctionResult.msg_type):
         return None
     try:
-        request_id: str = _id_decoder.decode(envelope.payload).request_id
+        begun: _Begun = _begun_decoder.decode(envelope.payload)
     except msgspec.DecodeError:
         return None
-    return request_id
+    return begun
 
 
 # Server to client.

@@ -512,3 +512,56 @@ def test_whatever_happens_the_provider_takes_it(
             assert earlier == messages[: len(earlier)]
             assert prompt[len(earlier) :] == own
             assert turn.user_text is None or int(turn.user_text) not in asked
+
+
+# Turns that go on from others --------------------------------------------------------------------
+
+
+def test_a_turn_that_is_held_is_not_forgotten_before_it_is_released() -> None:
+    history = History(2, 1000)
+    first = history.begin("1", "one")
+    history.end(first, "first", Ending.COMPLETED)
+    history.hold(first)
+    second = history.begin("2", "two")
+    history.end(second, "second", Ending.COMPLETED)
+    third = history.begin("3", "three")
+    told = [message.content for message in history.messages(third)]
+    assert told == ["one", "first", "two", "second", "three"]
+    history.release(first)
+    assert [message.content for message in history.messages(third)] == ["two", "second", "three"]
+
+
+def test_what_went_on_from_a_turn_that_is_held_stays_with_it() -> None:
+    history = History(100, 1000)
+    first = history.begin("1", "one")
+    history.add_call(first, ToolCall("a", "look", "{}"))
+    history.end(first, "", Ending.COMPLETED)
+    going_on = history.begin("2", None, first)
+    history.end(going_on, "found", Ending.COMPLETED)
+    found = history.find_call("a")
+    assert found is not None
+    history.hold(first)
+    history.set_result(found[1], "late")
+    history.release(first)
+    last = history.begin("3", "three")
+    assert [message.content for message in history.messages(last)] == [
+        "one",
+        None,
+        "late",
+        "found",
+        "three",
+    ]
+
+
+def test_a_turn_is_held_by_what_goes_on_from_it_and_told_right_before_it() -> None:
+    history = History(0, 0)
+    first = history.begin("1", "one")
+    history.add_call(first, ToolCall("a", "look", "{}"))
+    going_on = history.begin("2", None, first)
+    other = history.begin("3", "other")
+    history.end(other, "answer", Ending.COMPLETED)
+    history.end(first, "", Ending.COMPLETED)
+    assert [message.role for message in history.messages(going_on)] == ["user", "assistant", "tool"]
+    history.end(going_on, "found", Ending.COMPLETED)
+    assert history.messages(history.begin("4", "four")) == [Message("user", "four")]
+    assert history.find_call("a") is None

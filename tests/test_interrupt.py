@@ -623,9 +623,9 @@ def test_a_request_that_waits_for_its_predecessor_can_be_interrupted(
     assert ack.payload["status"] == "SUCCESS"
     assert results_of(ack) == {second: "STOPPED"}
     assert ack.payload["results"][0]["stream_closed_ms"] is None  # there was no stream
-    client.wait_terminal(second)
     held.release()
     assert client.wait_terminal(first).payload["interrupt_reason"] == "USER_NEW_INPUT"
+    client.wait_terminal(second)  # in the order in which they came
     assert_it_still_works(client, provider)
     assert_ended_by_interrupt(client, second, [ack], "USER_STOP")
     provider.counts()

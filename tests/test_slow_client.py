@@ -11,8 +11,8 @@ from typing import TypeAlias
 import gevent
 import pytest
 
-from gateway.protocol import OnNewRequest
 from gateway.outbox import MAX_CONTROL_FRAMES, OutboxSettings
+from gateway.protocol import OnNewRequest
 from gateway.server import ServerSettings
 from run import Gateway
 from tests.harness import scripts
