@@ -89,6 +89,7 @@ class History:
         self._max_messages = max_messages
         self._max_chars = max_chars
         self._turns: list[Turn] = []
+        self._last_ended: Turn | None = None
 
     def begin(self, request_id: str, user_text: str | None, goes_on: Turn | None = None) -> Turn:
         """A request was accepted: its turn runs from here on.
@@ -97,23 +98,26 @@ class History:
             request_id: the client's.
             user_text: what the user said; None for a turn that goes on after results.
             goes_on: the turn of those results, which is held until this one ends. This one follows
-                it at once: no model could go on from results that lie further back.
+                it, and what went on from it before.
         """
         turn = Turn(request_id, user_text, goes_on=goes_on)
-        if goes_on is None:
-            self._turns.append(turn)
-        else:
+        place = len(self._turns)
+        if goes_on is not None:
             self.hold(goes_on)
-            self._turns.insert(self._turns.index(goes_on) + 1, turn)
+            place = self._turns.index(goes_on) + 1
+            while place < len(self._turns) and self._turns[place].goes_on is not None:
+                place += 1
+        self._turns.insert(place, turn)
         return turn
 
     def hold(self, turn: Turn) -> None:
-        """Do not forget this turn, whatever the bounds say, until it is released as often."""
-        turn.holds += 1
+        """Do not forget this turn, and those that it goes on from, whatever the bounds say, until
+        it is released as often."""
+        _count_holds(turn, 1)
 
     def release(self, turn: Turn) -> None:
         """The contrary of `hold`."""
-        turn.holds -= 1
+        _count_holds(turn, -1)
         self._apply_bounds()
 
     def add_call(self, turn: Turn, call: ToolCall) -> None:
@@ -138,14 +142,15 @@ class History:
         if broke_at_once or not _messages_of(turn):
             self._turns.remove(turn)
         if turn.goes_on is not None:
-            turn.goes_on.holds -= 1
+            _count_holds(turn.goes_on, -1)
+        self._last_ended = turn
         self._apply_bounds()
 
     def trim(self, request_id: str | None, chars: int) -> bool:
         """The user got less of an ended answer than was sent: cut it, and mark it as interrupted.
 
         Args:
-            request_id: whose answer; None for the last one.
+            request_id: whose answer; None for the one that ended last.
             chars: how many Unicode code points the user got, at least 0. Where that is all of the
                 answer, nothing changes, its ending neither.
 
@@ -153,7 +158,10 @@ class History:
             False when there is no such turn, or it still runs.
         """
         for turn in reversed(self._turns):
-            if request_id in (None, turn.request_id) and turn.ending is not None:
+            is_meant = (
+                turn is self._last_ended if request_id is None else (turn.request_id == request_id)
+            )
+            if is_meant and turn.ending is not None:
                 if chars < len(turn.text):
                     turn.text = turn.text[:chars]
                     turn.ending = Ending.INTERRUPTED
@@ -183,14 +191,17 @@ class History:
     def messages(self, turn: Turn) -> list[Message]:
         """What the model is sent for a turn: the ended turns before it, then its own user text.
 
-        Turns that run side by side do not see one another.
+        Turns that run side by side do not see one another. For one that goes on after results these
+        come last: no model could go on from what lies further back.
         """
         messages: list[Message] = []
         for earlier in self._turns:
             if earlier is turn:
                 break
-            if earlier.ending is not None:
+            if earlier.ending is not None and not _goes_on_from_running(earlier):
                 messages += _messages_of(earlier)
+            if earlier is turn.goes_on:
+                break
         if turn.user_text is not None:
             messages.append(Message("user", turn.user_text))
         return messages
@@ -238,6 +249,20 @@ def _content(turn: Turn) -> str | None:
     if turn.ending is Ending.BROKEN:
         return turn.text + BROKEN_MARK
     return turn.text
+
+
+def _goes_on_from_running(turn: Turn) -> bool:
+    before = turn.goes_on
+    while before is not None and before.ending is not None:
+        before = before.goes_on
+    return before is not None
+
+
+def _count_holds(turn: Turn, one: int) -> None:
+    held: Turn | None = turn
+    while held is not None:
+        held.holds += one
+        held = held.goes_on
 
 
 def _chars(turn: Turn) -> int:

@@ -777,15 +777,24 @@ class SessionActor(GreenletActor):
 
     def _refuse_frame(self, frame_error: FrameError) -> None:
         request_id = frame_error.request_id
-        of_voice = self._voice is not None and self._voice.request_id == request_id
-        if request_id is not None and frame_error.of_voice and request_id in self._dropped_voice:
-            return
-        if request_id is not None and self._is_used(request_id) and not of_voice:
-            request_id = None
-        if request_id is not None and (of_voice or frame_error.of_voice):
-            self._fail_voice(request_id, VoiceError(frame_error.code, frame_error.detail))
+        code, detail = frame_error.code, frame_error.detail
+        if request_id is None:
+            self._refuse(code, detail)
+        elif frame_error.of_voice and request_id in self._dropped_voice:
+            pass
+        elif self._voice is not None and self._voice.request_id == request_id:
+            self._fail_voice(request_id, VoiceError(code, detail))
+        elif self._is_used(request_id):
+            self._refuse(code, detail)
+        elif (reason := self._take_early(request_id)) is not None:
+            if frame_error.of_voice:
+                self._drop_voice(request_id)
+            self._remember(request_id, 0)
+            self._send(interrupted(request_id, reason, self._voice_stream_seq))
+        elif frame_error.of_voice:
+            self._fail_voice(request_id, VoiceError(code, detail))
         else:
-            self._refuse(frame_error.code, frame_error.detail, request_id)
+            self._refuse(code, detail, request_id)
 
     def _refuse_request(self, code: ErrorCode, detail: str, request_id: str | None) -> None:
         """Refuse a frame that would have begun a request, for good."""

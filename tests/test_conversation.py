@@ -1948,3 +1948,118 @@ def test_an_answer_that_alone_is_over_the_bound_is_not_told(make_talk: MakeTalk)
     second = talk.turn("x" * 101)
     third = talk.turn("3")
     talk.assert_sent([user(first)], [user(first), assistant("1"), user(second)], [user(third)])
+
+
+# Going on, at odd moments -------------------------------------------------------------------------
+
+
+def test_a_result_that_is_given_again_leaves_the_answer_that_followed_it(talk: Talk) -> None:
+    _, first = talk.call_turn(weather_events())
+    fine = talk.script(scripts.answer(["It is fine."]), "fine")
+    talk.result("a", fine, "on")
+    talk.client.wait_terminal("on")
+    talk.result("a", "grey by now")
+    second = talk.turn("Yes.")
+    told = [user(first), calling(call("a", "weather", OSLO)), tool("a", "grey by now")]
+    talk.assert_last_sent(*told, assistant("It is fine."), user(second))
+
+
+def test_a_request_that_waits_for_results_can_be_interrupted_and_they_come_late(talk: Talk) -> None:
+    first = ask_for_both(talk)
+    talk.result("a", "fine", "on")
+    talk.stop("on")
+    talk.client.wait_terminal("on")
+    talk.result("b", "late")
+    second = talk.turn("Yes.")
+    told = [BOTH, tool("a", "fine"), tool("b", "late"), assistant(INTERRUPTED_BEFORE_TEXT)]
+    talk.assert_last_sent(user(first), *told, user(second))
+
+
+def test_what_waits_for_an_answer_that_runs_can_be_stopped(talk: Talk) -> None:
+    request_id, first, key = hold_calls(talk)
+    talk.result("a", "fine", "on")
+    talk.stop("on")
+    talk.client.wait_terminal("on")
+    talk.provider.release(key)
+    talk.client.wait_terminal(request_id)
+    second = talk.turn("Yes.")
+    told = [user(first), calling(call("a", "weather", OSLO)), tool("a", "fine")]
+    talk.assert_last_sent(*told, assistant(INTERRUPTED_BEFORE_TEXT), user(second))
+
+
+def test_a_chain_keeps_its_question(make_talk: MakeTalk) -> None:
+    talk = make_talk(on_new_request=OnNewRequest.PARALLEL, history_messages=7)
+    _, first = talk.call_turn(weather_events())
+    more = talk.script(
+        scripts.call_answer(
+            [
+                *scripts.call_events("f", "{}", index=0, call_id="c"),
+                *scripts.call_events("g", "{}", index=1, call_id="d"),
+            ]
+        ),
+        "more",
+    )
+    talk.result("a", more, "on-1")
+    talk.client.wait_terminal("on-1")
+    talk.result("c", "1", "on-2")
+    for _ in range(3):
+        talk.turn("Yes.")
+    last = rang(talk)
+    talk.result("d", last)
+    talk.client.wait_terminal("on-2")
+    told = [user(first), calling(call("a", "weather", OSLO)), tool("a", more)]
+    calls = calling(call("c", "f", "{}"), call("d", "g", "{}"))
+    talk.assert_last_sent(*told, calls, tool("c", "1"), tool("d", last))
+
+
+def test_a_chain_over_the_bound_keeps_its_question(make_talk: MakeTalk) -> None:
+    talk = make_talk(history_messages=4)
+    _, first = talk.call_turn(weather_events())
+    key = talk.provider.unique("done")
+    events = scripts.call_events("f", "{}", index=0, call_id="c")
+    more = talk.script(scripts.calls_before_release(events, key), "more")
+    talk.result("a", more, "on-1")
+    assert talk.wait_call()["call_id"] == "c"
+    last = rang(talk)
+    talk.result("c", last, "on-2")
+    talk.fence()
+    talk.provider.release(key)
+    talk.client.wait_terminal("on-2")
+    told = [user(first), calling(call("a", "weather", OSLO)), tool("a", more)]
+    calls = calling(call("c", "f", "{}"))
+    talk.assert_last_sent(*told, calls, tool("c", last))
+
+
+def test_a_late_second_result_after_an_interrupt_with_the_same_id_is_not_lost(talk: Talk) -> None:
+    ask_for_both(talk)
+    talk.result("a", "fine", "on")
+    talk.stop("on")
+    talk.client.wait_terminal("on")
+    talk.result("b", "late", "on")
+    assert "request_id" not in talk.wait_error()
+    talk.turn("Yes.")
+    assert talk.bodies()[-1]["messages"][3] == tool("b", "late")
+
+
+def test_an_interrupt_for_all_cuts_what_was_answered_last(talk: Talk) -> None:
+    _, first = talk.call_turn(weather_events())
+    second = talk.turn("Yes.")
+    fine = talk.script(scripts.answer(["It is fine."]), "fine")
+    talk.result("a", fine, "on")
+    talk.client.wait_terminal("on")
+    talk.stop(None, delivered_text_chars=2)
+    third = talk.turn("No.")
+    told = [user(first), calling(call("a", "weather", OSLO)), tool("a", fine)]
+    cut = assistant("It" + INTERRUPTED_MARK)
+    talk.assert_last_sent(*told, cut, user(second), assistant("Yes."), user(third))
+
+
+def test_two_that_go_on_from_one_answer_are_told_in_their_order(talk: Talk) -> None:
+    talk.call_turn(weather_events())
+    for number, answer in ((1, "It is fine."), (2, "It rains.")):
+        text = talk.script(scripts.answer([answer]))
+        talk.result("a", text, f"on-{number}")
+        talk.client.wait_terminal(f"on-{number}")
+    talk.turn("Yes.")
+    said = [one["content"] for one in talk.bodies()[-1]["messages"] if one["role"] == "assistant"]
+    assert said == [None, "It is fine.", "It rains."]

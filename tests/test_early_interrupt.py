@@ -421,3 +421,24 @@ def test_an_early_interrupt_that_is_too_old_lets_the_answer_go_on(clock: Clock) 
     given.tell(given.frame(FunctionResult("call_1", 7, "going_on")))
     given.source.next().complete()
     assert given.outbox.wait_terminal("going_on")["outcome"] == "COMPLETED"
+
+
+def test_a_request_with_an_update_that_cannot_be_made_ends_as_interrupted_all_the_same(
+    client: Client,
+) -> None:
+    """No ERROR may come for a request that was interrupted."""
+    client.interrupt("req_1")
+    client.wait_ack()
+    fields = {"function_calling_op": "DELETE", "function_calling": ["nobodys"]}
+    content = {"request_id": "req_1", "data_type": "TEXT", "content": {"text": "hello"}}
+    client.send("REQUEST", {**content, **fields, "require_tts": True})
+    ended = client.wait_terminal("req_1").payload
+    assert ended["outcome"] == "INTERRUPTED"
+    assert "voice_stream_seq" not in ended  # nor was any other part of the update made
+
+
+def test_a_request_that_is_not_understood_ends_as_interrupted_too(client: Client) -> None:
+    client.interrupt("req_1")
+    client.wait_ack()
+    client.send("REQUEST", {"request_id": "req_1", "data_type": "TEXT", "content": {"text": 7}})
+    assert client.wait_terminal("req_1").payload["outcome"] == "INTERRUPTED"

@@ -452,8 +452,10 @@ class Play:
 
     def begin(self, question: bool) -> None:
         self._begun += 1
-        user_text = str(self._begun) if question else None
-        self.running.append(self.history.begin(f"r{self._begun}", user_text))
+        found = self.calls and self.history.find_call(self.calls[-1].call.id)
+        goes_on = found[0] if found and not question else None
+        user_text = str(self._begun) if goes_on is None else None
+        self.running.append(self.history.begin(f"r{self._begun}", user_text, goes_on))
 
     def call(self, which: int) -> None:
         if self.running:
@@ -499,8 +501,9 @@ def test_whatever_happens_the_provider_takes_it(
         operation(play, *arguments)
         messages = told(play.history)
         assert_provider_takes(messages)
-        assert len(messages) <= max_messages
-        assert chars_of(messages) <= max_chars
+        if not any(turn.goes_on for turn in play.running):  # else something is held
+            assert len(messages) <= max_messages
+            assert chars_of(messages) <= max_chars
         assert not messages or messages[0].role == "user"
         asked = [int(message.content or 0) for message in messages if message.role == "user"]
         assert asked == sorted(set(asked))

@@ -709,3 +709,75 @@ def test_a_voice_that_was_interrupted_before_it_came_ends_so_whatever_else_is_wr
         terminal = terminal_of(fence(client), request_id)
         assert terminal.msg_type == "RESPONSE"
         assert terminal.payload["outcome"] == "INTERRUPTED"
+
+
+# What is over for the gateway, but not for the client --------------------------------------------
+
+
+def test_the_rest_of_base64_voice_whose_first_frame_was_malformed_is_ignored(
+    client: Client,
+) -> None:
+    base64_frame(client, "req_1", 0, content={"voice_mode": "BASE64", "voice": "!!"})
+    assert refusal(client, "req_1")["error_code"] == "MALFORMED_PAYLOAD"
+    base64_frame(client, "req_1", 1)
+    base64_frame(client, "req_1", -1)
+    assert fence(client) == []
+
+
+def test_the_rest_of_binary_voice_whose_first_frame_was_malformed_is_ignored(
+    client: Client,
+) -> None:
+    binary_frame(client, "req_1", 0, content={})
+    assert refusal(client, "req_1")["error_code"] == "MALFORMED_PAYLOAD"
+    client.send_binary(b"voice")
+    binary_frame(client, "req_1", -1)
+    assert fence(client) == []
+
+
+def test_the_rest_of_voice_that_another_one_cut_short_is_ignored(client: Client) -> None:
+    base64_frame(client, "old", 0)
+    base64_frame(client, "new", 0)
+    assert refusal(client, "old")["error_code"] == "STREAM_SEQ_ERROR"
+    base64_frame(client, "old", 1)
+    base64_frame(client, "old", -1)
+    assert fence(client) == []
+    base64_frame(client, "new", 1)
+    base64_frame(client, "new", -1)
+    assert_not_recognized(client, "new")
+
+
+def test_voice_that_begins_while_the_session_is_ending_is_refused_once() -> None:
+    given = Given(FakeSource(stuck=True), ack_timeout=60)
+    given.register()
+    given.request("req_1")
+    given.source.next()
+    given.tell(EndSession(InterruptReason.SERVER_SHUTDOWN))
+    for seq in (0, 1, -1):
+        content = RequestContent(voice_mode="BINARY")
+        given.tell(given.frame(Request("req_2", "VOICE", content, stream_seq=seq)))
+        if seq == 0:
+            given.tell(VoiceReceived(b"voice"))
+    given.settle()
+    assert given.outbox.history()[1:] == ["end SERVER_BUSY req_2"]
+
+
+def test_each_whole_voice_under_a_used_id_is_told_so(client: Client) -> None:
+    base64_frame(client, "req_1", flag=False)
+    assert_not_recognized(client, "req_1")
+    for _ in range(3):
+        base64_frame(client, "req_1", flag=False)
+        (told,) = fence(client)
+        assert told.payload["error_code"] == "MALFORMED_PAYLOAD"
+        assert "request_id" not in told.payload
+
+
+def test_early_interrupted_voice_with_an_update_that_cannot_be_made_ends_as_interrupted(
+    client: Client,
+) -> None:
+    client.interrupt("req_1")
+    client.wait_ack()
+    base64_frame(client, "req_1", 0, function_calling_op="DELETE", function_calling=["nobodys"])
+    assert client.wait_terminal("req_1").payload["outcome"] == "INTERRUPTED"
+    fence(client)
+    base64_frame(client, "req_1", -1)
+    assert fence(client) == []
