@@ -148,16 +148,16 @@ class RequestActor(GreenletActor):
 
     def handle(self, message: RequestMessage) -> None:
         match message:
+            case Stop():
+                self._stop_reading(message)
+            case ReaderEnded(result):
+                self._end(result)
             case Start(body):
                 self._start(body)
             case StreamOpened():
                 self._advance(RequestState.WAITING)
             case FirstToken():
                 self._first_token()
-            case Stop():
-                self._stop_reading(message)
-            case ReaderEnded(result):
-                self._end(result)
             case Release():
                 self._release()
             case RegisterAgain():

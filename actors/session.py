@@ -162,6 +162,7 @@ class SessionActor(GreenletActor):
         self._model = model
         self._settings = settings
         self._metrics = metrics
+        self._lanes = lanes()
         self._session_id: str | None = None
         self._created_ms = 0
         self._lifetime = Lifetime(0, 0, 0)
@@ -191,12 +192,12 @@ class SessionActor(GreenletActor):
         match message:
             case FrameReceived(frame, read_at):
                 self._on_frame(frame, read_at)
+            case RequestReported(request_id, result):
+                self._on_report(request_id, result)
             case BadFrameReceived(frame_error):
                 self._refuse_frame(frame_error)
             case VoiceReceived(voice):
                 self._on_voice(voice)
-            case RequestReported(request_id, result):
-                self._on_report(request_id, result)
             case TerminalWritten(request_id):
                 self._on_terminal_written(request_id)
             case CallWritten(request_id):
@@ -246,13 +247,13 @@ class SessionActor(GreenletActor):
                 self._refuse(ErrorCode.SESSION_INVALID, "the first message must be REGISTER")
             case _ if frame.session_id != self._session_id:
                 self._refuse(ErrorCode.SESSION_INVALID, "session_id is not the one of REGISTER_ACK")
+            case Interrupt():
+                self._interrupt(payload, read_at)
             case Request():
                 self._lifetime.renew(time.monotonic())
                 self._request(payload)
             case FunctionResult():
                 self._function_result(payload)
-            case Interrupt():
-                self._interrupt(payload, read_at)
             case SessionQuery(query_fields):
                 self._send(SessionInfo(_only(self._data(), query_fields)))
             case HeartbeatReply():
@@ -572,6 +573,10 @@ class SessionActor(GreenletActor):
         live.outlet.shut()
         if not live.stopping and live.result is None:
             tell(live.actor, stop)
+            self._lanes.call_after_look(self._limit_stop, live)
+
+    def _limit_stop(self, live: Live) -> None:
+        if live.result is None:
             live.timer = Timer(
                 self._settings.ack_timeout, self.actor_ref, StopOverdue(live.request_id)
             )
@@ -682,12 +687,12 @@ class SessionActor(GreenletActor):
         observe = self._metrics.acknowledged_seconds.observe
         self._outbox.send_control(
             self._encode(ack),
-            lambda at: lanes().call_later(observe, at - pending.read_at),
+            lambda at: self._lanes.call_later(observe, at - pending.read_at),
         )
         for terminal in pending.terminals:
             self._send(terminal)
         # Logging and counting take longer than stopping did, and others may be waiting for that.
-        lanes().call_later(self._keep_books, pending, ack)
+        self._lanes.call_later(self._keep_books, pending, ack)
 
     def _keep_books(self, pending: PendingInterrupt, ack: InterruptAck) -> None:
         reason = pending.frame.known_reason.value
@@ -709,7 +714,7 @@ class SessionActor(GreenletActor):
         self._remember(live.request_id, live.outlet.delivered_text_chars)
         self._note_calls(live)
         self._history.end(live.turn, *live.as_heard(outcome))
-        lanes().call_later(self._release, live, outcome)
+        self._lanes.call_later(self._release, live, outcome)
 
     def _release(self, live: Live, outcome: Outcome) -> None:
         tell(live.actor, Release())

@@ -180,6 +180,11 @@ class Outbox:
             # Behind what is there, but made only then: frames after a close frame are not allowed.
             self._put_control(_Frame(b"", on_written=lambda _at: self._send_close(code, reason)))
 
+    @property
+    def has_room_for_control(self) -> bool:
+        """False while the client does not read the answers it asked for."""
+        return self._control_room.is_set()
+
     def wait_for_room_for_control(self) -> None:
         """Block while the client does not read the answers it asked for."""
         self._control_room.wait()

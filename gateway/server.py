@@ -235,6 +235,7 @@ class _Connection:
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
         self._is_paused = False
+        self._lanes = lanes()
         _tune(sock)
         sock.settimeout(0)  # every wait is explicit, so that writes never block
         loop = gevent.get_hub().loop
@@ -319,15 +320,15 @@ class _Connection:
                 frames += 1
                 if frames % _TURN_FRAMES == 0:
                     self._pause_reading()
-        if frames:
-            self._pause_reading()
+        if frames > 1 or not self._outbox.has_room_for_control:
+            self._pause_reading()  # after a single one, its session runs before the next is read
         if self._protocol.state is not OPEN:
             # No frame may follow a close frame. The end of TCP may be long in coming.
             self._died("closed by the client")
 
     def _pause_reading(self) -> None:
         # A client that never pauses must not starve the others, nor outrun its session.
-        lanes().wait_for_control()
+        self._lanes.wait_for_control()
         self._is_paused = True
         self._outbox.wait_for_room_for_control()
         self._is_paused = False
@@ -356,10 +357,8 @@ class _Connection:
             _log.info("Refused message", session_id=None, code=error.code, detail=error.detail)
             session.bad_frame(error)
         else:
-            _log.info(
-                "Received message", session_id=frame.session_id, msg_type=frame.payload.msg_type
-            )
             session.frame(frame, read_at)
+            self._lanes.call_later(_log_received, frame)  # it takes longer than an interrupt does
 
     def _answer_http(self, request: Request) -> None:
         protocol = self._protocol
@@ -389,6 +388,10 @@ class _Connection:
     def _died(self, reason: str) -> None:
         if self._session is not None:
             self._session.connection_lost(reason)
+
+
+def _log_received(frame: ClientFrame) -> None:
+    _log.info("Received message", session_id=frame.session_id, msg_type=frame.payload.msg_type)
 
 
 def _tune(sock: gevent.socket.socket) -> None:

@@ -41,7 +41,7 @@ class Lanes:
         self._control: _Calls = deque()
         self._after_look: _Calls = deque()
         self._data: _Calls = deque()
-        self._control_is_due = self._slice_is_due = False
+        self._control_is_due = self._slice_is_due = self._in_a_hurry = False
         self._control_ran = self._has_given_way = False
         """Whether control was run since the last look, and whether data waited for that once."""
         # By its name: a loop of libuv has `MAXPRI` as well.
@@ -69,7 +69,8 @@ class Lanes:
         self._control_is_due = True
         if self.has_priorities:
             self._next.feed(0, self._run_control)
-            self._hurry.start(self._rest)
+            if not self._in_a_hurry:
+                self._be_quick()
         else:
             self._loop.run_callback(self._run_control)
 
@@ -80,7 +81,8 @@ class Lanes:
             return
         self._after_look.append((function, args))
         self._looked.start(self._run_after_look)
-        self._hurry.start(self._rest)
+        if not self._in_a_hurry:
+            self._be_quick()
 
     def call_later(self, function: Callable[..., object], *args: Any) -> None:
         """Call it in the data lane: what nobody waits for."""
@@ -131,7 +133,8 @@ class Lanes:
     def _go_on_with_data(self) -> None:
         self._slice_is_due = True
         self._looked_for_data.start(self._hand_on)
-        self._hurry.start(self._rest)
+        if not self._in_a_hurry:
+            self._be_quick()
 
     def _hand_on(self) -> None:
         control_ran, self._control_ran = self._control_ran, False
@@ -154,7 +157,11 @@ class Lanes:
     def _run_control(self) -> None:
         self._control_ran = True
         while self._control:
-            _guarded(*self._control.popleft())
+            function, args = self._control.popleft()
+            try:
+                function(*args)
+            except BaseException:  # the next one is somebody else's
+                gevent.get_hub().handle_error(function, *sys.exc_info())
         self._control_is_due = False
 
     def _run_after_look(self) -> None:
@@ -163,8 +170,13 @@ class Lanes:
         if not self._after_look:
             self._looked.stop()
 
+    def _be_quick(self) -> None:
+        self._in_a_hurry = True
+        self._hurry.start(self._rest)
+
     def _rest(self) -> None:
         if not (self._control or self._after_look or self._data):
+            self._in_a_hurry = False
             self._hurry.stop()
 
 

@@ -211,6 +211,7 @@ class Generation:
         self._closing = False
         self._result: Result | None = None
         self._closed_at: float | None = None
+        self._lanes = lanes()
         self._reader = gevent.Greenlet(self._run)
         self._reader.rawlink(self._ended)
 
@@ -238,7 +239,7 @@ class Generation:
         """
         if not self._closing:
             self._closing = True
-            lanes().call(self._kill)
+            self._lanes.call(self._kill)
 
     def _kill(self) -> None:
         # In the hub. Like `Greenlet.kill`, but now, and its end is told now.
@@ -247,7 +248,7 @@ class Generation:
         self._closed_at = self._closed_at or stopped.closed_at
         if self.ended:
             # Another client's INTERRUPT may have come meanwhile: its stream is closed first.
-            lanes().call_after_look(self._ended, self._reader)
+            self._lanes.call_after_look(self._ended, self._reader)
 
     @property
     def ended(self) -> bool:
@@ -305,7 +306,7 @@ class Generation:
         """
         # The generation itself stands in for the session: all that is asked of it is `request`.
         session: Any = self
-        lanes().wait_turn()  # half a millisecond of work, if the connection is to be made
+        self._lanes.wait_turn()  # half a millisecond of work, if the connection is to be made
         source = EventSource(self._client.url, method="POST", session=session, max_connect_retry=0)
         try:
             source.connect()
