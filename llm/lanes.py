@@ -41,6 +41,7 @@ class Lanes:
         self._control: _Calls = deque()
         self._after_look: _Calls = deque()
         self._data: _Calls = deque()
+        """With `_let_go_on` those readers whose turn it is; anything else takes long."""
         self._control_is_due = self._slice_is_due = self._in_a_hurry = False
         self._control_ran = self._has_given_way = False
         """Whether control was run since the last look, and whether data waited for that once."""
@@ -125,7 +126,7 @@ class Lanes:
 
     def _readable(self, watcher: Any, waiter: gevent.hub.Waiter[None]) -> None:
         watcher.stop()
-        self._data.append((waiter.switch, (None,)))
+        self._data.append((_let_go_on, (waiter,)))
         if not self._slice_is_due:
             self._slice_is_due = True
             self._slice.feed(0, self._hand_on)
@@ -146,7 +147,7 @@ class Lanes:
             while self._data:
                 function, args = self._data.popleft()
                 function(*args)
-                if time.monotonic() > until:
+                if function is not _let_go_on or time.monotonic() > until:
                     break
         if self._data:
             self._go_on_with_data()
@@ -178,6 +179,10 @@ class Lanes:
         if not (self._control or self._after_look or self._data):
             self._in_a_hurry = False
             self._hurry.stop()
+
+
+def _let_go_on(waiter: gevent.hub.Waiter[None]) -> None:
+    waiter.switch(None)
 
 
 def _guarded(function: Callable[..., object], args: tuple[Any, ...]) -> None:
