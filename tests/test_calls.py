@@ -306,3 +306,11 @@ def test_no_call_begins_after_an_end_without_calls() -> None:
     assembler.add([piece(0), piece()])
     with pytest.raises(MalformedCallError, match=r"of 'f': a part of it came after its end$"):
         assembler.add([piece(0, "a", "f")])
+
+
+@pytest.mark.parametrize("name", ["get weather!", "multi_tool_use.parallel", "x" * 65, "später"])
+def test_a_name_that_no_function_can_have_is_an_error(name: str) -> None:
+    """It would go into the history, and no provider takes it back from there."""
+    with pytest.raises(MalformedCallError, match=r"that is no name of a function$") as caught:
+        assembled(piece(0, "a", name, "{}"))
+    assert len(str(caught.value)) < 200

@@ -509,3 +509,19 @@ def test_a_text_cut_inside_of_an_emoji_is_refused_under_its_own_id() -> None:
     fault = refused(whole.replace(b"?", rb"\ud83d"))
     assert fault.code is ErrorCode.MALFORMED_PAYLOAD
     assert fault.request_id == "req_1"
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [
+        {"call_id": "", "result": 1, "request_id": "req_1"},
+        {"call_id": "c", "request_id": "req_1"},
+        {"call_id": "c", "result": "x" * MAX_TEXT_BYTES, "request_id": "req_1"},
+    ],
+)
+def test_a_refused_function_result_keeps_the_id_of_the_request_it_would_have_begun(
+    payload: dict[str, Any],
+) -> None:
+    fault = refused(frame("FUNCTION_RESULT", payload))
+    assert fault.request_id == "req_1"
+    assert not fault.of_voice

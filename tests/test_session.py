@@ -1315,3 +1315,17 @@ def test_an_interrupt_for_all_with_nothing_live_still_trims_what_was_not_heard(
     assert given.outbox.wait_ack()["status"] == "FAILED"
     given.request("req_2", text="two")
     assert asked(given.source.next())[1]["content"] == "once [interrupted by the user]"
+
+
+def test_what_was_heard_is_counted_in_code_points_also_when_the_answer_fails(given: Given) -> None:
+    given.request("req_1", text="one")
+    first = given.source.next()
+    first.say("éé你好")
+    given.outbox.hold = True  # its terminal frame waits
+    first.end(Result(Ending.FAILED, LimitPassedError("idle", 1), closed_at=time.monotonic()))
+    assert given.outbox.finishing.wait(LIMIT)
+    given.tell(given.frame(Interrupt("req_1", "USER_STOP", 3)))
+    given.outbox.wait_terminal("req_1")
+    given.outbox.hold = False
+    given.request("req_2", text="two")
+    assert asked(given.source.next())[1]["content"] == "éé你 [interrupted by the user]"
