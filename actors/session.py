@@ -327,8 +327,12 @@ class SessionActor(GreenletActor):
             self._settle()
 
     def _is_used(self, request_id: str) -> bool:
-        of_voice = self._voice is not None and self._voice.request_id == request_id
-        return of_voice or request_id in self._live or request_id in self._ended
+        return (
+            self._is_open_voice(request_id) or request_id in self._live or request_id in self._ended
+        )
+
+    def _is_open_voice(self, request_id: str | None) -> bool:
+        return self._voice is not None and self._voice.request_id == request_id
 
     def _refuse_used(self, request_id: str) -> None:
         # Without the id as a field: it would end the live request for the client.
@@ -524,7 +528,7 @@ class SessionActor(GreenletActor):
 
     def _drop_voice(self, request_id: str) -> None:
         """Take nothing more of a VOICE request, and say nothing to what still comes of it."""
-        if self._voice is not None and self._voice.request_id == request_id:
+        if self._is_open_voice(request_id):
             self._voice = None
         if request_id not in self._live:
             self._ended.setdefault(request_id, 0)
@@ -542,7 +546,7 @@ class SessionActor(GreenletActor):
                 live.heard(interrupt.delivered_text_chars)
             if live is not None and self._stop_request(live, interrupt.known_reason):
                 pending.targets[request_id] = live
-            elif target is not None:
+            elif target is not None and not self._is_open_voice(target):
                 pending.targets[request_id] = self._missed(request_id, interrupt, read_at)
         if target is None and not self._live and interrupt.delivered_text_chars is not None:
             # Nothing runs, but speech outlasts text: what was not heard was of the last answer.
@@ -787,7 +791,7 @@ class SessionActor(GreenletActor):
             self._refuse(code, detail)
         elif frame_error.of_voice and request_id in self._dropped_voice:
             pass
-        elif self._voice is not None and self._voice.request_id == request_id:
+        elif self._is_open_voice(request_id):
             self._fail_voice(request_id, VoiceError(code, detail))
         elif self._is_used(request_id):
             self._refuse(code, detail)

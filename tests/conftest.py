@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pykka
 import pytest
 
+from actors.greenlet import GreenletActor
 from actors.session import SessionSettings
 from gateway.server import ServerSettings
 from llm.stream import Provider
 from run import Gateway, Settings
 from tests.harness.client import Client
+from tests.harness.fakes import LIMIT, Clock
 from tests.harness.provider_process import ProviderProcess
 
 
@@ -61,3 +64,19 @@ def client(gateway: Gateway) -> Iterator[Client]:
     """A registered client of `gateway`."""
     with Client(gateway.server.port) as client:
         yield client
+
+
+@pytest.fixture
+def no_actor_left() -> Iterator[None]:
+    """Whatever a test leaves running is stopped, so that it cannot help the next one."""
+    yield
+    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
+        ref.stop(timeout=LIMIT)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The clock of every session in this process."""
+    clock = Clock()
+    monkeypatch.setattr("actors.session.time", clock)
+    return clock

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
-import pykka
 import pytest
 
-from actors.greenlet import GreenletActor
 from actors.messages import FrameReceived
 from actors.session import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS
 from gateway.protocol import (
@@ -29,26 +26,11 @@ from llm.chat import ToolCall
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client
-from tests.harness.fakes import LIMIT, FakeSource, FakeStream
+from tests.harness.fakes import Clock, FakeSource, FakeStream
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
-from tests.test_session_life import Clock
 
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of every session in this process."""
-    clock = Clock()
-    monkeypatch.setattr("actors.session.time", clock)
-    return clock
-
-
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 def session(source: FakeSource | None = None, **settings: Any) -> Given:
@@ -442,3 +424,15 @@ def test_a_request_that_is_not_understood_ends_as_interrupted_too(client: Client
     client.wait_ack()
     client.send("REQUEST", {"request_id": "req_1", "data_type": "TEXT", "content": {"text": 7}})
     assert client.wait_terminal("req_1").payload["outcome"] == "INTERRUPTED"
+
+
+def test_an_interrupt_of_open_voice_takes_no_place_among_the_early_ones(client: Client) -> None:
+    content = {"voice_mode": "BINARY"}
+    client.send("REQUEST", {"request_id": "voice", "data_type": "VOICE", "content": content})
+    for number in range(MAX_EARLY_INTERRUPTS):
+        client.interrupt(f"req_{number}")
+        client.wait_ack()
+    client.interrupt("voice")
+    assert client.wait_ack().payload["results"][0]["outcome"] == "STOPPED"
+    client.request("", "req_0")  # it would be completed at once
+    assert client.wait_terminal("req_0").payload["outcome"] == "INTERRUPTED"

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import gevent
@@ -87,12 +86,7 @@ class Running:
         return pykka.ActorRegistry.get_by_urn(self.ref.actor_urn) is not None
 
 
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped, so that it cannot help the next one."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 def test_an_actor_that_is_told_to_stop_handles_what_was_sent_before_and_closes_once() -> None:

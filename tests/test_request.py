@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -13,7 +13,7 @@ import pykka
 import pytest
 from prometheus_client import CollectorRegistry
 
-from actors.greenlet import GreenletActor, tell
+from actors.greenlet import tell
 from actors.messages import (
     FirstToken,
     GenerationEnded,
@@ -151,12 +151,7 @@ class Given:
         self.ref.ask(RegisterAgain(), timeout=LIMIT)
 
 
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 COMPLETED = Result(Ending.COMPLETED, finish_reason="stop", closed_at=1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -15,7 +15,7 @@ import pykka
 import pytest
 from prometheus_client import CollectorRegistry
 
-from actors.greenlet import GreenletActor, tell
+from actors.greenlet import tell
 from actors.messages import (
     BadFrameReceived,
     ConnectionLost,
@@ -290,12 +290,7 @@ class Given:
             assert self.sample("requests_active", state=state) == 0
 
 
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 @pytest.fixture

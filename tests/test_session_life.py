@@ -11,15 +11,14 @@ import gc
 import os
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import gevent.queue
 import greenlet
-import pykka
 import pytest
 
-from actors.greenlet import GreenletActor, Timer
+from actors.greenlet import Timer
 from actors.lifetime import Due, Lifetime
 from actors.messages import BadFrameReceived, ConnectionLost, TimeIsDue, VoiceReceived
 from actors.session import SessionSettings
@@ -40,7 +39,7 @@ from gateway.protocol import (
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client
-from tests.harness.fakes import LIMIT, FakeSource
+from tests.harness.fakes import LIMIT, Clock, FakeSource
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
 
@@ -50,34 +49,7 @@ QUICK = 2**-8
 sums of it are exact."""
 
 
-class Clock:
-    """A `time` whose monotonic clock stands still until it is set."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-    @staticmethod
-    def time_ns() -> int:
-        return time.time_ns()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """The clock of every session in this process."""
-    clock = Clock()
-    monkeypatch.setattr("actors.session.time", clock)
-    return clock
-
-
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 def session(source: FakeSource | None = None, **settings: Any) -> Given:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import gevent.event
@@ -12,7 +12,7 @@ import pykka
 import pytest
 from structlog.testing import capture_logs
 
-from actors.greenlet import GreenletActor, tell
+from actors.greenlet import tell
 from actors.messages import (
     Census,
     ConnectionLost,
@@ -121,12 +121,7 @@ class Given:
         assert failing.actor_stopped.wait(LIMIT)
 
 
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 # The reaper --------------------------------------------------------------------------------------

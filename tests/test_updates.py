@@ -7,15 +7,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import pykka
 import pytest
 
-from actors.greenlet import GreenletActor
 from gateway.protocol import FunctionDefinition, OnNewRequest, Request, RequestContent, SystemPrompt
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, Received
-from tests.harness.fakes import LIMIT, FakeSource
+from tests.harness.fakes import FakeSource
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
 
@@ -29,12 +27,7 @@ PLACES = ["top_level", "update_session"]
 """Where a REQUEST may carry its updates."""
 
 
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 @pytest.fixture

@@ -4,20 +4,18 @@ terminal frame, and nothing else notices."""
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import pykka
 import pytest
 
-from actors.greenlet import GreenletActor
 from actors.lifetime import Due
 from actors.messages import EndSession, TimeIsDue, VoiceReceived
 from gateway.protocol import InterruptReason, OnNewRequest, Request, RequestContent
 from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
-from tests.harness.fakes import LIMIT, FakeSource
+from tests.harness.fakes import FakeSource
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
 
@@ -26,12 +24,7 @@ NO_RECOGNITION = "no speech recognition is configured"
 VOICE = base64.b64encode(b"\0\1" * 160).decode()
 
 
-@pytest.fixture(autouse=True)
-def none_left() -> Iterator[None]:
-    """Whatever a test leaves running is stopped."""
-    yield
-    for ref in pykka.ActorRegistry.get_by_class(GreenletActor):
-        ref.stop(timeout=LIMIT)
+pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
 def base64_frame(
