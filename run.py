@@ -41,7 +41,7 @@ from actors.supervisor import Supervision, SupervisorSettings
 from gateway.outbox import Outbox, OutboxSettings
 from gateway.protocol import HealthStatus, InterruptReason, OnNewRequest
 from gateway.server import Server, ServerSettings
-from llm.demo import DemoProvider
+from llm import demo
 from llm.lanes import lanes
 from llm.stream import LlmClient, Provider
 from metrics.instruments import Metrics
@@ -155,10 +155,10 @@ class Gateway:
         self._teardown.close()
 
     def _start_demo(self) -> Provider:
-        demo = DemoProvider()
-        demo.start()
-        self._teardown.callback(demo.stop)
-        return Provider(base_url=demo.base_url, model="demo")
+        provider = demo.DemoProvider()
+        provider.start()
+        self._teardown.callback(provider.stop)
+        return Provider(base_url=provider.base_url, model="demo")
 
     def _health(self) -> dict[str, object]:
         census = self.supervision.census()
@@ -194,19 +194,8 @@ def serve(settings: Settings) -> int:
     Returns:
         The exit code: 0 after a signal, 1 when it could not start or go on.
     """
-    stop: gevent.event.AsyncResult[int] = gevent.event.AsyncResult()
+    stop = _stopped_by_signals()
     gateway = Gateway(settings, on_give_up=lambda: stop.set(1))
-
-    def on_signal(number: int) -> None:
-        if stop.ready():  # the second one: at once, whatever is going on
-            os._exit(128 + number)
-        stop.set(0)
-        _say(f"stopping ({signal.Signals(number).name}; once more stops at once)")
-
-    for name in ("SIGINT", "SIGTERM"):
-        if hasattr(signal, name):  # not every platform has every signal
-            number = getattr(signal, name)
-            gevent.signal_handler(number, on_signal, number)
     where = f"{settings.server.host}:{settings.server.port}"
     try:
         gateway.start()
@@ -227,6 +216,35 @@ def serve(settings: Settings) -> int:
     code = stop.get() or 0
     gateway.stop()
     return code
+
+
+def serve_demo(host: str, port: int) -> int:
+    """Run the demo provider until it is told to stop; returns the exit code, as `serve` does."""
+    stop = _stopped_by_signals()
+    try:
+        with demo.DemoProvider(host, port) as provider:
+            _say(f"listening on {provider.base_url}")
+            return stop.get() or 0
+    except OSError as error:
+        print(f"error: cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def _stopped_by_signals() -> gevent.event.AsyncResult[int]:
+    """What a first SIGINT or SIGTERM sets to the exit code 0; a second one ends the process."""
+    stop: gevent.event.AsyncResult[int] = gevent.event.AsyncResult()
+
+    def on_signal(number: int) -> None:
+        if stop.ready():  # at once, whatever is going on
+            os._exit(128 + number)
+        stop.set(0)
+        _say(f"stopping ({signal.Signals(number).name}; once more stops at once)")
+
+    for name in ("SIGINT", "SIGTERM"):
+        if hasattr(signal, name):  # not every platform has every signal
+            number = getattr(signal, name)
+            gevent.signal_handler(number, on_signal, number)
+    return stop
 
 
 def _say(line: str) -> None:
@@ -352,6 +370,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--log-format", choices=("text", "json"), help="text on a terminal, else json")
     add("--log-level", choices=LEVELS, default="info", help="least level that is logged")
+    demo_parser = commands.add_parser(
+        "demo-llm",
+        help="run the demo provider on its own, for any client of OpenAI's API",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=demo.describe_scenarios(),
+    )
+    add = demo_parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=_port, default=0, help="port to listen on (default: a free one)")
     return parser
 
 
@@ -455,6 +482,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in _TOP_LEVEL):
         arguments.insert(0, "serve")
     args = make_parser().parse_args(arguments)
+    if args.command == "demo-llm":
+        configure("info", "text" if sys.stderr.isatty() else "json")
+        return serve_demo(args.host, args.port)
     try:
         settings = settings_from(args)
     except SettingsError as error:

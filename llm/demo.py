@@ -345,6 +345,11 @@ def reply_to(
         return _json_reply(refused.status, error, refused.headers)
 
 
+def describe_scenarios() -> str:
+    """What model names there are, for people: a line each."""
+    return "models:\n" + "\n".join(f"  {name}" for name in SCENARIOS)
+
+
 def _models() -> dict[str, Any]:
     """The list of "model objects" (reference, "List models"); `created` is a made-up constant."""
     listed = [
