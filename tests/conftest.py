@@ -14,8 +14,8 @@ from actors.session import SessionSettings
 from gateway.server import ServerSettings
 from llm.stream import Provider
 from run import Gateway, Settings
+from tests.fakes import LIMIT, Clock
 from tests.harness.client import Client
-from tests.harness.fakes import LIMIT, Clock
 from tests.harness.provider_process import ProviderProcess
 
 

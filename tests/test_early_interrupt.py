@@ -24,9 +24,9 @@ from gateway.protocol import (
 )
 from llm.chat import ToolCall
 from run import Gateway
+from tests.fakes import Clock, FakeSource, FakeStream
 from tests.harness import scripts
 from tests.harness.client import Client
-from tests.harness.fakes import Clock, FakeSource, FakeStream
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
 

@@ -34,7 +34,7 @@ from llm.chat import Delta, ToolCall, Usage
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
 from llm.stream import Ending, LlmClient, Provider, Result
 from metrics.instruments import Metrics
-from tests.harness.fakes import LIMIT, Collector, FakeSource, FakeStream
+from tests.fakes import LIMIT, Collector, FakeSource, FakeStream
 
 # Fakes: what a request stands between ------------------------------------------------------------
 

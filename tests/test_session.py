@@ -65,7 +65,7 @@ from llm.errors import BadStatusError, LimitPassedError
 from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
-from tests.harness.fakes import LIMIT, FakeSource, FakeStream
+from tests.fakes import LIMIT, FakeSource, FakeStream
 
 NONSENSE: Any = "no message of the protocol"
 

@@ -37,9 +37,9 @@ from gateway.protocol import (
     Shutdown,
 )
 from run import Gateway
+from tests.fakes import LIMIT, Clock, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client
-from tests.harness.fakes import LIMIT, Clock, FakeSource
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
 

@@ -34,9 +34,9 @@ from actors.supervisor import MAX_RESTARTS, Supervision, SupervisorSettings
 from gateway.protocol import InterruptReason
 from llm.lanes import lanes
 from run import Gateway
+from tests.fakes import LIMIT, Collector, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client
-from tests.harness.fakes import LIMIT, Collector, FakeSource
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given as GivenSession
 from tests.test_session import stuck

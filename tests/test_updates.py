@@ -11,9 +11,9 @@ import pytest
 
 from gateway.protocol import FunctionDefinition, OnNewRequest, Request, RequestContent, SystemPrompt
 from run import Gateway
+from tests.fakes import FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, Received
-from tests.harness.fakes import FakeSource
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
 

@@ -13,9 +13,9 @@ from actors.lifetime import Due
 from actors.messages import EndSession, TimeIsDue, VoiceReceived
 from gateway.protocol import InterruptReason, OnNewRequest, Request, RequestContent
 from run import Gateway
+from tests.fakes import FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
-from tests.harness.fakes import FakeSource
 from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given
 

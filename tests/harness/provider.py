@@ -50,7 +50,7 @@ from typing import Any, Literal, TypeAlias, assert_never
 
 import trustme
 
-from tests.harness import scripts
+from . import scripts
 
 PortKind = Literal["http", "tls", "mute"]
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from tests.harness.scripts import Step
+from .scripts import Step
 
 ROOT = Path(__file__).parents[2]
 SHOWN_EVENTS = 40  # of the journal, in a failure
@@ -149,7 +149,7 @@ class ProviderProcess:
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="provider-"))
             self.ca_file = str(Path(folder) / "ca.pem")
-            command = [sys.executable, "-m", "tests.harness.provider", "--ca-file", self.ca_file]
+            command = [sys.executable, "-m", f"{__package__}.provider", "--ca-file", self.ca_file]
             # Leaving the Popen closes the provider's stdin, which ends it, and waits for it.
             process = stack.enter_context(
                 subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
