@@ -20,7 +20,8 @@ from typing import Any, Literal
 import pytest
 
 from tests.harness import scripts
-from tests.harness.provider_process import ROOT, ProviderProcess
+from tests.harness.process import ROOT
+from tests.harness.provider_process import ProviderProcess
 from tests.harness.scripts import Script
 
 Port = Literal["http", "tls", "mute", "full"]

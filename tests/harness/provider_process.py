@@ -32,9 +32,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
+from .process import ROOT
 from .scripts import Step
 
-ROOT = Path(__file__).parents[2]
 SHOWN_EVENTS = 40  # of the journal, in a failure
 
 

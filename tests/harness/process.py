@@ -1,0 +1,200 @@
+"""A Python program as a process of its own: start it, read what it prints, keep its log, end it.
+
+Standard library in blocking style only, so it works in a plain process and in one patched by
+gevent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+TAIL_LINES = 20
+"""Of a log, in a failure: enough for a traceback."""
+
+
+def _root() -> Path:
+    """Where run.py is: beside this package where that is installed, above it in a checkout."""
+    here = Path(__file__).parent
+    for folder in (here.parent, here.parent.parent):
+        if (folder / "run.py").is_file():
+            return folder
+    raise RuntimeError(f"no run.py beside {here} or above it: is bargein installed as a whole?")
+
+
+ROOT = _root()
+
+
+class ProcessFailed(Exception):
+    """A program ended, or said nothing in time; the message shows the end of its log."""
+
+
+class Process:
+    """A running Python program.
+
+    Args:
+        arguments: of the interpreter.
+        env: all of its environment.
+        cwd: its working directory; None is ours.
+        tied: give it a standard input that ends when this process does, however that ends.
+        timeout: seconds that any wait may take: it only bounds failure.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        cwd: Path | None = None,
+        tied: bool = False,
+        timeout: float = 15.0,
+    ) -> None:
+        self.timeout = timeout
+        self._said: list[str] = []
+        # Its log goes to a file, so that nobody need read it for it to go on.
+        self._folder = tempfile.TemporaryDirectory(prefix="bargein-")
+        self._log_file = Path(self._folder.name) / "log"
+        self._last_log: str | None = None
+        try:
+            with self._log_file.open("wb") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, *arguments],
+                    cwd=cwd,
+                    env=env,
+                    stdin=subprocess.PIPE if tied else None,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    encoding="utf-8",
+                )
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    # While it runs.
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def read_line(self) -> str:
+        """The next line that it prints on standard output.
+
+        Raises:
+            ProcessFailed: it ended, or the time is up; then it is killed.
+        """
+        assert self._process.stdout is not None
+        overdue = threading.Event()
+
+        def give_up() -> None:
+            overdue.set()
+            self._process.kill()
+
+        bound = threading.Timer(self.timeout, give_up)
+        bound.start()
+        try:
+            line: str = self._process.stdout.readline()
+        finally:
+            bound.cancel()
+            bound.join()
+        if not line:
+            code = self._process.wait()
+            how = f"said nothing for {self.timeout} s" if overdue.is_set() else f"ended with {code}"
+            raise ProcessFailed(f"the process {how}: {self.output}{self.log_tail()}")
+        self._said.append(line)
+        return line
+
+    def wait_for_line(self, pattern: re.Pattern[str]) -> re.Match[str]:
+        """Read lines until one matches as a whole, its newline included; raises as `read_line`."""
+        while (found := pattern.fullmatch(self.read_line())) is None:
+            pass
+        return found
+
+    @property
+    def output(self) -> str:
+        """What it printed on standard output, as far as that was read."""
+        return "".join(self._said)
+
+    @property
+    def log(self) -> str:
+        """What it wrote on standard error up to now, or to its end."""
+        if self._last_log is not None:
+            return self._last_log
+        return self._log_file.read_text(encoding="utf-8", errors="replace")
+
+    def log_tail(self) -> str:
+        """The end of its log."""
+        return "\n".join(self.log.splitlines()[-TAIL_LINES:])
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def stop_listening_to_it(self) -> None:
+        """Close our end of its standard output."""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    # Ending.
+
+    def wait(self) -> int:
+        """Wait until it has ended; returns its exit code."""
+        code = self._process.wait(self.timeout)
+        assert self._process.stdout is not None
+        if not self._process.stdout.closed:
+            self._said += self._process.stdout.readlines()
+        return code
+
+    def terminate(self) -> None:
+        """Ask it to end (SIGTERM; on Windows, which has none, this kills it). Does not wait."""
+        self._process.terminate()
+
+    def stop(self) -> int:
+        """Ask it to end, kill it if it does not in time; returns its exit code."""
+        try:
+            self.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.wait()
+        finally:
+            self.kill()
+        return self._process.wait()
+
+    def kill(self) -> None:
+        """End it at once, unless it has ended, and let go of everything but its log."""
+        with self._process:  # waits, and closes its pipes
+            self._process.kill()
+        if self._last_log is None:
+            self._last_log = self.log
+            self._folder.cleanup()
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code (minus the number of a signal that killed it); None while it runs."""
+        return self._process.poll()
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Ours, without what would change the gateway's provider or where Python finds its modules."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    ours.pop("PYTHONSAFEPATH", None)
+    return ours | dict(more or {})
