@@ -1,27 +1,30 @@
-"""The embedded demo provider: a real HTTP server on loopback that streams stories as a model would.
+"""The embedded demo provider: a real HTTP server on loopback that plays whatever providers do.
 
 It is reached through exactly the code that reaches a real provider. From the outside in:
 
-    DemoProvider   sockets, pacing, the count of live streams; plays a Reply, knows no chat
-    reply_to       one HTTP request → one Reply. Pure: no I/O, and time is an argument
-    Scenario       one chat completion → its steps: bytes to send and pauses. A pure generator
+    DemoProvider       life, routes, the books on what was asked for
+    _Player            one HTTP response: acts the steps out on the client's socket
+    llm/scenarios.py   what can be played: pure generators of steps, and the table of them
 
-A further scenario is one more generator in `SCENARIOS`, under the model name that asks for it. What
-cannot be said with bytes and pauses (a reset, say) is one more kind of `Step`, acted out in
-`DemoProvider._play`, which holds the client's socket.
+gevent.pywsgi reads the requests and keeps connections alive; what it would write is written here,
+since it could not say half a chunk or HTTP/1.0.
 
-Sources: OpenAI API reference, "Chat" > "Create chat completion", "The chat completion chunk
-object", "Models" > "List models", and the guide "Error codes"; WHATWG HTML §9.2 "Server-sent
-events" (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+Sources: OpenAI API reference, "Chat" > "Create chat completion", "Models" > "List models", and the
+guide "Error codes"; RFC 9110 and 9112.
 """
 
+import dataclasses
+import email.utils
+import enum
 import errno
 import json
 import logging
 import socket
+import struct
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Self, assert_never
@@ -29,79 +32,44 @@ from typing import TYPE_CHECKING, Any, Self, assert_never
 import gevent
 from gevent.event import Event
 from gevent.pool import Pool
-from gevent.pywsgi import WSGIHandler, WSGIServer
+from gevent.pywsgi import Input, WSGIHandler, WSGIServer
 from gevent.socket import wait_read
 
-from llm.stories import answer, short_answer, tokens
+from llm import scenarios
+from llm.scenarios import (
+    ALIASES,
+    SCENARIOS,
+    ChatRequest,
+    Close,
+    Completion,
+    Head,
+    NoScenarioError,
+    Pause,
+    Raw,
+    Reset,
+    Send,
+    Stall,
+    Step,
+    Tool,
+    choose,
+    error_object,
+    json_answer,
+)
+from llm.stories import tokens
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "demo-story"
 MAX_BODY_BYTES = 16 * 1024 * 1024  # a long history with room to spare, not a way to fill memory
-_SOCKET = "bargein.socket"  # where our handler leaves the client's socket in the WSGI environ
+MAX_KEPT_REQUESTS = 1_000  # more than any test looks back on, and a few hundred KiB
 
+_KEPT_MODEL_CHARS = 200  # over any real name; a request may hold one of megabytes
 
-# ---------------------------------------------------------------------------------- the vocabulary
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Write `data` to the client now, as one chunk of the body."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Let `seconds` pass since the previous pause was over; ends early when the client goes."""
-
-    seconds: float
-
-
-Step = Send | Pause
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One HTTP response. A body of bytes goes out whole; steps are played, and are a live stream.
-
-    The header goes out with the first `Send`: a pause before it is a server slow to answer.
-    """
-
-    status: HTTPStatus
-    headers: Mapping[str, str]
-    body: bytes | Iterable[Step]
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """The part of a request body that the demo provider acts on."""
-
-    model: str
-    user_text: str
-    """Text of the last message of role `user`, "" where there is none."""
-    prompt_tokens: int
-    stream: bool
-    include_usage: bool
-    max_tokens: int | None
-    """Bound on the tokens of the answer, at least 1; None: no bound."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer in the making: what a scenario has to work with."""
-
-    request: ChatRequest
-    completion_id: str
-    created: int
-    """Seconds since the epoch, the same on every chunk."""
-    seconds_per_token: float
-
-
-Scenario = Callable[[Completion], Iterator[Step]]
+_CHAT, _MODELS, _REQUESTS = "/v1/chat/completions", "/v1/models", "/v1/demo/requests"
+_METHODS = {_CHAT: ("POST",), _MODELS: ("GET",), _REQUESTS: ("GET", "DELETE")}
+_HANDLER = "bargein.handler"  # where our handler leaves itself in the WSGI environ
 
 
 class _RefusedError(Exception):
@@ -120,89 +88,12 @@ class _RefusedError(Exception):
         self.status = status
         self.param = param
         self.code = code
-        self.headers = headers or {}
+        self.headers = headers
 
-
-# ------------------------------------------------------------------------------------- the answers
-
-
-def sse(data: str) -> Send:
-    """One server-sent event with `data` (no line break in it), ended by its empty line (§9.2.5)."""
-    return Send(f"data: {data}\n\n".encode())
-
-
-def chunk(
-    completion: Completion,
-    delta: Mapping[str, object] | None,
-    finish_reason: str | None = None,
-    usage: Mapping[str, int] | None = None,
-) -> Send:
-    """One "chat completion chunk object" as an event; without a delta, its `choices` are empty.
-
-    Where usage was asked for, "all other chunks will also include a `usage` field, but with a null
-    value" (parameter `stream_options.include_usage`).
-    """
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-    body = _head(completion, "chat.completion.chunk")
-    body["choices"] = [] if delta is None else [choice]
-    if completion.request.include_usage:
-        body["usage"] = usage
-    return sse(_json(body))
-
-
-def story(completion: Completion) -> Iterator[Step]:
-    """The well-behaved provider: role, one event per token, finish reason, usage, `[DONE]`."""
-    request = completion.request
-    said, finish_reason = _within(tokens(answer(request.user_text)), request.max_tokens)
-    yield chunk(completion, {"role": "assistant", "content": ""})
-    for token in said:
-        yield Pause(completion.seconds_per_token)
-        yield chunk(completion, {"content": token})
-    yield chunk(completion, {}, finish_reason)
-    if request.include_usage:
-        yield chunk(completion, None, usage=_usage(request, len(said)))
-    yield sse("[DONE]")
-
-
-SCENARIOS: dict[str, Scenario] = {DEFAULT_MODEL: story}
-"""By model name. Any other name gets the story too, so that a configured model need not change."""
-
-
-def _whole(completion: Completion) -> dict[str, Any]:
-    """The "chat completion object", for `stream: false`: a short text, since it comes at once."""
-    request = completion.request
-    said, finish_reason = _within(tokens(short_answer(request.user_text)), request.max_tokens)
-    message = {"role": "assistant", "content": "".join(said), "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-    body = _head(completion, "chat.completion")
-    return body | {"choices": [choice], "usage": _usage(request, len(said))}
-
-
-def _head(completion: Completion, kind: str) -> dict[str, Any]:
-    return {
-        "id": completion.completion_id,
-        "object": kind,
-        "created": completion.created,
-        "model": completion.request.model,
-    }
-
-
-def _within(said: list[str], max_tokens: int | None) -> tuple[list[str], str]:
-    if max_tokens is None or len(said) <= max_tokens:
-        return said, "stop"
-    return said[:max_tokens], "length"
-
-
-def _usage(request: ChatRequest, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": request.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": request.prompt_tokens + completion_tokens,
-    }
-
-
-def _json(body: object) -> str:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    def answer(self) -> Iterator[Step]:
+        kind = "invalid_request_error"
+        body = error_object(str(self), kind, param=self.param, code=self.code)
+        return json_answer(self.status, body, self.headers)
 
 
 # ------------------------------------------------------------------------------------- the request
@@ -212,7 +103,7 @@ def parse_chat(body: bytes) -> ChatRequest:
     """Read the body of `POST /v1/chat/completions`.
 
     Raises: _RefusedError (400) where the API reference demands what is not there, naming the
-        parameter. What the demo has no use for (temperature, tools, …) is not looked at.
+        parameter. What the demo has no use for (temperature, tool_choice, …) is not looked at.
     """
     try:
         fields = json.loads(body)
@@ -233,7 +124,8 @@ def parse_chat(body: bytes) -> ChatRequest:
     if not messages:
         raise _bad("messages", "Invalid 'messages': empty array.", "empty_array")
     texts = [_text_of(message, index) for index, message in enumerate(messages)]
-    stream_options = _field(fields, "stream_options", dict, "an object") or {}
+    last_role, last_text = texts[-1]
+    stream_options = _field(fields, "stream_options", dict, "an object")
     max_tokens = _max_tokens(fields, "max_completion_tokens")
     if max_tokens is None:  # "deprecated in favor of max_completion_tokens", and still sent by most
         max_tokens = _max_tokens(fields, "max_tokens")
@@ -242,8 +134,11 @@ def parse_chat(body: bytes) -> ChatRequest:
         user_text=next((text for role, text in reversed(texts) if role == "user"), ""),
         prompt_tokens=sum(len(tokens(text)) for _, text in texts),
         stream=bool(_field(fields, "stream", bool, "a boolean")),
-        include_usage=bool(_field(stream_options, "include_usage", bool, "a boolean")),
+        include_usage=bool(_field(stream_options or {}, "include_usage", bool, "a boolean")),
         max_tokens=max_tokens,
+        has_stream_options=stream_options is not None,
+        tools=tuple(_tools(fields)),
+        tool_result=last_text if last_role in ("tool", "function") else None,
     )
 
 
@@ -264,6 +159,27 @@ def _text_of(message: object, index: int) -> tuple[str, str]:
             where = f"{where}.content"
             raise _bad(where, f"Invalid type for '{where}': expected a string.", "invalid_type")
     return message["role"], _printable(text)
+
+
+def _tools(fields: Mapping[str, Any]) -> Iterator[Tool]:
+    """What may be called, of `tools` and of the legacy `functions`."""
+    for index, tool in enumerate(_field(fields, "tools", list, "an array of objects") or ()):
+        where = f"tools[{index}]"
+        if not isinstance(tool, dict):
+            raise _bad(where, f"Invalid type for '{where}': expected an object.", "invalid_type")
+        if tool.get("type") == "function":
+            yield _tool(tool.get("function"), f"{where}.function")
+    functions = _field(fields, "functions", list, "an array of objects") or ()
+    for index, function in enumerate(functions):
+        yield _tool(function, f"functions[{index}]")
+
+
+def _tool(function: object, where: str) -> Tool:
+    match function:
+        case {"name": str(name), **rest}:
+            parameters = rest.get("parameters")
+            return Tool(name, parameters if isinstance(parameters, dict) else {})
+    raise _bad(where, f"Invalid '{where}': expected an object with a 'name'.", "invalid_type")
 
 
 def _printable(text: str) -> str:
@@ -292,102 +208,212 @@ def _bad(param: str, message: str, code: str) -> _RefusedError:
     return _RefusedError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
-# ------------------------------------------------------------------------------------ HTTP, purely
-
-_ROUTES = {"/v1/chat/completions": "POST", "/v1/models": "GET"}
-
-
-def reply_to(
-    method: str,
-    path: str,
-    body: bytes,
-    *,
-    completion_id: str,
-    created: int,
-    seconds_per_token: float,
-) -> Reply:
-    """Answer one HTTP request; never raises for what a client sent.
-
-    Args:
-        path: without its query.
-        body: at most `MAX_BODY_BYTES` are taken; more is 413.
-        completion_id: `chatcmpl-…`, given to the completion where there is one.
-        created: seconds since the epoch.
-        seconds_per_token: pause before each token of a stream.
-    """
-    try:
-        wanted = _ROUTES.get(path)
-        if wanted is None:
-            message = f"Invalid URL ({method} {path})"
-            raise _RefusedError(HTTPStatus.NOT_FOUND, message, code="unknown_url")
-        if method != wanted:
-            raise _RefusedError(
-                HTTPStatus.METHOD_NOT_ALLOWED,
-                f"Not allowed to {method} on {path}.",
-                code="method_not_supported",
-                headers={"Allow": wanted},
-            )
-        if len(body) > MAX_BODY_BYTES:
-            message = f"The request body is larger than {MAX_BODY_BYTES} bytes."
-            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
-        if path == "/v1/models":
-            return _json_reply(HTTPStatus.OK, _models())
-        request = parse_chat(body)
-        completion = Completion(request, completion_id, created, seconds_per_token)
-        if not request.stream:
-            return _json_reply(HTTPStatus.OK, _whole(completion))
-        steps = SCENARIOS.get(request.model, story)(completion)
-        # A charset would do no harm, and no good: "event streams are always UTF-8" (§9.2.5).
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-        return Reply(HTTPStatus.OK, headers, steps)
-    except _RefusedError as refused:
-        error = _error(str(refused), "invalid_request_error", refused.param, refused.code)
-        return _json_reply(refused.status, error, refused.headers)
-
-
 def describe_scenarios() -> str:
-    """What model names there are, for people: a line each."""
-    return "models:\n" + "\n".join(f"  {name}" for name in SCENARIOS)
+    """What can be asked for, for people: a line for each scenario, and how parameters are put."""
+    return scenarios.describe()
 
 
 def _models() -> dict[str, Any]:
     """The list of "model objects" (reference, "List models"); `created` is a made-up constant."""
     listed = [
         {"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "bargein"}
-        for name in SCENARIOS
+        for name in (*SCENARIOS, *ALIASES)
     ]
     return {"object": "list", "data": listed}
 
 
-def _error(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+# --------------------------------------------------------------------------------------- the books
 
 
-def _json_reply(
-    status: HTTPStatus, body: object, headers: Mapping[str, str] | None = None
-) -> Reply:
-    kind = {"Content-Type": "application/json"}
-    return Reply(status, kind | dict(headers or {}), _json(body).encode("utf-8", "replace"))
+class Ended(enum.StrEnum):
+    """How the answer to a POST ended."""
+
+    FINISHED = "finished"
+    CLIENT_CLOSED = "client_closed"
+    CUT = "cut"
+    """By the scenario, by `DemoProvider.stop`, or by a defect."""
 
 
-# --------------------------------------------------------------------------------- HTTP, for real
+@dataclass(slots=True)
+class ReceivedPost:
+    """A POST for a chat completion that the provider has got, its body read."""
+
+    number: int
+    """In the order of arrival, from 1."""
+    received_at: int
+    """Milliseconds since the epoch."""
+    has_key: bool
+    """True when there was an `Authorization` header; what it said is not kept."""
+    model: str | None = None
+    """As the request put it; None where it was refused before anybody got so far."""
+    ended: Ended | None = None
+    """None while the answer is under way."""
+    ended_at: int | None = None
+    """Milliseconds since the epoch."""
+    sent_bytes: int = 0
+    """Of the answer, head and framing included: so many has the kernel taken."""
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
+
+
+# ------------------------------------------------------------------------------------ one response
 
 
 class _Handler(WSGIHandler):
-    """gevent's handler, which also tells the application which socket it is serving."""
+    """gevent's handler up to the request; what answers it writes to the socket itself."""
 
     def get_environ(self) -> "WSGIEnvironment":
         environ = super().get_environ()
-        environ[_SOCKET] = self.socket
+        environ[_HANDLER] = self
         return environ
+
+    def run_application(self) -> None:
+        assert self.application is not None and self.environ is not None
+        self.application(self.environ, self.start_response)
+
+
+class _Player:
+    """One HTTP response: writes the steps to the client's socket, in its own greenlet.
+
+    Its methods raise OSError when the client has gone.
+    """
+
+    def __init__(self, handler: WSGIHandler, post: ReceivedPost | None) -> None:
+        self._handler = handler
+        self._post = post
+        self._socket = handler.socket
+        self._has_head = False
+        self._is_chunked = False
+        self._is_turn_due = False
+        self._has_read_on = False
+        self._due = time.monotonic()
+
+    def play(self, steps: Iterable[Step]) -> Ended:
+        """Act out all steps, then end the body in order; the connection may serve another one."""
+        for step in steps:
+            match step:
+                case Head():
+                    self._write(self._head(step))
+                case Send(data, halt):
+                    self._send(data, halt)
+                case Raw(data):
+                    self._write(data)
+                case Pause(seconds):
+                    # Measured from when the last pause was due, so that the pace holds; from now
+                    # where a slow client took longer, so that no burst makes up for it.
+                    now = time.monotonic()
+                    self._due = max(self._due + seconds, now)
+                    self._wait(self._due - now)
+                case Stall(seconds):
+                    self._stall(seconds)
+                case Close() | Reset():
+                    if isinstance(step, Reset):
+                        # on, and 0 s: close() sends RST at once
+                        linger = struct.pack("ii", 1, 0)
+                        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    self._handler.close_connection = True
+                    return Ended.CUT
+                case _:
+                    assert_never(step)
+        if not self._has_head:
+            self._write(self._head(Head()))
+        if self._is_chunked:
+            self._write(b"0\r\n\r\n")
+        return Ended.FINISHED
+
+    def _send(self, data: bytes, halt: Stall | None) -> None:
+        if not data:  # as a chunk it would be the last one
+            return
+        if self._is_turn_due:
+            self._wait(0)
+        self._is_turn_due = True
+        head = b"" if self._has_head else self._head(Head())
+        framed = b"%x\r\n%s\r\n" % (len(data), data) if self._is_chunked else data
+        if halt is None:
+            self._write(head + framed)
+            return
+        half = len(framed) // 2
+        self._write(head + framed[:half])
+        self._stall(halt.seconds)
+        self._write(framed[half:])
+
+    def _head(self, head: Head) -> bytes:
+        """Status line and headers; from here on it is known how the body is framed."""
+        self._has_head = True
+        handler = self._handler
+        has_length = "Content-Length" in head.headers
+        is_http11 = head.version == handler.request_version == "HTTP/1.1"
+        self._is_chunked = is_http11 and not has_length
+        if head.version != "HTTP/1.1" or not (self._is_chunked or has_length):
+            handler.close_connection = True
+        headers = {**head.headers, "Date": email.utils.formatdate(usegmt=True)}
+        if self._is_chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        if handler.close_connection:
+            headers["Connection"] = "close"
+        elif not is_http11:
+            headers["Connection"] = "keep-alive"  # it has asked for it
+        lines = [f"{head.version} {head.status.value} {head.status.phrase}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+    def _write(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            sent = self._socket.send(left)
+            left = left[sent:]
+            if self._post is not None:
+                self._post.sent_bytes += sent
+            self._handler.response_length += sent  # else gevent could write an answer of its own
+
+    def _stall(self, seconds: float | None) -> None:
+        self._wait(seconds)
+        self._due = time.monotonic()
+
+    def _wait(self, seconds: float | None) -> None:
+        """Let `seconds` pass: 0 is one turn of the loop, None is for ever.
+
+        Raises:
+            OSError: the client has closed its end; at once, not when the time is up.
+        """
+        self._is_turn_due = False
+        until = None if seconds is None else time.monotonic() + seconds
+        while True:
+            try:
+                wait_read(self._socket.fileno(), timeout=seconds)
+            except TimeoutError:
+                return
+            if not self._socket.recv(1, socket.MSG_PEEK):
+                raise _gone()
+            seconds = None if until is None else max(until - time.monotonic(), 0)
+            if self._has_read_on:
+                break
+            # It has pipelined its next request, and its end would hide behind that: out of the way.
+            self._handler.rfile.peek(1)
+            self._has_read_on = True
+        if seconds is None:  # more than the buffer holds, and nobody would ever see the end
+            raise _gone()
+        gevent.sleep(seconds)
+
+
+def _gone() -> ConnectionResetError:
+    """What a client that has gone comes to, whether a write finds it out or a wait."""
+    return ConnectionResetError(errno.ECONNRESET, "connection ended before its answer")
+
+
+# ------------------------------------------------------------------------------------- the provider
 
 
 class DemoProvider:
     """An OpenAI-compatible provider inside this process, on gevent; any API key is accepted.
 
-    Serves `POST /v1/chat/completions` (streamed or whole) and `GET /v1/models`, each connection on
-    a greenlet of its own, with keep-alive. A client that goes ends its stream at once, in the
-    middle of a pause too. It cannot be told apart from one that only shuts its sending side down.
+    Serves `POST /v1/chat/completions` (streamed or whole), `GET /v1/models`, and for tests `GET`
+    and `DELETE /v1/demo/requests`: what it was asked for, as `requests` and `forget_requests`. Each
+    connection has a greenlet of its own, with keep-alive. A client that goes ends its stream at
+    once, in the middle of a pause too. It cannot be told apart from one that only shuts its sending
+    side down.
 
     Args:
         host: address to bind; loopback unless told otherwise, since nobody is asked for a key.
@@ -410,6 +436,9 @@ class DemoProvider:
         self._live_streams = 0
         self._idle = Event()
         self._idle.set()
+        self._posts: deque[ReceivedPost] = deque(maxlen=MAX_KEPT_REQUESTS)
+        self._post_count = 0
+        self._attempts: Counter[str] = Counter()  # by model name, of scenarios that count them
 
     # ---- life
 
@@ -472,91 +501,128 @@ class DemoProvider:
 
     @property
     def live_streams(self) -> int:
-        """Streams being told right now: from the first step to the last, or to the client's end."""
+        """Answers under way: from the first step to the last, or to the client's end."""
         return self._live_streams
 
     def wait_idle(self, timeout_seconds: float | None = None) -> bool:
         """Wait until no stream is live; False when that took longer than `timeout_seconds`."""
         return bool(self._idle.wait(timeout_seconds))
 
+    @property
+    def requests(self) -> list[ReceivedPost]:
+        """The last 1,000 POSTs for a chat completion, oldest first: copies, as of now."""
+        return [dataclasses.replace(post) for post in self._posts]
+
+    def forget_requests(self) -> None:
+        """Empty `requests`, begin again with number 1, and with every count of failures."""
+        self._posts.clear()
+        self._post_count = 0
+        self._attempts.clear()
+
     # ---- one request
 
     def _application(
-        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+        self, environ: "WSGIEnvironment", _start_response: "StartResponse"
     ) -> Iterable[bytes]:
-        body = self._read_body(environ)
-        method = environ["REQUEST_METHOD"]
+        handler: WSGIHandler = environ.pop(_HANDLER)  # popped: no cycle is left for the collector
+        post = None
+        ended = Ended.CUT
         try:
-            reply = reply_to(
-                method,
-                environ["PATH_INFO"],
-                body,
-                completion_id=f"chatcmpl-{uuid.uuid4().hex}",
-                created=int(time.time()),
-                seconds_per_token=self._seconds_per_token,
-            )
+            body = environ["wsgi.input"].read(MAX_BODY_BYTES + 1)
+            method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+            if (method, path) == ("POST", _CHAT):
+                post = self._begin_post(has_key="HTTP_AUTHORIZATION" in environ)
+            ended = _Player(handler, post).play(self._answer(method, path, body, post))
+        except OSError:
+            ended = Ended.CLIENT_CLOSED
+            handler.close_connection = True
+        except gevent.GreenletExit:
+            # Caught, for gevent would answer it with a 500, and wait for the rest of the body.
+            handler.close_connection = True
+            handler.wsgi_input = Input(handler.rfile, 0)
         except Exception:
-            log.exception("demo provider failed on %s %s", method, environ["PATH_INFO"])
-            error = _error("The demo provider has a defect.", "server_error", None, None)
-            reply = _json_reply(HTTPStatus.INTERNAL_SERVER_ERROR, error)
-        start_response(f"{reply.status.value} {reply.status.phrase}", list(reply.headers.items()))
-        if not isinstance(reply.body, bytes):
-            return self._play(reply.body, environ[_SOCKET])
-        # "The server MUST NOT send content in the response to a HEAD" (RFC 9110 §9.3.2)
-        return [] if method == "HEAD" else [reply.body]
+            log.exception("demo provider failed in an answer")
+            handler.close_connection = True
+        finally:
+            if post is not None:
+                self._end_post(post, ended)
+        return []
 
-    @staticmethod
-    def _read_body(environ: "WSGIEnvironment") -> bytes:
-        try:
-            return bytes(environ["wsgi.input"].read(MAX_BODY_BYTES + 1))
-        except OSError as error:
-            # pywsgi's word for a body that ends early; left as it is, it would print a traceback
-            raise _gone() from error
-
-    def _play(self, steps: Iterable[Step], client: socket.socket) -> Iterator[bytes]:
-        """Act out the steps; pywsgi writes what is yielded, and closes us when it cannot."""
+    def _begin_post(self, *, has_key: bool) -> ReceivedPost:
         self._live_streams += 1
         self._idle.clear()
-        due = time.monotonic()
+        self._post_count += 1
+        post = ReceivedPost(self._post_count, _milliseconds(), has_key)
+        self._posts.append(post)
+        return post
+
+    def _end_post(self, post: ReceivedPost, ended: Ended) -> None:
+        post.ended, post.ended_at = ended, _milliseconds()
+        self._live_streams -= 1
+        if not self._live_streams:
+            self._idle.set()
+
+    def _answer(
+        self, method: str, path: str, body: bytes, post: ReceivedPost | None
+    ) -> Iterable[Step]:
+        """The steps that answer one request."""
         try:
-            for step in steps:
-                match step:
-                    case Send(data):
-                        yield data
-                    case Pause(seconds):
-                        # Measured from when the last pause was due, so that the pace holds; from
-                        # now where a slow client took longer, so that no burst makes up for it.
-                        now = time.monotonic()
-                        due = max(due + seconds, now)
-                        _pause(client, due - now)
-                    case _:
-                        assert_never(step)
-        except OSError:
-            raise
-        except Exception as defect:
-            log.exception("demo provider failed in a stream")
-            raise _gone() from defect
-        finally:
-            self._live_streams -= 1
-            if not self._live_streams:
-                self._idle.set()
+            steps = self._route(method, path, body, post)
+        except _RefusedError as refused:
+            steps = refused.answer()
+        except Exception:
+            log.exception("demo provider failed on %s %s", method, path)
+            error = error_object("The demo provider has a defect.", "server_error")
+            steps = json_answer(HTTPStatus.INTERNAL_SERVER_ERROR, error)
+        if method == "HEAD":
+            # "The server MUST NOT send content in the response to a HEAD" (RFC 9110 §9.3.2)
+            return [step for step in steps if isinstance(step, Head)]
+        return steps
 
+    def _route(
+        self, method: str, path: str, body: bytes, post: ReceivedPost | None
+    ) -> Iterable[Step]:
+        allowed = _METHODS.get(path)
+        if allowed is None:
+            message = f"Invalid URL ({method} {path})"
+            raise _RefusedError(HTTPStatus.NOT_FOUND, message, code="unknown_url")
+        if method not in allowed:
+            raise _RefusedError(
+                HTTPStatus.METHOD_NOT_ALLOWED,
+                f"Not allowed to {method} on {path}.",
+                code="method_not_supported",
+                headers={"Allow": ", ".join(allowed)},
+            )
+        if len(body) > MAX_BODY_BYTES:
+            message = f"The request body is larger than {MAX_BODY_BYTES} bytes."
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, message)
+        if path == _MODELS:
+            return json_answer(HTTPStatus.OK, _models())
+        if path == _REQUESTS:
+            if method == "DELETE":
+                self.forget_requests()
+            return json_answer(HTTPStatus.OK, [dataclasses.asdict(one) for one in self._posts])
+        assert post is not None
+        return self._chat(parse_chat(body), post)
 
-def _gone() -> ConnectionResetError:
-    """What pywsgi takes for "the client has gone": it closes the connection without a word."""
-    return ConnectionResetError(errno.ECONNRESET, "connection ended before its answer")
-
-
-def _pause(client: socket.socket, seconds: float) -> None:
-    """Let `seconds` (0: one turn of the loop) pass.
-
-    Raises:
-        ConnectionResetError: the client has closed its end; at once, not when the time is up.
-    """
-    try:
-        wait_read(client.fileno(), timeout=seconds)
-    except TimeoutError:
-        return
-    if not client.recv(1, socket.MSG_PEEK):
-        raise _gone()
-    gevent.sleep(seconds)  # it has pipelined its next request, and the end would hide behind that
+    def _chat(self, request: ChatRequest, post: ReceivedPost) -> Iterable[Step]:
+        post.model = request.model[:_KEPT_MODEL_CHARS]
+        try:
+            scenario, parameter = choose(request.model)
+        except NoScenarioError as error:
+            status = HTTPStatus.NOT_FOUND if error.is_unknown else HTTPStatus.BAD_REQUEST
+            code = "model_not_found" if error.is_unknown else "invalid_value"
+            raise _RefusedError(status, str(error), param="model", code=code) from None
+        attempt = 1
+        if scenario.counts_attempts and parameter is not None:
+            self._attempts[request.model] += 1
+            attempt = self._attempts[request.model]
+        completion = Completion(
+            request,
+            completion_id=f"chatcmpl-{uuid.uuid4().hex}",
+            created=int(time.time()),
+            seconds_per_token=self._seconds_per_token,
+            parameter=parameter,
+            attempt=attempt,
+        )
+        return (scenario.play if request.stream else scenario.whole)(completion)

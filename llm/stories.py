@@ -42,8 +42,17 @@ def answer(user_text: str) -> str:
     """
     if _wants_stop(user_text):
         return _STOPPED_CHINESE if _IS_CHINESE.search(user_text) else _STOPPED_ENGLISH
-    story = CHINESE_STORY if _IS_CHINESE.search(user_text) else ENGLISH_STORY
-    return f"{_opening(user_text)}\n\n{story}"
+    return f"{_opening(user_text)}\n\n{story_for(user_text)}"
+
+
+def stop_answer(user_text: str) -> str | None:
+    """The one sentence that answers a request to stop; None where `user_text` is none."""
+    return answer(user_text) if _wants_stop(user_text) else None
+
+
+def story_for(user_text: str) -> str:
+    """The bare story in the language of `user_text`."""
+    return CHINESE_STORY if _IS_CHINESE.search(user_text) else ENGLISH_STORY
 
 
 def short_answer(user_text: str) -> str:

@@ -15,6 +15,7 @@ import requests
 
 from llm import demo
 from llm.demo import DemoProvider
+from llm.scenarios import DONE, SCENARIOS, Completion, Pause, Scenario, Send, Step
 from llm.stories import CHINESE_STORY, ENGLISH_STORY, answer, tokens
 
 HAN = re.compile("[\u4e00-\u9fff]")
@@ -246,14 +247,14 @@ def test_a_request_without_stream_gets_one_whole_completion(provider: DemoProvid
 def test_the_models_are_listed(provider: DemoProvider) -> None:
     body = requests.get(f"{provider.base_url}/models", timeout=LIMIT).json()
     assert body["object"] == "list"
-    assert [model["id"] for model in body["data"]] == list(demo.SCENARIOS)
+    assert [model["id"] for model in body["data"]] == [*SCENARIOS, "demo", "demo-story"]
     assert all(model["object"] == "model" for model in body["data"])
 
 
 def test_a_scenario_is_chosen_by_model_name(
     provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(demo.SCENARIOS, "just-done", lambda _: iter([demo.sse("[DONE]")]))
+    monkeypatch.setitem(SCENARIOS, "just-done", Scenario("just-done", "", lambda _: iter([DONE])))
     assert events_of(post(provider, chat(model="just-done"))) == ["[DONE]"]
 
 
@@ -371,16 +372,15 @@ def test_a_reset_connection_ends_the_stream_quietly(
 def test_a_client_that_reads_nothing_and_goes_ends_its_stream(
     provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def flood(_: demo.Completion) -> Iterator[demo.Step]:
-        yield demo.sse('"assistant"')
+    def flood(_: Completion) -> Iterator[Step]:
+        yield Send(b'"assistant"')
         while True:
             blocked.set()
-            yield demo.Send(b"x" * 1_000_000)
+            yield Send(b"x" * 1_000_000)
             blocked.clear()
-            yield demo.Pause(0)
 
     blocked = gevent.event.Event()
-    monkeypatch.setitem(demo.SCENARIOS, "demo-story", flood)
+    monkeypatch.setitem(SCENARIOS, "story", Scenario("story", "", flood))
     client = open_stream(provider)
     assert blocked.wait(LIMIT)
     client.close()
@@ -402,16 +402,16 @@ def test_a_client_that_goes_within_its_request_leaves_no_trace(
 def test_a_pipelined_request_neither_ends_the_stream_nor_hurries_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def pausing(_: demo.Completion) -> Iterator[demo.Step]:
-        yield demo.sse('"assistant"')
+    def pausing(_: Completion) -> Iterator[Step]:
+        yield Send(b'"assistant"')
         began = time.monotonic()
-        yield demo.Pause(0.05)
+        yield Pause(0.05)
         paused.append(time.monotonic() - began)
-        yield demo.sse("[DONE]")
+        yield DONE
 
     paused: list[float] = []
 
-    monkeypatch.setitem(demo.SCENARIOS, "demo-story", pausing)
+    monkeypatch.setitem(SCENARIOS, "story", Scenario("story", "", pausing))
     with DemoProvider() as provider, open_stream(provider) as client:
         client.sendall(b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n\r\n")
         received = b"".join(iter(lambda: client.recv(65536), b""))
@@ -442,11 +442,11 @@ def test_a_defect_in_a_scenario_is_logged_and_cuts_the_stream(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    def broken(_: demo.Completion) -> Iterator[demo.Step]:
-        yield demo.sse("{}")
+    def broken(_: Completion) -> Iterator[Step]:
+        yield Send(b"{}")
         raise LookupError("a defect")
 
-    monkeypatch.setitem(demo.SCENARIOS, "broken", broken)
+    monkeypatch.setitem(SCENARIOS, "broken", Scenario("broken", "", broken))
     with pytest.raises(requests.exceptions.ChunkedEncodingError):
         post(provider, chat(model="broken"))
     assert provider.wait_idle(LIMIT)
@@ -457,7 +457,7 @@ def test_a_defect_in_a_scenario_is_logged_and_cuts_the_stream(
 def test_a_defect_before_the_stream_is_a_500(
     provider: DemoProvider, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(demo, "reply_to", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(demo, "parse_chat", lambda _: 1 / 0)
     response = post(provider, chat())
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"
