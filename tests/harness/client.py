@@ -260,6 +260,11 @@ class Client:
         """Read to the end of the connection; returns the close code of the gateway."""
         while self.read_some():
             pass
+        return self.close_code
+
+    @property
+    def close_code(self) -> int | None:
+        """The close code of the gateway; None where it has sent none."""
         received = self._protocol.close_rcvd
         return None if received is None else int(received.code)
 
@@ -344,13 +349,25 @@ class Client:
     def read_some(self) -> bool:
         """Read once, and answer pings; False at the end of the connection."""
         try:
-            data = self._sock.recv(65536)
+            return self.read_within(self.timeout)
         except TimeoutError:
             raise AssertionError(
                 f"nothing came for {self.timeout} s; got {self.frames[-10:]}"
             ) from None
+
+    def read_within(self, seconds: float) -> bool:
+        """`read_some`, with a wait of its own.
+
+        Raises:
+            TimeoutError: nothing came.
+        """
+        self._sock.settimeout(seconds)
+        try:
+            data = self._sock.recv(65536)
         except ConnectionError:
             data = b""
+        finally:
+            self._sock.settimeout(self.timeout)
         at = time.monotonic()
         if data:
             self._protocol.receive_data(data)

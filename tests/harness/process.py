@@ -61,6 +61,7 @@ class Process:
     ) -> None:
         self.timeout = timeout
         self._said: list[str] = []
+        self._was_asked_to_end = False
         # Its log goes to a file, so that nobody need read it for it to go on.
         self._folder = tempfile.TemporaryDirectory(prefix="bargein-")
         self._log_file = Path(self._folder.name) / "log"
@@ -166,8 +167,13 @@ class Process:
         return code
 
     def terminate(self) -> None:
-        """Ask it to end (SIGTERM; on Windows, which has none, this kills it). Does not wait."""
-        self._process.terminate()
+        """Ask it to end (SIGTERM; on Windows, which has none, this kills it). Does not wait.
+
+        A second time, nothing: by a second SIGTERM the gateway ends at once.
+        """
+        if not self._was_asked_to_end:
+            self._was_asked_to_end = True
+            self._process.terminate()
 
     def stop(self) -> int:
         """Ask it to end, kill it if it does not in time; returns its exit code."""

@@ -1,0 +1,268 @@
+"""A real gateway, and a demo provider behind it, as processes of their own.
+
+    with run_gateway(model="story") as gateway, gateway.connect() as client:
+        ...
+
+The caller's process is left as it is: it neither imports nor patches what the gateway runs on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from http.client import HTTPConnection
+from typing import Any, Literal
+
+import msgspec
+
+from .chat import ChatClient, WaitTimeout
+from .daemon import LISTENING
+from .process import ROOT, Process, ProcessFailed, environment
+
+_LAUNCHER = """
+import _thread, os, sys
+
+def end_with_caller(read=os.read, end=os._exit):
+    while read(0, 1024):
+        pass
+    end(1)
+
+_thread.start_new_thread(end_with_caller, ())
+sys.path.insert(0, sys.argv.pop(1))
+import run
+sys.exit(run.main(sys.argv[1:]))
+"""
+"""run.py by its place, so that neither the caller's folder nor its PYTHONPATH can put another `run`
+(or `gateway`, `llm`, …) before ours. Standard input tells of the caller's end, however it came."""
+
+_PROVIDER_LISTENING = re.compile(r"listening on (?P<url>http://127\.0\.0\.1:(?P<port>\d+)/v1)\n")
+_HTTP_SECONDS = 10.0
+_POLL_SECONDS = 0.005
+
+
+class StartFailed(Exception):
+    """A process ended, or said nothing in time, before it was ready; the message shows its log."""
+
+
+class ProviderRequest(msgspec.Struct, frozen=True):
+    """One completion that the demo provider was asked for, as it saw it."""
+
+    number: int
+    """In the order of arrival, from 1."""
+    received_at: int
+    """Milliseconds since the epoch."""
+    has_key: bool
+    """Whether it came with a key. Which one, the provider does not keep."""
+    model: str | None
+    """As the gateway asked for it: the scenario."""
+    ended: Literal["finished", "client_closed", "cut"] | None
+    """How the answer to it ended: all was sent, the gateway closed the stream, or the provider did,
+    as its scenario says; None while it is live."""
+    ended_at: int | None
+    """Milliseconds since the epoch."""
+    sent_bytes: int
+    """Of the answer, as far as the provider's kernel has taken them."""
+
+
+class RunningProvider:
+    """A demo provider that runs."""
+
+    def __init__(self, process: Process, found: re.Match[str]) -> None:
+        self._process = process
+        self.base_url = found["url"]
+        """As an OpenAI client takes it."""
+        self._port = int(found["port"])
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far."""
+        return self._process.log
+
+    def requests(self) -> list[ProviderRequest]:
+        """The completions that it was asked for, in order."""
+        return msgspec.json.decode(
+            _http(self._port, "GET", "/v1/demo/requests"), type=list[ProviderRequest]
+        )
+
+    def wait_ended(self, number: int | None = None, *, timeout: float = 5.0) -> ProviderRequest:
+        """Wait until a completion has ended; its end is seen a moment after an interrupt's ack.
+
+        Args:
+            number: of the completion; None is the latest.
+            timeout: seconds.
+
+        Raises:
+            WaitTimeout: the time is up; the message shows them all.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            requests = self.requests()
+            of_it = [one for one in requests if number in (None, one.number)]
+            if of_it and of_it[-1].ended is not None:
+                return of_it[-1]
+            if time.monotonic() > deadline:
+                which = "the latest completion" if number is None else f"completion {number}"
+                raise WaitTimeout(f"{timeout} s are over, until {which} has ended: {requests}")
+            time.sleep(_POLL_SECONDS)  # the provider has no way to tell us
+
+    def forget_requests(self) -> None:
+        """From here on, `requests()` tells of later ones only."""
+        _http(self._port, "DELETE", "/v1/demo/requests")
+
+
+class RunningGateway:
+    """A gateway that runs.
+
+    Args:
+        process: of the gateway.
+        provider: behind it.
+        client_timeout: seconds that any wait of its clients may take.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        found: re.Match[str],
+        provider: RunningProvider | None,
+        timeout: float,
+    ) -> None:
+        self._process = process
+        self._provider = provider
+        self._client_timeout = timeout
+        self._clients: list[ChatClient] = []
+        self.url = found["url"]
+        """Where clients connect to."""
+        self.port = int(found["port"])
+
+    @property
+    def provider(self) -> RunningProvider:
+        """The demo provider behind it. RuntimeError where it was started with another one."""
+        if self._provider is None:
+            raise RuntimeError("this gateway was started with llm_url, without a demo provider")
+        return self._provider
+
+    def connect(self, *, timeout: float | None = None, **register: Any) -> ChatClient:
+        """A new client, registered; closed with the gateway at the latest.
+
+        Args:
+            timeout: seconds that any of its waits may take; None is the gateway's `client_timeout`.
+            register: fields of its REGISTER frame, `system_prompt` for example.
+        """
+        timeout = self._client_timeout if timeout is None else timeout
+        client = ChatClient(self.port, timeout=timeout, **register)
+        self._clients.append(client)
+        return client
+
+    @property
+    def log(self) -> str:
+        """What it has logged so far, a line for each event; still there when it has ended."""
+        return self._process.log
+
+    def health(self) -> dict[str, Any]:
+        """What it answers to `GET /health`."""
+        health: dict[str, Any] = json.loads(_http(self.port, "GET", "/health"))
+        return health
+
+    @property
+    def exit_code(self) -> int | None:
+        """0 after an end in order, -9 when it had to be killed; None while it runs."""
+        return self._process.exit_code
+
+    def terminate(self) -> None:
+        """Ask it to end, as an operator does: its clients get SHUTDOWN. Does not wait."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it at once, as a crash would."""
+        self._process.kill()
+
+    def drop_clients(self) -> None:
+        """Close the sockets of all its clients, without a word."""
+        for client in self._clients:
+            client.drop()
+
+
+@contextlib.contextmanager
+def run_gateway(
+    *arguments: str,
+    model: str = "story",
+    llm_url: str | None = None,
+    port: int = 0,
+    env: Mapping[str, str] | None = None,
+    log_level: str = "info",
+    client_timeout: float = 10.0,
+    process_timeout: float = 15.0,
+) -> Iterator[RunningGateway]:
+    """Start a gateway, behind it a demo provider, and stop both on leaving.
+
+    Args:
+        arguments: more of the gateway's command line, as `run.py serve --help` lists it.
+        model: what the gateway asks the provider for. The demo provider's models are scenarios:
+            `run.py demo-llm --help` lists them.
+        llm_url: another provider, in place of the demo one.
+        port: of the gateway, on 127.0.0.1; 0 takes a free one.
+        env: more environment variables of the gateway. Those that begin with `OPENAI_` are not
+            handed down from ours.
+        log_level: of the gateway: debug, info, warning or error.
+        client_timeout: seconds that any wait of its clients may take.
+        process_timeout: seconds that a process may take to start, or to end before it is killed.
+
+    Raises:
+        StartFailed: a process did not start; the message shows the end of its log.
+    """
+    with contextlib.ExitStack() as stack:
+        provider = None
+        if llm_url is None:
+            process, found = _start(
+                stack, ["demo-llm", "--port", "0"], None, _PROVIDER_LISTENING, process_timeout
+            )
+            provider = RunningProvider(process, found)
+            llm_url = provider.base_url
+        own = ["--llm-url", llm_url, "--llm-model", model, "--port", str(port)]
+        form = ["--log-level", log_level, "--log-format", "text"]
+        process, found = _start(
+            stack, ["serve", *own, *form, *arguments], env, LISTENING, process_timeout
+        )
+        gateway = RunningGateway(process, found, provider, client_timeout)
+        stack.callback(gateway.drop_clients)  # else it would wait for them to say goodbye
+        try:
+            yield gateway
+        except Exception as error:
+            error.add_note(f"The end of the gateway's log:\n{process.log_tail()}")
+            raise
+
+
+def _start(
+    stack: contextlib.ExitStack,
+    arguments: list[str],
+    env: Mapping[str, str] | None,
+    ready: re.Pattern[str],
+    timeout: float,
+) -> tuple[Process, re.Match[str]]:
+    """Run run.py until it says that it is ready; the stack stops it."""
+    process = Process(
+        ["-P", "-c", _LAUNCHER, str(ROOT), *arguments],
+        env=environment(env),
+        tied=True,
+        timeout=timeout,
+    )
+    stack.callback(process.stop)
+    try:
+        return process, process.wait_for_line(ready)
+    except ProcessFailed as error:
+        raise StartFailed(f"`run.py {' '.join(arguments)}` did not start: {error}") from None
+
+
+def _http(port: int, method: str, path: str) -> bytes:
+    """The body of an answer of a server on this machine."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=_HTTP_SECONDS)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        response = connection.getresponse()
+        body = response.read()
+        if response.status >= 300:
+            raise RuntimeError(f"{method} {path}: {response.status} {body.decode()[:200]}")
+        return body
