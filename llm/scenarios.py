@@ -390,8 +390,12 @@ _THOUGHTS = tokens(
 
 def _reasoning(completion: Completion) -> Iterator[Step]:
     """Reasoning as DeepSeek and vLLM stream it: deltas of `reasoning_content`, then the text."""
+    text = answer(completion.request.user_text)
+    said, finish_reason = _within(completion.request, tokens(text))
+    yield from _opening(completion)
     yield from _telling(completion, _THOUGHTS, "reasoning_content")
-    yield from story(completion)
+    yield from _telling(completion, said)
+    yield from _ending(completion, finish_reason, len(_THOUGHTS) + len(said))
 
 
 def _whole_reasoning(completion: Completion) -> Iterator[Step]:
@@ -1055,7 +1059,10 @@ _ROWS = (
     *(_refusing(code) for code in (400, 401, 403, 404, 422, 429, 500)),
     _failing("http-502", "so many POSTs get Bad Gateway, as a web page", _bad_gateway),
     _refusing(503),
-    Scenario("usage-refused", "Bad Request where there are stream_options", _usage_refused),
+    Scenario(
+        "usage-refused", "Bad Request where there are stream_options",
+        _usage_refused, _usage_refused,
+    ),
     Scenario("no-usage", "the story, no usage though it was asked for", _no_usage),
     Scenario("not-sse", "status 200 and a web page", _not_sse, _not_sse),
     Scenario("malformed-json", "one event of the story is not JSON", _malformed_json),

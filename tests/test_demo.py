@@ -1,5 +1,6 @@
 """The demo provider, spoken to over loopback HTTP; its pure parts also directly."""
 
+import dataclasses
 import json
 import math
 import re
@@ -464,7 +465,209 @@ def test_a_defect_before_the_stream_is_a_500(
     assert "ZeroDivisionError" in caplog.text
 
 
+# ---- HTTP of all sorts
+
+
+def exchange(provider: DemoProvider, request: bytes) -> bytes:
+    """All that comes back until the server closes."""
+    with socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT) as client:
+        client.sendall(request)
+        return b"".join(iter(lambda: client.recv(65536), b""))
+
+
+def raw_post(text: str = "stop", *, version: str = "1.1", head: str = "", **fields: Any) -> bytes:
+    body = json.dumps(chat(text, **fields)).encode()
+    lines = f"POST /v1/chat/completions HTTP/{version}\r\nContent-Length: {len(body)}\r\n{head}"
+    return f"{lines}\r\n".encode() + body
+
+
+def test_an_http_10_client_gets_a_body_that_ends_by_closing(provider: DemoProvider) -> None:
+    received = exchange(provider, raw_post(version="1.0"))
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert b"Transfer-Encoding" not in head
+    assert b"Connection: close" in head
+    assert body.startswith(b"data: {")
+    assert body.endswith(b"data: [DONE]\n\n")
+
+
+def test_an_http_10_client_may_keep_its_connection_where_a_length_is_known(
+    provider: DemoProvider,
+) -> None:
+    first = raw_post(version="1.0", head="Connection: keep-alive\r\n", stream=False)
+    received = exchange(provider, first + raw_post(version="1.0", stream=False))
+    assert received.count(b"HTTP/1.1 200 OK") == 2
+    assert received.count(b"Connection: keep-alive") == 1
+
+
+def test_a_connection_that_will_close_says_so(provider: DemoProvider) -> None:
+    received = exchange(provider, raw_post(head="Connection: close\r\n"))
+    assert b"\r\nConnection: close\r\n" in received
+    assert b"\r\nDate: " in received
+    assert received.endswith(b"\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "request_", [b"nonsense\r\n\r\n", b"GET / HTTP/3.0\r\n\r\n", b"\xff\xfe a b c\r\n\r\n"]
+)
+def test_what_is_no_http_is_400(provider: DemoProvider, request_: bytes) -> None:
+    assert exchange(provider, request_).startswith(b"HTTP/1.1 400 ")
+
+
+def test_a_chunked_request_is_read_and_a_badly_chunked_one_is_not(provider: DemoProvider) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"
+    head += b"Connection: close\r\n\r\n"
+    body = json.dumps(chat("stop")).encode()
+    good = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    assert b"data: [DONE]" in exchange(provider, head + good)
+    assert exchange(provider, head + b"zz\r\n") == b""
+    assert len(provider.requests) == 1
+
+
+def test_a_client_is_told_to_go_on_where_it_asks(provider: DemoProvider) -> None:
+    head = "Expect: 100-continue\r\nConnection: close\r\n"
+    received = exchange(provider, raw_post(head=head))
+    assert received.startswith(b"HTTP/1.1 100 Continue\r\n")
+    assert b"data: [DONE]" in received
+
+
+# ---- what it was asked for
+
+
+def seen(provider: DemoProvider) -> list[dict[str, Any]]:
+    response = requests.get(f"{provider.base_url}/demo/requests", timeout=LIMIT)
+    listed = response.json()
+    assert isinstance(listed, list)
+    return listed
+
+
+def test_each_post_is_on_the_list_and_other_requests_are_not(provider: DemoProvider) -> None:
+    before = int(time.time() * 1000)
+    for model in ("some-model", "fast"):
+        assert post(provider, chat("stop", model=model)).ok
+    assert requests.get(f"{provider.base_url}/models", timeout=LIMIT).ok
+    assert requests.post(f"{provider.base_url}/models", timeout=LIMIT).status_code == 405
+    first, second = seen(provider)
+    assert set(first) == {
+        *("number", "model", "received_at", "has_key", "ended", "ended_at", "sent_bytes"),
+    }
+    assert (first["number"], second["number"]) == (1, 2)
+    assert (first["model"], second["model"]) == ("some-model", "fast")
+    assert first["ended"] == second["ended"] == "finished"
+    times = [first["received_at"], first["ended_at"], second["received_at"], second["ended_at"]]
+    assert times == sorted(times)
+    assert before <= times[0] and times[-1] <= time.time() * 1000
+    assert [dataclasses.asdict(one) for one in provider.requests] == [first, second]
+
+
+def test_a_key_is_noticed_and_never_kept(provider: DemoProvider) -> None:
+    url = f"{provider.base_url}/chat/completions"
+    headers = {"Authorization": "Bearer sk-very-secret"}
+    requests.post(url, json=chat("stop"), headers=headers, timeout=LIMIT)
+    post(provider, chat("stop"))
+    assert [one["has_key"] for one in seen(provider)] == [True, False]
+    assert "secret" not in requests.get(f"{provider.base_url}/demo/requests", timeout=LIMIT).text
+    assert "secret" not in repr(provider.requests)
+
+
+def test_bytes_are_counted_as_the_client_counts_them(provider: DemoProvider) -> None:
+    received = exchange(provider, raw_post("Go on", head="Connection: close\r\n"))
+    assert provider.wait_idle(LIMIT)
+    assert provider.requests[0].sent_bytes == len(received)
+
+
+def test_an_answer_under_way_has_no_end_yet_and_then_says_who_ended_it(
+    slow: DemoProvider,
+) -> None:
+    client = open_stream(slow)
+    (running,) = seen(slow)
+    assert (running["ended"], running["ended_at"]) == (None, None)
+    assert running["sent_bytes"] > 100
+    client.close()
+    assert slow.wait_idle(LIMIT)
+    (ended,) = seen(slow)
+    assert ended["ended"] == "client_closed"
+    assert ended["sent_bytes"] == running["sent_bytes"]
+    with open_stream(slow):
+        slow.stop()
+    assert [one.ended for one in slow.requests] == ["client_closed", "cut"]
+
+
+def test_what_is_looked_at_does_not_change_under_ones_eyes(slow: DemoProvider) -> None:
+    with open_stream(slow):
+        (running,) = slow.requests
+    assert slow.wait_idle(LIMIT)
+    assert running.ended is None
+
+
+def test_a_refused_post_is_on_the_list_too(provider: DemoProvider) -> None:
+    post(provider, b"{")
+    post(provider, chat(model="gzip:9"))
+    assert [(one["model"], one["ended"]) for one in seen(provider)] == [
+        (None, "finished"),
+        ("gzip:9", "finished"),
+    ]
+
+
+def test_the_list_is_bounded_and_so_is_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "MAX_KEPT_REQUESTS", 3)
+    with DemoProvider(tokens_per_second=math.inf) as provider:
+        for _ in range(5):
+            post(provider, chat("stop", model="m" * 10_000))
+        assert [one["number"] for one in seen(provider)] == [3, 4, 5]
+        assert {len(one["model"]) for one in seen(provider)} == {200}
+
+
+def test_a_thousand_requests_are_kept() -> None:
+    assert demo.MAX_KEPT_REQUESTS == 1_000
+
+
+def test_deleting_the_list_begins_all_counts_again(provider: DemoProvider) -> None:
+    url = f"{provider.base_url}/demo/requests"
+    assert post(provider, chat("stop", model="http-503:1")).status_code == 503
+    assert post(provider, chat("stop", model="http-503:1")).status_code == 200
+    assert requests.delete(url, timeout=LIMIT).json() == []
+    assert seen(provider) == []
+    assert post(provider, chat("stop", model="http-503:1")).status_code == 503
+    assert [one["number"] for one in seen(provider)] == [1]
+    response = requests.post(url, timeout=LIMIT)
+    assert_refused(response, 405)
+    assert response.headers["Allow"] == "GET, DELETE"
+
+
+def test_an_answer_that_was_forgotten_while_it_ran_ends_without_a_trace(
+    slow: DemoProvider,
+) -> None:
+    with open_stream(slow):
+        slow.forget_requests()
+        assert slow.live_streams == 1
+    assert slow.wait_idle(LIMIT)
+    assert slow.requests == []
+
+
 # ---- starting and stopping
+
+
+def test_stopping_says_nothing_to_who_waits_for_headers(provider: DemoProvider) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT) as client:
+        client.sendall(raw_post(model="stall-headers"))
+        with gevent.Timeout(LIMIT):
+            while not provider.live_streams:
+                gevent.sleep(0)
+        provider.stop()
+        assert client.recv(100) == b""
+    assert provider.requests[0].ended == "cut"
+
+
+def test_stopping_does_not_wait_for_the_rest_of_a_request(provider: DemoProvider) -> None:
+    with socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT) as client:
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99\r\n"
+        client.sendall(head + b"Expect: 100-continue\r\n\r\n")
+        assert client.recv(100).startswith(b"HTTP/1.1 100 ")  # it is reading the body now
+        began = time.monotonic()
+        provider.stop()
+        assert time.monotonic() - began < 0.5
+        assert len(provider._connections) == 0
+        assert client.recv(100) == b""
 
 
 def test_stopping_cuts_live_streams_off_and_frees_the_port(slow: DemoProvider) -> None:
