@@ -6,7 +6,17 @@
 `README.md` beside this file is the manual. Importing this patches nothing and starts nothing.
 """
 
-from gateway.protocol import (
+from .chat import (
+    Answer,
+    AnswerEnded,
+    ChatClient,
+    Collected,
+    ConnectionEnded,
+    Frame,
+    FrameRefused,
+    WaitTimeout,
+)
+from .protocol import (
     AckStatus,
     Error,
     ErrorCode,
@@ -21,17 +31,6 @@ from gateway.protocol import (
     SessionInfo,
     Shutdown,
     Usage,
-)
-
-from .chat import (
-    Answer,
-    AnswerEnded,
-    ChatClient,
-    Collected,
-    ConnectionEnded,
-    Frame,
-    FrameRefused,
-    WaitTimeout,
 )
 from .running import ProviderRequest, RunningGateway, RunningProvider, StartFailed, run_gateway
 

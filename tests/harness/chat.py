@@ -25,7 +25,8 @@ import msgspec
 from msgspec import UNSET
 from websockets.exceptions import InvalidState
 
-from gateway.protocol import (
+from .client import Client, Received
+from .protocol import (
     SERVER_PAYLOADS,
     Error,
     FunctionCall,
@@ -42,8 +43,6 @@ from gateway.protocol import (
     ServerPayload,
     Usage,
 )
-
-from .client import Client, Received
 
 SHOWN_FRAMES = 10
 """The last ones, in a failure."""

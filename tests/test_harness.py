@@ -1,0 +1,548 @@
+"""The harness that other projects use: written as they would, and what it promises them."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway import protocol as gateway_protocol
+from gateway.protocol import Heartbeat
+from tests.harness import (
+    AckStatus,
+    AnswerEnded,
+    ConnectionEnded,
+    Error,
+    ErrorCode,
+    FrameRefused,
+    InterruptOutcome,
+    Outcome,
+    RunningGateway,
+    SessionInfo,
+    Shutdown,
+    StartFailed,
+    WaitTimeout,
+    run_gateway,
+    running,
+    scripts,
+)
+from tests.harness.client import wait_until
+from tests.harness.process import Process, ProcessFailed, environment
+from tests.harness.provider_process import ProviderProcess
+
+PAGE = Path(__file__).parent / "harness" / "README.md"
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[RunningGateway]:
+    """In front of the demo provider."""
+    with run_gateway("--on-new-request", "parallel", "--heartbeat-interval", "0.1") as gateway:
+        yield gateway
+
+
+@pytest.fixture(scope="module")
+def scripted(provider: ProviderProcess) -> Iterator[RunningGateway]:
+    """In front of the scripted provider."""
+    with run_gateway(llm_url=provider.base_url, model="test") as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Process]:
+    """Every process that `run_gateway` starts in this test."""
+    processes: list[Process] = []
+
+    class Noted(Process):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            processes.append(self)
+
+    monkeypatch.setattr(running, "Process", Noted)
+    return processes
+
+
+# As an outside user -----------------------------------------------------------------------------
+
+
+def test_an_interrupt_from_the_question_to_the_closed_stream(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        answer = client.ask("Tell me a story")
+        heard = answer.wait_text(20)
+        ack = client.interrupt(answer, delivered_text_chars=10)
+        assert ack.status == AckStatus.SUCCESS
+        assert ack.interrupted_request_ids == [answer.request_id]
+        (result,) = ack.results
+        assert result.outcome == InterruptOutcome.STOPPED
+        assert result.stream_closed_ms is not None
+        assert 0 < result.stream_closed_ms < 1000
+        ended = answer.collect()
+        assert ended.outcome == Outcome.INTERRUPTED
+        assert ended.interrupt_reason == "USER_STOP"
+        assert ended.text.startswith(heard)
+        assert len(ended.text) == result.delivered_text_chars
+        assert (ended.error, ended.function_calls, ended.usage) == (None, [], None)
+        types = [frame.msg_type for frame in client.frames if frame.msg_type != "HEARTBEAT"]
+        assert types[0] == "REGISTER_ACK"
+        assert types[-2:] == ["INTERRUPT_ACK", "RESPONSE"]
+        assert set(types[1:-2]) == {"RESPONSE"}
+        assert client.interrupt(answer).results[0].outcome == InterruptOutcome.ALREADY_DONE
+        assert gateway.health()["requests"] == 0
+    seen = gateway.provider.wait_ended()
+    assert (seen.model, seen.ended, seen.has_key) == ("story", "client_closed", False)
+
+
+def test_an_answer_sees_its_own_frames_only(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        story = client.ask("Tell me about the sea")
+        story.wait_text()
+        other = client.ask("Tell me about the moon", request_id="mine")
+        other.wait_text(30)
+        story.wait_text(60)
+        assert client.interrupt().status == AckStatus.SUCCESS  # both
+        first, second = story.collect(), other.collect()
+    assert "the sea" in first.text
+    assert "the moon" not in first.text
+    assert second.request_id == "mine"
+    assert "the moon" in second.text
+    assert "the sea" not in second.text
+    for answer in (story, other):
+        payloads: list[Any] = [frame.payload for frame in answer.frames]
+        assert {payload.request_id for payload in payloads} == {answer.request_id}
+        assert payloads[-1].text_stream_seq == -1
+
+
+def test_iterating_gives_every_piece_up_to_the_end(scripted: RunningGateway) -> None:
+    with scripted.connect() as client:
+        answer = client.ask("unused")  # the provider's default story: no end
+        pieces = []
+        for piece in answer:
+            pieces.append(piece)
+            if len(pieces) == 3:
+                client.interrupt(answer)
+        assert len(pieces) >= 3
+        assert "".join(pieces) == answer.collect().text == answer.text
+        assert list(answer) == pieces
+
+
+def test_a_complete_answer_is_collected_with_what_the_provider_said_of_it(
+    scripted: RunningGateway, provider: ProviderProcess
+) -> None:
+    with scripted.connect(system_prompt={"role_description": "a guide"}) as client:
+        name = provider.fresh(scripts.answer(["Hello", " 你好"]))
+        ended = client.ask(name).collect()
+    assert (ended.text, ended.outcome) == ("Hello 你好", Outcome.COMPLETED)
+    assert ended.finish_reason == "stop"
+    assert ended.usage is not None
+    assert ended.usage.total_tokens == scripts.USAGE["total_tokens"]
+    assert ended.interrupt_reason is None
+    (post,) = provider.posts(name)
+    assert "a guide" in post.body["messages"][0]["content"]
+
+
+def test_a_failed_answer_says_why(scripted: RunningGateway, provider: ProviderProcess) -> None:
+    refusal = {"error": {"message": "no such key"}}
+    with scripted.connect() as client:
+        ended = client.ask(provider.fresh(scripts.http_error(401, refusal))).collect()
+    assert ended.outcome == Outcome.FAILED
+    assert ended.error is not None
+    assert ended.error.error_code == ErrorCode.INTERNAL_ERROR
+    assert "no such key" in ended.error.error_detail
+
+
+def test_several_functions_are_called_and_the_model_goes_on(
+    scripted: RunningGateway, provider: ProviderProcess
+) -> None:
+    calls = scripts.interleaved(
+        scripts.call_events("open_map", '{"hall": 3}', call_id="a"),
+        scripts.call_events("ring", "{}", index=1, call_id="b"),
+    )
+    name = provider.fresh(scripts.call_answer(calls))
+    functions = [{"name": "open_map"}, {"name": "ring"}]
+    with scripted.connect(function_calling=functions) as client:
+        ended = client.ask(name).collect()
+        first, second = ended.function_calls
+        assert (first.name, first.parameters, second.name) == ("open_map", {"hall": 3}, "ring")
+        goes_on = client.send_function_result(first, {"ok": True})
+        # The provider finds its script in the last message, which is the last result.
+        script = provider.fresh(scripts.answer(["There", " it is"]))
+        assert client.send_function_result(second.call_id, script, answer=goes_on) is goes_on
+        assert goes_on.collect().text == "There it is"
+    (post,) = provider.posts(script)
+    results = [each["content"] for each in post.body["messages"] if each["role"] == "tool"]
+    assert results == ['{"ok":true}', script]
+
+
+def test_any_frame_can_be_sent_and_waited_for(gateway: RunningGateway) -> None:
+    with gateway.connect(platform="TV") as client:
+        client.send("SESSION_QUERY", query_fields=["platform"])
+        assert client.wait_for(SessionInfo).session_data.platform == "TV"
+        with pytest.raises(WaitTimeout):
+            client.wait_for(SessionInfo, timeout=0.01)  # that one was taken
+        client.wire.send_text(b"no JSON")
+        assert client.wait_for(Error).error_code == ErrorCode.MALFORMED_PAYLOAD
+
+
+def test_heartbeats_are_answered_as_clients_must(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        client.wait_for(Heartbeat)
+        heard = f'"session_id":"{client.session_id}","msg_type":"HEARTBEAT_REPLY"'
+        wait_until(lambda: heard in gateway.log, "the reply is in the log")
+
+
+# The demo provider ------------------------------------------------------------------------------
+
+
+def test_a_scenario_is_played_and_the_provider_says_what_it_saw() -> None:
+    before = time.time() * 1000
+    with run_gateway(model="echo") as gateway, gateway.connect() as client:
+        assert client.ask("Good evening").collect().text == "Good evening"
+        first = gateway.provider.wait_ended()
+        assert (first.number, first.model, first.ended) == (1, "echo", "finished")
+        assert first.ended_at is not None
+        assert before - 1 <= first.received_at <= first.ended_at <= time.time() * 1000
+        assert first.sent_bytes > len("Good evening")
+        client.ask("Good night").collect()
+        assert gateway.provider.wait_ended(2).number == 2
+        assert gateway.provider.wait_ended(1) == first
+        assert [request.number for request in gateway.provider.requests()] == [1, 2]
+        gateway.provider.forget_requests()
+        assert gateway.provider.requests() == []
+
+
+def test_a_wait_for_the_provider_has_an_end_and_shows_what_it_saw() -> None:
+    with run_gateway(model="stall-mid-stream") as gateway, gateway.connect() as client:
+        with pytest.raises(WaitTimeout, match=r"0.05 s are over.*the latest.*\[\]"):
+            gateway.provider.wait_ended(timeout=0.05)
+        answer = client.ask("Tell me a story")
+        answer.wait_text()
+        with pytest.raises(WaitTimeout, match=r"completion 1 .*stall-mid-stream.*ended=None"):
+            gateway.provider.wait_ended(1, timeout=0.05)
+        assert client.interrupt().status == AckStatus.SUCCESS
+        assert gateway.provider.wait_ended(1).ended == "client_closed"
+
+
+def test_the_callers_key_stays_at_home_unless_it_is_handed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-mine")
+    with run_gateway(model="echo") as gateway:
+        url = gateway.provider.base_url
+        with gateway.connect() as client:
+            client.ask("Hello").collect()
+        with (
+            run_gateway(model="echo", llm_url=url, env={"OPENAI_API_KEY": "sk-theirs"}) as second,
+            second.connect() as client,
+        ):
+            client.ask("Hello").collect()
+        assert [request.has_key for request in gateway.provider.requests()] == [False, True]
+
+
+# What went wrong is said ------------------------------------------------------------------------
+
+
+def test_a_wait_that_is_too_long_shows_the_last_frames(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        answer = client.ask("Tell me a story")
+        answer.wait_text()
+        began = time.monotonic()
+        # Tokens come all the time: a bound on each read alone would never end this.
+        with pytest.raises(WaitTimeout, match="waiting for the end of req_") as error:
+            answer.collect(timeout=0.3)
+        assert time.monotonic() - began < 3
+        assert "0.3 s are over" in str(error.value)
+        assert "RegisterAck" in str(error.value) or "Response(" in str(error.value)
+        assert isinstance(error.value, TimeoutError)
+
+
+def test_an_answer_that_ends_too_early_is_no_time_out(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        answer = client.ask("stop")  # one friendly sentence
+        with pytest.raises(AnswerEnded, match="COMPLETED"):
+            answer.wait_text(10_000)
+
+
+@pytest.mark.parametrize("fields", [{"platform": "ABACUS"}, {"auth": None}])
+def test_a_registration_that_is_refused_says_so(
+    gateway: RunningGateway, fields: dict[str, Any]
+) -> None:
+    with pytest.raises(FrameRefused, match="MALFORMED_PAYLOAD") as refused:
+        gateway.connect(**fields)
+    assert refused.value.error.error_code == ErrorCode.MALFORMED_PAYLOAD
+
+
+def test_an_interrupt_that_is_refused_says_so(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        with pytest.raises(FrameRefused, match="delivered_text_chars"):
+            client.interrupt(delivered_text_chars=-1)
+        assert client.interrupt().status == AckStatus.FAILED  # the next one is not
+
+
+def test_an_ack_that_came_too_late_is_not_taken_for_the_next_one(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        answer = client.ask("Tell me a story")
+        answer.wait_text()
+        with pytest.raises(WaitTimeout):
+            client.interrupt(answer, timeout=0)
+        again = client.interrupt(answer)
+        assert again.results[0].outcome == InterruptOutcome.ALREADY_DONE
+
+
+def test_a_question_under_a_live_id_does_not_cut_off_the_first_answer(
+    gateway: RunningGateway,
+) -> None:
+    with gateway.connect() as client:
+        answer = client.ask("Tell me a story", request_id="twice")
+        answer.wait_text()
+        assert client.ask("Tell me another", request_id="twice") is answer
+        assert client.wait_for(Error).error_code == ErrorCode.MALFORMED_PAYLOAD
+        client.interrupt(answer)
+        assert answer.collect().outcome == Outcome.INTERRUPTED
+
+
+def test_a_gateway_that_ends_tells_its_clients() -> None:
+    with run_gateway() as gateway, gateway.connect() as client:
+        answer = client.ask("Tell me a story")
+        answer.wait_text()
+        gateway.terminate()
+        assert client.wait_for(Shutdown).reason == "SERVER_SHUTDOWN"
+        assert answer.collect().interrupt_reason == "SERVER_SHUTDOWN"
+        with pytest.raises(ConnectionEnded, match="waiting for a SessionInfo") as ended:
+            client.wait_for(SessionInfo)
+        assert ended.value.code == 1012
+    assert gateway.exit_code == 0
+    assert "Session registered" in gateway.log  # it can be read afterwards
+
+
+def test_a_gateway_that_is_killed_takes_its_connections_along() -> None:
+    with run_gateway() as gateway, gateway.connect() as client:
+        answer = client.ask("Tell me a story")
+        answer.wait_text()
+        gateway.kill()
+        with pytest.raises(ConnectionEnded, match="close code None"):
+            answer.collect()
+        with pytest.raises(OSError, match="refused"):
+            gateway.connect()
+    assert gateway.exit_code == -signal.SIGKILL
+
+
+def test_where_there_is_another_provider_there_is_no_demo_one(scripted: RunningGateway) -> None:
+    with pytest.raises(RuntimeError, match="llm_url"):
+        _ = scripted.provider
+
+
+# Processes --------------------------------------------------------------------------------------
+
+
+def test_both_processes_end_in_order_although_a_client_does_not_say_goodbye(
+    started: list[Process],
+) -> None:
+    with run_gateway() as gateway:
+        client = gateway.connect()
+        client.ask("Tell me a story").wait_text()
+        assert [process.exit_code for process in started] == [None, None]
+        began = time.monotonic()
+    assert time.monotonic() - began < 4  # the gateway waits 5 s for a client's goodbye
+    assert [process.exit_code for process in started] == [0, 0]
+    assert gateway.exit_code == 0
+
+
+def test_a_body_that_raises_leaves_nothing_behind_and_shows_the_log(
+    started: list[Process],
+) -> None:
+    with pytest.raises(ZeroDivisionError) as error, run_gateway() as gateway:
+        gateway.connect()
+        _ = 1 / 0
+    assert [process.exit_code for process in started] == [0, 0]
+    (note,) = error.value.__notes__
+    assert "Session registered" in note
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--host", "0.0.0.0"], "--insecure-no-auth"),
+    ],
+)
+def test_a_start_that_fails_shows_the_log_and_leaves_nothing_behind(
+    started: list[Process], arguments: list[str], said: str
+) -> None:
+    with pytest.raises(StartFailed, match=f"ended with 2(.|\n)*{said}"), run_gateway(*arguments):
+        pytest.fail("the body ran")
+    assert [process.exit_code for process in started] == [0, 2]
+
+
+def test_a_provider_that_does_not_start_is_said_and_the_gateway_is_not_tried(
+    started: list[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "ROOT", "/nowhere")
+    monkeypatch.setenv("PYTHONPATH", "/nowhere")
+    launcher = running._LAUNCHER.replace("import run\n", "raise SystemExit('no such thing')\n")
+    monkeypatch.setattr(running, "_LAUNCHER", launcher)
+    with pytest.raises(StartFailed, match=r"demo-llm.*ended with 1: no such thing"), run_gateway():
+        pytest.fail("the body ran")
+    assert [process.exit_code for process in started] == [1]
+
+
+def program(*lines: str, timeout: float = 10.0) -> Process:
+    """A process that plays one of ours."""
+    wait = "threading.Event().wait()"
+    source = "\n".join(["import signal, sys, threading", *lines, wait])
+    return Process(["-c", source], env=environment(), timeout=timeout)
+
+
+def test_a_process_that_says_nothing_is_not_waited_for_for_ever() -> None:
+    with program("print('working on it', flush=True)") as process:
+        process.read_line()
+        process.timeout = 0.1
+        with pytest.raises(ProcessFailed, match=r"said nothing for 0.1 s: working on it"):
+            process.wait_for_line(re.compile("ready\n"))
+    assert process.exit_code == -signal.SIGKILL
+
+
+def test_a_process_that_does_not_stop_in_time_is_killed() -> None:
+    process = program(
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)",
+        "print('ready', flush=True)",
+        "print('still here', file=sys.stderr, flush=True)",
+    )
+    process.read_line()
+    process.timeout = 0.1
+    assert process.stop() == -signal.SIGKILL
+    assert process.stop() == -signal.SIGKILL  # once more changes nothing
+    assert process.log in ("still here\n", "")
+
+
+def test_two_gateways_do_not_meddle_with_each_other(gateway: RunningGateway) -> None:
+    with gateway.connect() as client:
+        answer = client.ask("Tell me a story")
+        answer.wait_text()
+        with run_gateway() as second, second.connect() as other:
+            assert second.port != gateway.port
+            assert second.provider.base_url != gateway.provider.base_url
+            theirs = other.ask("Tell me a story")
+            theirs.wait_text()
+            assert other.interrupt().status == AckStatus.SUCCESS
+            assert not answer.ended
+            second.kill()
+        already = len(answer.text)
+        answer.wait_text(already + 40)  # the first goes on
+        assert client.interrupt(answer).status == AckStatus.SUCCESS
+
+
+def test_a_gateway_can_come_back_where_it_was() -> None:
+    with run_gateway() as before:
+        port = before.port
+    with run_gateway(port=port) as after, after.connect() as client:
+        assert after.port == port
+        assert f":{port}/" in after.url
+        assert client.ask("stop").collect().outcome == Outcome.COMPLETED
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks /proc who is alive")
+def test_when_the_caller_is_killed_its_processes_end() -> None:
+    source = (
+        "from bargein_harness import run_gateway\n"
+        "with run_gateway() as gateway:\n"
+        "    print(gateway._process.pid, gateway.provider._process.pid, flush=True)\n"
+        "    input()\n"
+    )
+    caller = subprocess.Popen(
+        [sys.executable, "-c", source],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with caller:
+        assert caller.stdout is not None
+        pids = caller.stdout.readline().split()
+        assert len(pids) == 2
+        caller.kill()
+    for pid in pids:
+        wait_until(lambda pid=pid: is_gone(pid), f"process {pid} has ended")  # type: ignore[misc]
+
+
+def is_gone(pid: str) -> bool:
+    """Whether a process has ended, be it that nobody has asked for its exit code yet."""
+    try:
+        return " Z " in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+# As it is installed -----------------------------------------------------------------------------
+
+
+def run_python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """A process of somebody who has installed bargein."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=environment(env),
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+
+
+def test_the_typed_frames_are_those_of_the_gateway_itself() -> None:
+    """There are no two of each: whoever imports both may compare them."""
+    assert Error is gateway_protocol.Error
+
+
+def test_importing_it_patches_nothing_and_loads_little(tmp_path: Path) -> None:
+    source = (
+        "import sys, bargein_harness\n"
+        "loaded = {name.partition('.')[0] for name in sys.modules}\n"
+        "print(sorted(loaded & {'gevent', 'run', 'pykka', 'requests', 'pytest', 'trustme'}))\n"
+        "import bargein_harness.fixtures\n"
+        "assert 'gevent' not in sys.modules and 'trustme' not in sys.modules\n"
+    )
+    done = run_python("-c", source, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+def test_modules_of_the_caller_do_not_take_the_place_of_ours(tmp_path: Path) -> None:
+    theirs = "raise SystemExit('somebody else’s')\n"
+    for name in ("run.py", "llm.py", "actors.py", "metrics.py"):
+        (tmp_path / name).write_text(theirs)
+    (tmp_path / "gateway").mkdir()
+    (tmp_path / "gateway" / "__init__.py").write_text(theirs)
+    source = (
+        "from bargein_harness import run_gateway\n"
+        "with run_gateway() as gateway, gateway.connect() as client:\n"
+        "    print(client.ask('stop').collect().outcome)\n"
+    )
+    env = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    done = run_python("-c", source, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "COMPLETED\n"
+
+
+def examples() -> list[str]:
+    """The page's Python that holds tests."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)
+    return [block for block in blocks if "def test_" in block]
+
+
+def test_the_pages_examples_pass_as_they_stand_in_an_empty_folder(tmp_path: Path) -> None:
+    first, *others = examples()
+    assert len(first.splitlines()) == 15
+    assert others
+    for number, block in enumerate(examples()):
+        (tmp_path / f"test_{number}.py").write_text(block, encoding="utf-8")
+    unpatched = "import sys\ndef pytest_unconfigure(): print('gevent' in sys.modules)\n"
+    (tmp_path / "conftest.py").write_text(unpatched)
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    tests = sum(block.count("def test_") for block in examples())
+    assert f"{tests} passed" in done.stdout
+    assert done.stdout.endswith("False\n")
