@@ -43,7 +43,8 @@ from gateway.protocol import HealthStatus, InterruptReason, OnNewRequest
 from gateway.server import Server, ServerSettings
 from llm import demo
 from llm.lanes import lanes
-from llm.stream import LlmClient, Provider
+from llm.provider import Provider, StopsOnClose
+from llm.stream import GenerationSettings, LlmClient
 from metrics.instruments import Metrics
 from metrics.logs import LEVELS, configure, get_logger
 
@@ -74,6 +75,9 @@ class Settings:
 
     provider: Provider | None = None
     """None starts the embedded demo provider."""
+    fallback: Provider | None = None
+    """Asked when that one fails before its first token."""
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
     server: ServerSettings = field(default_factory=ServerSettings)
     supervisor: SupervisorSettings = field(default_factory=SupervisorSettings)
     session: SessionSettings = field(default_factory=SessionSettings)
@@ -112,7 +116,7 @@ class Gateway:
         gevent.setswitchinterval(_CALLBACK_SECONDS)
         provider = self.settings.provider or self._start_demo()
         self.provider = provider
-        client = LlmClient(provider)
+        client = LlmClient(provider, self.settings.fallback, self.settings.generation)
         self._teardown.callback(client.close)
         supervision = self.supervision = Supervision(self.settings.supervisor, self._on_give_up)
         self._teardown.callback(supervision.stop)
@@ -129,7 +133,6 @@ class Gateway:
                 source=client,
                 tell_supervisor=supervision.tell,
                 health=health_status,
-                model=provider.model,
                 settings=self.settings.session,
                 metrics=self.metrics,
             )
@@ -158,7 +161,7 @@ class Gateway:
         provider = demo.DemoProvider()
         provider.start()
         self._teardown.callback(provider.stop)
-        return Provider(base_url=provider.base_url, model="demo")
+        return Provider(base_url=provider.base_url, model="demo", stops_on_close=StopsOnClose.YES)
 
     def _health(self) -> dict[str, object]:
         census = self.supervision.census()

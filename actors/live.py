@@ -145,7 +145,13 @@ class Live:
         closed_ms = None
         if closed_at is not None:
             closed_ms = round(max(0.0, closed_at - read_at) * 1000, 3)
-        return InterruptResult(self.request_id, InterruptOutcome.STOPPED, delivered, closed_ms)
+        return InterruptResult(
+            self.request_id,
+            InterruptOutcome.STOPPED,
+            delivered,
+            closed_ms,
+            UNSET if self.result.stops_on_close is None else self.result.stops_on_close.value,
+        )
 
 
 @dataclass
@@ -240,4 +246,9 @@ def _usage(result: Result) -> Usage | None:
     usage = result.usage
     if usage is None:
         return None
-    return Usage(usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+    return Usage(
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.total_tokens,
+        usage.estimated or UNSET,
+    )

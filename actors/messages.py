@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import pykka
 
 from gateway.protocol import ClientFrame, FrameError, InterruptReason
+from llm.chat import Prompt
 from llm.stream import Result
 
 # To a session.
@@ -120,9 +121,9 @@ SessionMessage: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Begin: nothing that must end first is left. `body` is what is POSTed."""
+    """Begin: nothing that must end first is left. `prompt` is what the model is asked."""
 
-    body: bytes
+    prompt: Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -105,11 +105,11 @@ class Profile:
         text = "\n\n".join(part for part in parts if part)
         return Message("system", text) if text else None
 
-    def tools(self) -> list[Tool]:
+    def tools(self) -> tuple[Tool, ...]:
         """The functions as the model is offered them."""
-        return [
+        return tuple(
             Tool(one.name, one.description or "", _schema(one.parameters)) for one in self.functions
-        ]
+        )
 
 
 def _schema(parameters: dict[str, Any] | list[FunctionParameter] | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from actors.messages import (
     SupervisorMessage,
 )
 from gateway.protocol import FunctionCall
-from llm.chat import Delta, ToolCall
+from llm.chat import Delta, Prompt, ToolCall
 from llm.errors import StreamError
 from llm.stream import Ending, Result, Sink
 from metrics.instruments import Metrics
@@ -88,8 +88,8 @@ class Outlet(Protocol):
 class Stream(Protocol):
     """A generation, as `llm.stream` makes them."""
 
-    progress_at: float
-
+    @property
+    def progress_at(self) -> float: ...
     def start(self) -> None: ...
     def close(self) -> None: ...
     def kill_again(self) -> None: ...
@@ -98,7 +98,9 @@ class Stream(Protocol):
 class StreamSource(Protocol):
     """Makes generations; `llm.stream.LlmClient` is the one in use."""
 
-    def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> Stream: ...
+    def generation(
+        self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
+    ) -> Stream: ...
 
 
 class RequestActor(GreenletActor):
@@ -128,6 +130,7 @@ class RequestActor(GreenletActor):
         self._request_id = request_id
         self._session = session
         self._tell_supervisor = tell_supervisor
+        self._log_fields = {"session_id": session_id, "request_id": request_id}
         self._metrics = metrics
         self._outlet = outlet
         self._calls = calls
@@ -152,8 +155,8 @@ class RequestActor(GreenletActor):
                 self._stop_reading(message)
             case ReaderEnded(result):
                 self._end(result)
-            case Start(body):
-                self._start(body)
+            case Start(prompt):
+                self._start(prompt)
             case StreamOpened():
                 self._advance(RequestState.WAITING)
             case FirstToken():
@@ -200,14 +203,18 @@ class RequestActor(GreenletActor):
         if self._stream is not None:
             self._stream.kill_again()
 
-    def _start(self, body: bytes) -> None:
+    def _start(self, prompt: Prompt) -> None:
         if self._told_to_stop is None and self._started_at is None:
             self._started_at = time.monotonic()
-            self._metrics.llm_posts.inc()
             relay = _Relay(
-                self.actor_ref, self._session, self._request_id, self._outlet, self._calls
+                self.actor_ref,
+                self._session,
+                self._log_fields,
+                self._outlet,
+                self._calls,
+                self._metrics,
             )
-            self._stream = self._source.generation(body, relay, self._reader_ended)
+            self._stream = self._source.generation(prompt, relay, self._reader_ended)
             self._stream.start()
 
     def _first_token(self) -> None:
@@ -270,11 +277,15 @@ class RequestActor(GreenletActor):
         self._books_kept = True
         self._metrics.requests_active.labels(self._active_state.value).dec()
         self._count(self._result)
-        fields = {"session_id": self._session_id, "request_id": self._request_id}
         if self._state is RequestState.INTERRUPTED:
-            _log.info("LLM stream cancelled by user", **fields)
+            _log.info("LLM stream cancelled by user", **self._log_fields)
         elif self._state is RequestState.FAILED:
-            _log.warning("Generation failed", error=str(self._result.error), **fields)
+            _log.warning(
+                "Generation failed",
+                error=str(self._result.error),
+                provider=self._result.provider,
+                **self._log_fields,
+            )
 
     def _final_state(self, result: Result) -> RequestState:
         match result.ending:
@@ -294,9 +305,8 @@ class RequestActor(GreenletActor):
                 max(0.0, ended_at - self._started_at)
             )
         if result.error is not None:
-            kind = type(result.error).__name__.removesuffix("Error")
-            metrics.llm_errors.labels(kind).inc()
-        if result.usage is not None:
+            metrics.llm_errors.labels(_kind(result.error)).inc()
+        if result.usage is not None and not result.usage.estimated:
             self._count_tokens("prompt", result.usage.prompt_tokens)
             self._count_tokens("completion", result.usage.completion_tokens)
 
@@ -315,6 +325,10 @@ class RequestActor(GreenletActor):
             self._active_state = state
 
 
+def _kind(error: StreamError) -> str:
+    return type(error).__name__.removesuffix("Error")
+
+
 class _Relay:
     """The reader's side: text goes to the outlet, milestones to the mailbox."""
 
@@ -322,16 +336,36 @@ class _Relay:
         self,
         request: pykka.ActorRef[Any],
         session: pykka.ActorRef[Any],
-        request_id: str,
+        log_fields: dict[str, str],
         outlet: Outlet,
         calls: list[ToolCall],
+        metrics: Metrics,
     ) -> None:
         self._request = request
         self._session = session
-        self._request_id = request_id
+        self._log_fields = log_fields
         self._outlet = outlet
         self._calls = calls
+        self._metrics = metrics
         self._first = True
+
+    def posted(self) -> None:
+        self._metrics.llm_posts.inc()
+
+    def retrying(self, provider: str, error: StreamError, pause_seconds: float) -> None:
+        self._metrics.llm_retries.labels(_kind(error)).inc()
+        _log.info(
+            "Retrying generation",
+            error=str(error),
+            provider=provider,
+            pause_seconds=round(pause_seconds, 3),
+            **self._log_fields,
+        )
+
+    def falling_back(self, provider: str, error: StreamError | None) -> None:
+        self._metrics.llm_fallbacks.inc()
+        why = "it failed too often" if error is None else str(error)
+        _log.info("Asking the fallback", error=why, provider=provider, **self._log_fields)
 
     def opened(self) -> None:
         tell(self._request, StreamOpened())
@@ -347,7 +381,7 @@ class _Relay:
         def written(_at: float) -> None:
             # At once, so that the session knows of it before the client's result can come.
             self._calls.append(call)
-            tell(self._session, CallWritten(self._request_id))
+            tell(self._session, CallWritten(self._log_fields["request_id"]))
 
         parameters = msgspec.json.decode(call.arguments, type=dict[str, Any])
         self._outlet.put_call(FunctionCall(call.name, parameters, call.id), written)

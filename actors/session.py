@@ -75,7 +75,7 @@ from gateway.protocol import (
     encode,
     error,
 )
-from llm.chat import ToolCall, encode_body
+from llm.chat import Prompt, ToolCall
 from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
@@ -149,7 +149,6 @@ class SessionActor(GreenletActor):
         source: StreamSource,
         tell_supervisor: Callable[[SupervisorMessage], None],
         health: Callable[[], HealthStatus],
-        model: str,
         settings: SessionSettings,
         metrics: Metrics,
     ) -> None:
@@ -159,7 +158,6 @@ class SessionActor(GreenletActor):
         self._source = source
         self._tell_supervisor = tell_supervisor
         self._health = health
-        self._model = model
         self._settings = settings
         self._metrics = metrics
         self._lanes = lanes()
@@ -394,17 +392,15 @@ class SessionActor(GreenletActor):
         for live in self._live.values():
             if live.may_start:
                 live.started = True
-                tell(live.actor, Start(self._body(live)))
+                tell(live.actor, Start(self._prompt(live)))
             if self._on_new_request is not OnNewRequest.PARALLEL:
                 break  # whoever comes later waits for the end of the one before
 
-    def _body(self, live: Live) -> bytes:
+    def _prompt(self, live: Live) -> Prompt:
         system = self._profile.system_message()
         messages = self._history.messages(live.turn)
-        return encode_body(
-            self._model,
-            [system, *messages] if system is not None else messages,
-            self._profile.tools(),
+        return Prompt(
+            (*messages,) if system is None else (system, *messages), self._profile.tools()
         )
 
     # Functions of the client.

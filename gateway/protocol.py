@@ -633,11 +633,12 @@ class FunctionCall(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens, as the provider counted them."""
+    """Tokens, as the provider counted them, or `estimated` where it did not say."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    estimated: bool | UnsetType = UNSET
 
 
 class Response(Struct, frozen=True, omit_defaults=True):
@@ -664,13 +665,15 @@ class InterruptResult(Struct, frozen=True):
 
     `delivered_text_chars` counts Unicode code points that were handed to the kernel;
     `stream_closed_ms` runs from reading the INTERRUPT frame to the closed stream, null where
-    there was no stream.
+    there was no stream. `stops_on_close` says what the provider does then, where it had the
+    request.
     """
 
     request_id: str
     outcome: InterruptOutcome
     delivered_text_chars: int
     stream_closed_ms: float | None
+    stops_on_close: Literal["yes", "no", "unknown"] | UnsetType = UNSET
 
 
 class InterruptAck(Struct, frozen=True):

@@ -6,10 +6,13 @@ chunk object", read leniently: every compatible server leaves out or adds someth
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
+
+_BYTES_PER_TOKEN = 4
+_TOKENS_PER_MESSAGE = 4
 
 DONE = "[DONE]"
 """The data of the event that ends a stream (OpenAI API reference, `stream`)."""
@@ -43,6 +46,13 @@ class Tool(msgspec.Struct, frozen=True):
     parameters: dict[str, Any]
 
 
+class Prompt(msgspec.Struct, frozen=True):
+    """What a model is asked: a conversation, and the functions that it may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
+
+
 class CallPiece(msgspec.Struct, frozen=True):
     """A piece of a function call, as it is streamed; what is missing or null is None or ""."""
 
@@ -64,6 +74,29 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
+    estimated: bool = False
+    """True when the provider did not say, and they were guessed from what was sent and came."""
+
+
+def estimate_usage(prompt: Prompt, events: int, text_chars: int) -> Usage:
+    """A guess at the tokens of a generation whose provider did not say.
+
+    A token is some four bytes of UTF-8, in English as in Chinese, and most providers send an event
+    for each.
+
+    Args:
+        prompt: what was asked.
+        events: that came with a token.
+        text_chars: length of the answer, reasoning and function calls included, in code points.
+    """
+    sent = [message.content or "" for message in prompt.messages]
+    sent += [call.name + call.arguments for one in prompt.messages for call in one.tool_calls]
+    sent_bytes = sum(len(text.encode()) for text in sent)
+    if prompt.tools:
+        sent_bytes += len(_encoder.encode(prompt.tools))
+    asked = _TOKENS_PER_MESSAGE * len(prompt.messages) + -(-sent_bytes // _BYTES_PER_TOKEN)
+    answered = max(events, -(-text_chars // _BYTES_PER_TOKEN))
+    return Usage(asked, answered, asked + answered, estimated=True)
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -128,21 +161,39 @@ class _Chunk(msgspec.Struct):
     error: Any = None
 
 
+_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+
 _chunk_decoder = msgspec.json.Decoder(_Chunk)
 _any_decoder = msgspec.json.Decoder()
 _encoder = msgspec.json.Encoder()
 
 
-def encode_body(model: str, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> bytes:
-    """The JSON body of a streaming chat completion request."""
+def encode_body(
+    model: str,
+    prompt: Prompt,
+    *,
+    include_usage: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The JSON body of a streaming chat completion request.
+
+    Args:
+        model: its name.
+        prompt: what it is asked.
+        include_usage: whether the stream shall end with the usage
+            (API reference, `stream_options.include_usage`).
+        extra: more fields.
+    """
     body: dict[str, Any] = {
         "model": model,
-        "messages": [_wire_message(message) for message in messages],
+        "messages": [_wire_message(message) for message in prompt.messages],
         "stream": True,
     }
-    if tools:
-        body["tools"] = [{"type": "function", "function": tool} for tool in tools]
-    return _encoder.encode(body)
+    if include_usage:
+        body["stream_options"] = {"include_usage": True}
+    if prompt.tools:
+        body["tools"] = [{"type": "function", "function": tool} for tool in prompt.tools]
+    return _encoder.encode(body if extra is None else {**extra, **body})
 
 
 def _wire_message(message: Message) -> dict[str, Any]:
@@ -227,10 +278,10 @@ def _usage(value: object) -> Usage | None:
     if not isinstance(value, dict):
         return None
     try:
-        counts = {name: int(value.get(name) or 0) for name in Usage.__struct_fields__}
+        prompt, completion, total = (int(value.get(name) or 0) for name in _COUNTS)
     except (TypeError, ValueError):
         return None
-    return Usage(**counts)
+    return Usage(prompt, completion, total)
 
 
 def error_message(text: str | bytes) -> str | None:

@@ -13,16 +13,17 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 import certifi
 import gevent
-import requests
 import urllib3
 import urllib3.util
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ConnectTimeoutError
 
 from llm.lanes import lanes
 
@@ -31,7 +32,7 @@ _READ = 1
 
 
 class Connections:
-    """A pool of connections to one provider, for one kind of request.
+    """The connections to one provider, for one kind of request.
 
     Straight on urllib3: `requests.Session` would look for proxies and for a netrc in place of our
     key at each request, read the body of a redirect, and keep cookies that tie the users of one
@@ -39,74 +40,96 @@ class Connections:
 
     Args:
         url: where to POST.
+        proxy: URL of the HTTP proxy on the way, with its credentials; None goes straight.
         ca_file: PEM file of trusted certificate authorities; None takes certifi's.
-        connect_timeout: seconds until the connection stands; 0 is no limit.
+        connect_timeout: seconds until a connection stands; 0 is no limit.
         pool_size: how many idle ones are kept. Never waits for one: a waiter could not be stopped.
 
     Raises:
-        ValueError: the URL is none.
+        ValueError: a URL is none.
         OSError: the certificates cannot be read.
     """
 
     def __init__(
-        self, url: str, ca_file: str | None, connect_timeout: float, pool_size: int
+        self,
+        url: str,
+        proxy: str | None,
+        ca_file: str | None,
+        connect_timeout: float,
+        pool_size: int,
     ) -> None:
-        self.url = url
-        parsed = urllib3.util.parse_url(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ValueError(f"{url!r} is no URL of a server")
-        self._target = parsed.request_uri
+        self._url = url
         # No limit for reading, which the watchdog bounds.
         self._timeout = urllib3.Timeout(connect=connect_timeout or None, read=None)
         # Linger 0: a close is a reset. A provider that does not read (its request body still
         # waits in our buffer) would not notice anything else.
         linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-        socket_options = [
-            *HTTPConnection.default_socket_options,
-            (socket.SOL_SOCKET, socket.SO_LINGER, linger),
-        ]
         options: dict[str, Any] = {
-            "port": parsed.port,
             "maxsize": pool_size,
             "block": False,
-            "socket_options": socket_options,
+            "socket_options": [
+                *HTTPConnection.default_socket_options,
+                (socket.SOL_SOCKET, socket.SO_LINGER, linger),
+            ],
         }
-        self._pool: HTTPConnectionPool
-        if parsed.scheme == "https":
+        if proxy is not None or url.startswith("https:"):
             # Made once: reading the certificates for each connection takes longer than connecting.
             context = urllib3.util.create_urllib3_context()
             context.load_verify_locations(ca_file or certifi.where())
-            self._pool = _TlsPool(parsed.host, ssl_context=context, **options)
-        else:
-            self._pool = _Pool(parsed.host, **options)
+            options["ssl_context"] = context
+        self._pools = _make_pools(proxy, options)
 
-    def post(self, body: bytes, headers: Mapping[str, str]) -> requests.Response:
+    def post(
+        self, body: bytes, headers: Mapping[str, str], on_sent: Callable[[], None]
+    ) -> urllib3.BaseHTTPResponse:
         """POST once, and return when the headers of the answer are there.
+
+        Args:
+            body: JSON.
+            headers: all of them but its length.
+            on_sent: called when all of it was handed to the kernel.
 
         Raises:
             urllib3.exceptions.HTTPError: it did not get that far.
         """
-        raw = self._pool.urlopen(
+
+        def told_when_sent() -> Iterator[bytes]:
+            yield body
+            on_sent()
+
+        return self._pools.urlopen(
             "POST",
-            self._target,
-            body=body,
-            headers=headers,
+            self._url,
+            body=told_when_sent(),
+            headers={**headers, "Content-Length": str(len(body))},
             redirect=False,
             retries=False,
             timeout=self._timeout,
             preload_content=False,
             decode_content=False,
         )
-        response = requests.Response()
-        response.status_code = raw.status
-        response.headers.update(raw.headers)
-        response.raw = raw
-        response.url = self.url
-        return response
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._pool.close()
+        self._pools.clear()
+
+
+def _make_pools(proxy: str | None, options: dict[str, Any]) -> urllib3.PoolManager:
+    pools: urllib3.PoolManager
+    if proxy is None:
+        pools = urllib3.PoolManager(1, **options)
+    else:
+        parsed = urllib3.util.parse_url(proxy)
+        credentials = urllib3.util.make_headers(proxy_basic_auth=unquote(parsed.auth or ""))
+        pools = urllib3.ProxyManager(
+            parsed._replace(auth=None).url,
+            1,
+            proxy_headers=credentials if parsed.auth else None,
+            proxy_ssl_context=options["ssl_context"],
+            **options,
+        )
+    pools.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+    return pools
 
 
 class Stopped(gevent.GreenletExit):
@@ -168,9 +191,23 @@ class _Response(http.client.HTTPResponse):
 class _Connection(HTTPConnection):
     response_class = _Response
 
+    def connect(self) -> None:
+        with _connect_limit(self):
+            super().connect()
+
 
 class _TlsConnection(HTTPSConnection):
     response_class = _Response
+
+    def connect(self) -> None:
+        with _connect_limit(self):
+            super().connect()
+
+
+def _connect_limit(connection: HTTPConnection) -> gevent.Timeout:
+    """Bound all of it: urllib3 counts each address anew, and neither names nor a proxy's answer."""
+    error = ConnectTimeoutError(connection, "the time to connect is up")
+    return gevent.Timeout(connection.timeout, error)
 
 
 class _Pool(HTTPConnectionPool):

@@ -19,7 +19,7 @@ class LimitPassedError(StreamError):
     """The provider was too slow.
 
     Args:
-        limit: name of the limit that passed: ``connect``, ``first token`` or ``idle``.
+        limit: name of the limit that passed: ``connect``, ``first token``, ``idle`` or ``total``.
         seconds: its length.
     """
 
@@ -35,11 +35,14 @@ class BadStatusError(StreamError):
     Args:
         status: HTTP status code.
         message: what the provider said about it, possibly empty.
+        retry_after: seconds that it asks to wait; None where it does not.
     """
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
         super().__init__(f"the provider answered {status}" + (f": {message}" if message else ""))
         self.status = status
+        self.message = message
+        self.retry_after = retry_after
 
 
 class NotAStreamError(StreamError):

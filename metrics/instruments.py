@@ -82,7 +82,18 @@ class Metrics:
             registry=registry,
         )
         self.llm_posts = Counter(
-            "bargein_llm_posts_total", "Generations started.", registry=registry
+            "bargein_llm_posts_total", "Requests that were sent to a provider.", registry=registry
+        )
+        self.llm_retries = Counter(
+            "bargein_llm_retries_total",
+            "Times that a provider was asked again, by what had failed.",
+            ["kind"],
+            registry=registry,
+        )
+        self.llm_fallbacks = Counter(
+            "bargein_llm_fallbacks_total",
+            "Generations that the fallback provider was asked for.",
+            registry=registry,
         )
         self.llm_errors = Counter(
             "bargein_llm_errors_total", "Generations that failed.", ["kind"], registry=registry

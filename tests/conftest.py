@@ -12,7 +12,7 @@ import pytest
 from actors.greenlet import GreenletActor
 from actors.session import SessionSettings
 from gateway.server import ServerSettings
-from llm.stream import Provider
+from llm.provider import Provider
 from run import Gateway, Settings
 from tests.fakes import LIMIT, Clock
 from tests.harness.client import Client

@@ -11,8 +11,10 @@ import gevent.event
 import gevent.queue
 
 from actors.greenlet import GreenletActor
-from llm.chat import Delta
+from llm.chat import Delta, Message, Prompt, encode_body
 from llm.stream import Ending, Result, Sink
+
+PROMPT = Prompt((Message("user", "Hello"),))
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 
@@ -20,8 +22,8 @@ LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 class FakeStream:
     """A generation whose reader is the test. Its end is told in the hub, as by the real one."""
 
-    def __init__(self, source: FakeSource, body: bytes, sink: Sink, on_end: Any) -> None:
-        self.body = body
+    def __init__(self, source: FakeSource, prompt: Prompt, sink: Sink, on_end: Any) -> None:
+        self.body = encode_body("test", prompt)
         self.sink = sink
         self.progress_at = time.monotonic()
         self.started = gevent.event.Event()
@@ -81,8 +83,10 @@ class FakeSource:
         self.streams: list[FakeStream] = []
         self._made: gevent.queue.SimpleQueue[FakeStream] = gevent.queue.SimpleQueue()
 
-    def generation(self, body: bytes, sink: Sink, on_end: Callable[[Result], None]) -> FakeStream:
-        stream = FakeStream(self, body, sink, on_end)
+    def generation(
+        self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
+    ) -> FakeStream:
+        stream = FakeStream(self, prompt, sink, on_end)
         self.streams.append(stream)
         self._made.put(stream)
         return stream

@@ -13,6 +13,7 @@ from llm.chat import (
     ErrorChunkError,
     MalformedChunkError,
     Message,
+    Prompt,
     Usage,
     encode_body,
     error_message,
@@ -330,12 +331,12 @@ def test_the_message_of_an_error_body(body: bytes, message: str | None) -> None:
 
 
 def test_a_body_asks_for_a_stream_of_the_conversation() -> None:
-    messages = [
+    messages = (
         Message("system", "Be brief."),
         Message("user", 'Hi "there"\n你好'),
         Message("assistant", ""),
-    ]
-    assert json.loads(encode_body("gpt-4o-mini", messages)) == {
+    )
+    assert json.loads(encode_body("gpt-4o-mini", Prompt(messages))) == {
         "model": "gpt-4o-mini",
         "messages": [
             {"role": "system", "content": "Be brief."},

@@ -17,7 +17,7 @@ import pytest
 from actors.greenlet import GreenletActor
 from actors.messages import Census
 from gateway.server import ServerSettings
-from llm.stream import Provider
+from llm.provider import Provider
 from run import Gateway, Settings
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until

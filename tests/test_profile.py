@@ -47,7 +47,7 @@ def test_what_was_not_registered_is_off_but_speech_recognition() -> None:
     assert (profile.require_tts, profile.enable_srs, profile.platform) == (False, True, None)
     assert profile.functions == ()
     assert profile.system_message() is None
-    assert profile.tools() == []
+    assert profile.tools() == ()
 
 
 def test_everything_that_was_registered_is_kept() -> None:

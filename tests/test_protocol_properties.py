@@ -228,7 +228,13 @@ FROM_CLIENT: dict[type[Any], SearchStrategy[Any]] = {
 
 seqs = st.integers(-1, 2**53)
 counts = st.integers(0, 2**53)
-usages = built(Usage, prompt_tokens=counts, completion_tokens=counts, total_tokens=counts)
+usages = built(
+    Usage,
+    prompt_tokens=counts,
+    completion_tokens=counts,
+    total_tokens=counts,
+    estimated=unset_or(st.booleans()),
+)
 calls = built(FunctionCall, name=texts, parameters=json_objects, call_id=texts)
 of_terminal: dict[str, SearchStrategy[Any]] = {
     "outcome": unset_or(st.sampled_from(Outcome)),
@@ -266,6 +272,7 @@ FROM_SERVER: dict[type[Any], SearchStrategy[Any]] = {
                 outcome=st.sampled_from(InterruptOutcome),
                 delivered_text_chars=counts,
                 stream_closed_ms=maybe(st.floats(0, 1e6)),
+                stops_on_close=unset_or(st.sampled_from(["yes", "no", "unknown"])),
             ),
             max_size=3,
         ),

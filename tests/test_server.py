@@ -14,7 +14,7 @@ import pytest
 import gateway.server
 from gateway.outbox import OutboxSettings
 from gateway.server import PATH, ServerSettings
-from llm.stream import Provider
+from llm.provider import Provider
 from run import Gateway, Settings, bargein_version
 from tests.harness import scripts
 from tests.harness.client import Client, HandshakeRefused, Received, wait_until

@@ -65,7 +65,7 @@ from llm.errors import BadStatusError, LimitPassedError
 from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
-from tests.fakes import LIMIT, FakeSource, FakeStream
+from tests.fakes import LIMIT, PROMPT, FakeSource, FakeStream
 
 NONSENSE: Any = "no message of the protocol"
 
@@ -236,7 +236,6 @@ class Given:
             source=self.source,
             tell_supervisor=tell_supervisor or self.supervisor_mail.append,
             health=lambda: HealthStatus("UP", 1, 0.0),
-            model="test",
             settings=SessionSettings(**settings),
             metrics=self.metrics,
         )
@@ -268,7 +267,7 @@ class Given:
         """Wait until its started requests have handled what they were told, and then it too."""
         for ref in pykka.ActorRegistry.get_by_class(RequestActor):
             with contextlib.suppress(pykka.ActorDeadError):
-                ref.ask(Start(b""), timeout=LIMIT)  # changes nothing for one that was started
+                ref.ask(Start(PROMPT), timeout=LIMIT)  # changes nothing for one that was started
         self.settle()
 
     def actor(self, request_id: str) -> pykka.ActorRef[Any]:
@@ -984,7 +983,7 @@ def test_a_lost_connection_with_a_stuck_stream_ends_the_session_all_the_same() -
     given.tell(ConnectionLost("gone"))
     assert given.ref.actor_stopped.wait(LIMIT)
     lanes().wait_turn()  # its release was put off
-    actor.ask(Start(b""), timeout=LIMIT)  # changes nothing, but it has heard of its release
+    actor.ask(Start(PROMPT), timeout=LIMIT)  # changes nothing, but it has heard of its release
     assert isinstance(given.supervisor_mail[-2], SessionEnded)
     assert given.supervisor_mail[-1] == RequestOver(actor.actor_urn)
     assert not any(isinstance(one, GenerationEnded) for one in given.supervisor_mail)

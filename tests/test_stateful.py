@@ -73,8 +73,9 @@ from actors.live import Live
 from actors.request import RequestActor
 from actors.session import SessionActor
 from gateway.outbox import Outbox, Outlet
+from llm.client import ProviderClient
 from llm.connections import ConnectionReader
-from llm.stream import Ending, LlmClient, Result
+from llm.stream import Ending, Result
 {bug}
 sys.exit(run.main())
 """
@@ -157,15 +158,16 @@ Outlet.put = lambda outlet, text: put(outlet, text[:10_000])
     "second POST": (
         {Promise.ONE_POST},
         """
-post = LlmClient.post
-def post_twice(client, body, headers):
-    post(client, body, headers).close()
-    return post(client, body, headers)
-LlmClient.post = post_twice
+post = ProviderClient.post
+def post_twice(client, prompt, on_sent):
+    post(client, prompt, on_sent).close()
+    return post(client, prompt, on_sent)
+ProviderClient.post = post_twice
 """,
     ),
     "older request ends late": (
-        {Promise.OLD_ENDS_FIRST},
+        # Where it is interrupted once more, the ack says that it was over.
+        {Promise.OLD_ENDS_FIRST, Promise.ACK_AFTER_CLOSE},
         """
 send = SessionActor._send
 def send_late(session, payload):

@@ -24,7 +24,7 @@ import gevent.event
 import pytest
 import urllib3
 
-from llm.chat import Delta, Message, ToolCall, Usage, encode_body
+from llm.chat import Delta, Message, Prompt, ToolCall, Usage
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -38,7 +38,8 @@ from llm.errors import (
 )
 from llm.lanes import lanes
 from llm.lines import MAX_EVENT_LINES
-from llm.stream import Ending, Generation, LlmClient, Provider, Result
+from llm.provider import Provider
+from llm.stream import Ending, Generation, LlmClient, Result
 from tests.harness import scripts
 from tests.harness.provider_process import ProviderProcess
 from tests.harness.scripts import Script, chunk, done, finish_event, send, text_event, wait
@@ -58,6 +59,9 @@ class RecordingSink:
         self.all: list[str | ToolCall] = []
         """Texts and calls in the order in which they came."""
         self.times_opened = 0
+        self.posts = 0
+        self.retries: list[tuple[str, StreamError, float]] = []
+        self.fallbacks: list[tuple[str, StreamError | None]] = []
         self.blocked = gevent.event.Event()
         self.on_put: Callable[[Delta], None] = lambda delta: None
         self.on_call: Callable[[ToolCall], None] = lambda call: None
@@ -68,6 +72,16 @@ class RecordingSink:
     @property
     def text(self) -> str:
         return "".join(delta.text for delta in self.deltas)
+
+    def posted(self) -> None:
+        self.posts += 1
+
+    def retrying(self, provider: str, error: StreamError, pause_seconds: float) -> None:
+        self.retries.append((provider, error, pause_seconds))
+        self._news.set()
+
+    def falling_back(self, provider: str, error: StreamError | None) -> None:
+        self.fallbacks.append((provider, error))
 
     def opened(self) -> None:
         self.times_opened += 1
@@ -115,14 +129,14 @@ class RecordingSink:
 class Run:
     """One generation, with its sink and its report."""
 
-    def __init__(self, client: LlmClient, script: str, body: bytes | None = None) -> None:
+    def __init__(self, client: LlmClient, script: str, prompt: Prompt | None = None) -> None:
         self.script = script
         self.sink = RecordingSink()
         self.results: list[Result] = []
         self.reader_was_dead: list[bool] = []
         self._ended = gevent.event.Event()
         self.generation: Generation = client.generation(
-            body or encode_body("test", [Message("user", script)]), self.sink, self._on_end
+            prompt or Prompt((Message("user", script),)), self.sink, self._on_end
         )
 
     def _on_end(self, result: Result) -> None:
@@ -172,6 +186,7 @@ def make_client(provider: ProviderProcess) -> Iterator[MakeClient]:
             "model": "test",
             "api_key": KEY,
             "ca_file": provider.ca_file,
+            "retries": 0,
         }
         client = LlmClient(Provider(**settings | fields))
         clients.append(client)
@@ -295,6 +310,7 @@ def test_the_request_is_what_an_openai_server_expects(
         "model": "test",
         "messages": [{"role": "user", "content": run.script}],
         "stream": True,
+        "stream_options": {"include_usage": True},
     }
 
 
@@ -1580,8 +1596,8 @@ def test_close_while_the_request_is_not_read_resets_the_connection(
 ) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         client = make_client(base_url=f"http://127.0.0.1:{server.getsockname()[1]}/v1")
-        body = b" " * (32 << 20)
-        run = Run(client, "x", body).start()
+        prompt = Prompt((Message("user", " " * (32 << 20)),))
+        run = Run(client, "x", prompt).start()
         accepted, _ = server.accept()
         with closing(accepted):
             accepted.settimeout(PATIENCE_SECONDS)
@@ -1810,7 +1826,7 @@ def test_the_idle_limit_starts_again_when_a_slow_sink_has_taken_everything(
 def test_an_error_body_that_hangs_passes_its_own_bound_and_gives_the_status(
     make_client: MakeClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.stream._ERROR_BODY_SECONDS", SHORT_SECONDS)
+    monkeypatch.setattr("llm.attempt._ERROR_BODY_SECONDS", SHORT_SECONDS)
     head = scripts.head(401, {"Content-Length": "100"})
     run = Run(make_client(), provider.fresh([send(head, b"bad key"), scripts.hang()])).start()
     run.wait_failed(BadStatusError, "^the provider answered 401: bad key")
@@ -1868,7 +1884,7 @@ def test_a_complete_answer_leaves_its_connection_to_the_next_request(
 def test_a_last_chunk_that_comes_a_little_later_is_waited_for(
     client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.stream._DRAIN_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr("llm.attempt._DRAIN_SECONDS", PATIENCE_SECONDS)
     key = provider.unique("key")
     *answer, last = scripts.answer(["a"])
     run = Run(client, provider.fresh([*answer, wait(key), last])).start()
@@ -1894,7 +1910,7 @@ NOT_REUSABLE: Mapping[str, Script] = {
 def test_a_connection_that_may_hold_a_rest_is_not_used_again(
     client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr("llm.stream._ERROR_BODY_SECONDS", 0.05)
+    monkeypatch.setattr("llm.attempt._ERROR_BODY_SECONDS", 0.05)
     run = Run(client, provider.fresh(NOT_REUSABLE[end])).start()
     run.wait_end()
     provider.wait_closed(conn_of(provider, run))

@@ -34,7 +34,7 @@ from actors.supervisor import MAX_RESTARTS, Supervision, SupervisorSettings
 from gateway.protocol import InterruptReason
 from llm.lanes import lanes
 from run import Gateway
-from tests.fakes import LIMIT, Collector, FakeSource
+from tests.fakes import LIMIT, PROMPT, Collector, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client
 from tests.harness.provider_process import ProviderProcess
@@ -409,7 +409,7 @@ def test_after_a_failure_those_alive_register_again_and_the_census_is_right() ->
 def the_one_request() -> pykka.ActorRef[RequestActor]:
     """The only request-actor, when it has done all that it was told."""
     (request,) = pykka.ActorRegistry.get_by_class(RequestActor)
-    request.ask(Start(b""), timeout=LIMIT)  # changes nothing for one that was started
+    request.ask(Start(PROMPT), timeout=LIMIT)  # changes nothing for one that was started
     return request
 
 

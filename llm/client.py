@@ -1,0 +1,85 @@
+"""One provider, ready to be asked: its connections, its headers, and what was learnt of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import urllib3
+
+from llm.chat import Prompt, encode_body
+from llm.connections import Connections
+from llm.errors import BadStatusError
+from llm.provider import Provider, completions_url
+
+_QUOTED_CHARS = 500
+
+
+class ProviderClient:
+    """What all generations of one provider share.
+
+    Raises:
+        ValueError: its URL is none.
+        OSError: its certificates cannot be read.
+    """
+
+    def __init__(self, provider: Provider) -> None:
+        self.provider = provider
+        self.url = completions_url(provider.base_url)
+        self._secrets = provider.secrets
+        self._connections = Connections(
+            self.url,
+            provider.proxy,
+            provider.ca_file,
+            provider.connect_timeout,
+            provider.pool_size,
+        )
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream",
+            "Cache-Control": "no-cache",
+            # Compression on the way would hold events back until a block is full.
+            "Accept-Encoding": "identity",
+        }
+        if provider.api_key and provider.key_header:
+            self._headers[provider.key_header] = provider.api_key
+        elif provider.api_key:
+            self._headers["Authorization"] = f"Bearer {provider.api_key}"
+        self._headers.update(provider.headers)
+        self.asks_for_usage = provider.include_usage
+        """Whether requests ask for the usage: some servers do not know of that."""
+
+    def post(self, prompt: Prompt, on_sent: Callable[[], None]) -> urllib3.BaseHTTPResponse:
+        """POST once, and return when the headers of the answer are there.
+
+        Args:
+            prompt: what it is asked.
+            on_sent: called when all of it was handed to the kernel.
+
+        Raises:
+            urllib3.exceptions.HTTPError: it did not get that far.
+        """
+        body = encode_body(
+            self.provider.model,
+            prompt,
+            include_usage=self.asks_for_usage,
+            extra=self.provider.extra_body,
+        )
+        return self._connections.post(body, self._headers, on_sent)
+
+    def refuses_usage(self, error: BadStatusError) -> bool:
+        """Whether a request was refused for asking for the usage: then no other one does."""
+        is_about_it = "stream_options" in error.message or "include_usage" in error.message
+        if not (error.status in (400, 422) and is_about_it):
+            return False
+        self.asks_for_usage = False
+        return True
+
+    def quote(self, text: str) -> str:
+        """What a provider said, within a bound and with our secrets blotted out: some echo them."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text.strip()[:_QUOTED_CHARS]
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self._connections.close()
