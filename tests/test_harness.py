@@ -290,6 +290,7 @@ def test_an_ack_that_came_too_late_is_not_taken_for_the_next_one(gateway: Runnin
         answer.wait_text()
         with pytest.raises(WaitTimeout):
             client.interrupt(answer, timeout=0)
+        assert answer.collect().outcome == Outcome.INTERRUPTED  # which follows that ack
         again = client.interrupt(answer)
         assert again.results[0].outcome == InterruptOutcome.ALREADY_DONE
 
@@ -521,8 +522,7 @@ def test_modules_of_the_caller_do_not_take_the_place_of_ours(tmp_path: Path) -> 
         "with run_gateway() as gateway, gateway.connect() as client:\n"
         "    print(client.ask('stop').collect().outcome)\n"
     )
-    env = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}
-    done = run_python("-c", source, cwd=tmp_path, **env)
+    done = run_python("-c", source, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout == "COMPLETED\n"
 

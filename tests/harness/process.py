@@ -96,6 +96,7 @@ class Process:
 
     @property
     def pid(self) -> int:
+        """Its number."""
         return self._process.pid
 
     def read_line(self) -> str:
@@ -200,7 +201,6 @@ class Process:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Ours, without what would change the gateway's provider or where Python finds its modules."""
+    """Ours, without what would change the gateway's provider."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    ours.pop("PYTHONSAFEPATH", None)
     return ours | dict(more or {})

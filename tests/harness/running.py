@@ -36,7 +36,8 @@ import run
 sys.exit(run.main(sys.argv[1:]))
 """
 """run.py by its place, so that neither the caller's folder nor its PYTHONPATH can put another `run`
-(or `gateway`, `llm`, …) before ours. Standard input tells of the caller's end, however it came."""
+(or `gateway`, `llm`, …) before ours. Standard input tells of the caller's end, however it came; the
+thread that waits for it does nothing else, so that gevent need not know of it."""
 
 _PROVIDER_LISTENING = re.compile(r"listening on (?P<url>http://127\.0\.0\.1:(?P<port>\d+)/v1)\n")
 _HTTP_SECONDS = 10.0
