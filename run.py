@@ -18,35 +18,32 @@ gevent.monkey.patch_all()
 import argparse
 import contextlib
 import gc
-import ipaddress
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import gevent.event
 from prometheus_client import CollectorRegistry
 
 from actors.messages import ShutDown
-from actors.session import (
-    SessionActor,
-    SessionHandle,
-    SessionSettings,
-)
-from actors.supervisor import Supervision, SupervisorSettings
-from gateway.outbox import Outbox, OutboxSettings
-from gateway.protocol import HealthStatus, InterruptReason, OnNewRequest
-from gateway.server import Server, ServerSettings
+from actors.session import SessionActor, SessionHandle
+from actors.supervisor import Supervision
+from gateway.outbox import Outbox
+from gateway.protocol import HealthStatus, InterruptReason
+from gateway.server import Server
+from gateway.settings import Given, SettingsError, add_flags
+from gateway.settings import Settings as Settings
 from llm import demo
 from llm.lanes import lanes
 from llm.provider import Provider, StopsOnClose
-from llm.stream import GenerationSettings, LlmClient
+from llm.stream import LlmClient
 from metrics.instruments import Metrics
-from metrics.logs import LEVELS, configure, get_logger
+from metrics.logs import configure, get_logger
 
 _CALLBACK_SECONDS = 0.001
 """How long the loop may run what is ready before it looks for more. Long, so that an interrupt's
@@ -67,20 +64,6 @@ def bargein_version() -> str:
         return version("bargein")
     except PackageNotFoundError:
         return "0 (not installed)"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that can be set, by room."""
-
-    provider: Provider | None = None
-    """None starts the embedded demo provider."""
-    fallback: Provider | None = None
-    """Asked when that one fails before its first token."""
-    generation: GenerationSettings = field(default_factory=GenerationSettings)
-    server: ServerSettings = field(default_factory=ServerSettings)
-    supervisor: SupervisorSettings = field(default_factory=SupervisorSettings)
-    session: SessionSettings = field(default_factory=SessionSettings)
 
 
 class Gateway:
@@ -161,7 +144,11 @@ class Gateway:
         provider = demo.DemoProvider()
         provider.start()
         self._teardown.callback(provider.stop)
-        return Provider(base_url=provider.base_url, model="demo", stops_on_close=StopsOnClose.YES)
+        return Provider(
+            base_url=provider.base_url,
+            model=self.settings.demo_model,
+            stops_on_close=StopsOnClose.YES,
+        )
 
     def _health(self) -> dict[str, object]:
         census = self.supervision.census()
@@ -211,6 +198,8 @@ def serve(settings: Settings) -> int:
     _say(f"bargein {bargein_version()}")
     _say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
     _say(f"provider {gateway.provider.base_url}{demo}, model {gateway.provider.model}")
+    if settings.fallback is not None:
+        _say(f"fallback {settings.fallback.base_url}, model {settings.fallback.model}")
     # What stands now lives as long as the process: the collector need not look at it again and
     # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
     gc.collect()
@@ -260,38 +249,6 @@ def _say(line: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value <= 65535:
-        raise ValueError
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise ValueError
-    return value
-
-
-def _bound(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
-
-
-_seconds.__name__, _port.__name__ = "number of seconds", "port"
-_count.__name__ = _bound.__name__ = "number"
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -303,76 +260,8 @@ def make_parser() -> argparse.ArgumentParser:
     serve_parser = commands.add_parser(
         "serve",
         help="run the daemon (the default)",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = serve_parser.add_argument
-    server, supervisor, session = ServerSettings(), SupervisorSettings(), SessionSettings()
-    provider = Provider(base_url="", model="")
-    add("--host", default=server.host, help="address to listen on")
-    add("--port", type=_port, default=server.port, help="port to listen on; 0 takes a free one")
-    add(
-        "--llm-url",
-        help="OpenAI-style base, as http://host:port/v1; else OPENAI_BASE_URL; "
-        "without either, an embedded demo provider. The key comes from OPENAI_API_KEY",
-    )
-    add("--llm-model", help="model to ask for")
-    for name, value, text in (
-        ("--llm-connect-timeout", provider.connect_timeout, "until the connection stands"),
-        ("--llm-first-token-timeout", provider.first_token_timeout, "until the first token"),
-        ("--llm-idle-timeout", provider.idle_timeout, "from one event to the next"),
-        ("--session-timeout", session.session_timeout, "of a client's silence until it is ended"),
-        ("--heartbeat-interval", session.heartbeat_interval, "between two HEARTBEATs"),
-        ("--write-timeout", server.outbox.write_timeout, "that a client may read nothing"),
-        ("--stale-after", supervisor.stale_after, "without progress until a request is reaped"),
-        ("--request-max-age", supervisor.request_max_age, "until any request is reaped"),
-    ):
-        add(name, type=_seconds, default=value, metavar="SECONDS", help=f"{text}; 0 is off")
-    add(
-        "--reap-interval",
-        type=_seconds,
-        default=supervisor.reap_interval,
-        metavar="SECONDS",
-        help="between two looks for stale requests; 0 is off",
-    )
-    add("--llm-ca-file", metavar="PEM", help="certificate authorities to trust for the provider")
-    add(
-        "--outbox-bytes",
-        type=_count,
-        default=server.outbox.max_bytes,
-        metavar="BYTES",
-        help="that may wait for one client",
-    )
-    for name, default, text in (
-        ("--history-messages", session.history_messages, "messages"),
-        ("--history-chars", session.history_chars, "characters"),
-    ):
-        add(
-            name,
-            type=_bound,
-            default=default,
-            metavar="N",
-            help=f"{text} of the conversation that the model is reminded of; 0 is none",
-        )
-    add(
-        "--on-new-request",
-        choices=[policy.value for policy in OnNewRequest],
-        default=session.on_new_request.value,
-        help="what a request does while another is live",
-    )
-    add(
-        "--allow-origin",
-        action="append",
-        default=[],
-        metavar="ORIGIN",
-        help="a web origin whose pages may connect, as https://chat.example.com; repeatable",
-    )
-    add(
-        "--insecure-no-auth",
-        action="store_true",
-        help="listen beyond loopback although anybody may connect",
-    )
-    add("--log-format", choices=("text", "json"), help="text on a terminal, else json")
-    add("--log-level", choices=LEVELS, default="info", help="least level that is logged")
+    add_flags(serve_parser)
     demo_parser = commands.add_parser(
         "demo-llm",
         help="run the demo provider on its own, for any client of OpenAI's API",
@@ -385,98 +274,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
-    """The settings that a command line gives.
-
-    Raises:
-        SettingsError: with one line per fault.
-    """
-    faults = []
-    url = args.llm_url or os.environ.get("OPENAI_BASE_URL") or None
-    url_from = "--llm-url" if args.llm_url else "OPENAI_BASE_URL"
-    provider = None
-    if url is None:
-        if args.llm_model:
-            faults.append("--llm-model needs --llm-url: the demo provider has no models")
-    elif not url.startswith(("http://", "https://")):
-        faults.append(f"{url_from} {url!r} is no URL: it must begin with http:// or https://")
-    elif "@" in url.partition("://")[2].partition("/")[0]:
-        faults.append(f"{url_from} holds credentials: the key comes from OPENAI_API_KEY only")
-    elif not args.llm_model:
-        faults.append(f"{url_from} {url} needs --llm-model: which of its models shall be asked?")
-    else:
-        provider = Provider(
-            base_url=url,
-            model=args.llm_model,
-            api_key=_key_from_environment(faults),
-            connect_timeout=args.llm_connect_timeout,
-            first_token_timeout=args.llm_first_token_timeout,
-            idle_timeout=args.llm_idle_timeout,
-            ca_file=args.llm_ca_file,
-        )
-    if args.llm_ca_file is not None and not Path(args.llm_ca_file).is_file():
-        faults.append(f"--llm-ca-file {args.llm_ca_file!r} is no file")
-    elif provider is not None:
-        try:
-            LlmClient(provider).close()
-        except ValueError:
-            faults.append(f"{url_from} {url!r} is not the URL of a server")
-        except OSError as error:
-            faults.append(f"--llm-ca-file {args.llm_ca_file!r} holds no certificates: {error}")
-    if not args.insecure_no_auth and not _is_loopback(args.host):
-        faults.append(
-            f"--host {args.host} is not loopback, and anybody who can reach it could spend your "
-            "key: there is no authentication yet. Add --insecure-no-auth if you mean it"
-        )
-    if faults:
-        raise SettingsError(faults)
-    return Settings(
-        provider=provider,
-        server=ServerSettings(
-            host=args.host,
-            port=args.port,
-            allowed_origins=tuple(args.allow_origin),
-            outbox=OutboxSettings(args.outbox_bytes, args.write_timeout),
-        ),
-        supervisor=SupervisorSettings(args.stale_after, args.reap_interval, args.request_max_age),
-        session=SessionSettings(
-            on_new_request=OnNewRequest(args.on_new_request),
-            session_timeout=args.session_timeout,
-            heartbeat_interval=args.heartbeat_interval,
-            history_messages=args.history_messages,
-            history_chars=args.history_chars,
-        ),
-    )
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 <= value <= 65535:
+        raise ValueError
+    return value
 
 
-def _key_from_environment(faults: list[str]) -> str | None:
-    # Keys that come from files end in a newline.
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    # RFC 6750, section 2.1: a bearer token is of visible ASCII characters.
-    if not all("!" <= char <= "~" for char in key):
-        faults.append("OPENAI_API_KEY holds characters that no key has (its value is not shown)")
-    return key or None
-
-
-class SettingsError(Exception):
-    """Settings that cannot be used.
-
-    Args:
-        faults: one line for each.
-    """
-
-    def __init__(self, faults: list[str]) -> None:
-        super().__init__(*faults)
-        self.faults = faults
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+_port.__name__ = "port"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -486,16 +291,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.insert(0, "serve")
     args = make_parser().parse_args(arguments)
     if args.command == "demo-llm":
-        configure("info", "text" if sys.stderr.isatty() else "json")
+        configure("info", _log_format())
         return serve_demo(args.host, args.port)
     try:
-        settings = settings_from(args)
+        given = Given(vars(args), os.environ)
+        settings = given.settings()
     except SettingsError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
-    configure(args.log_level, args.log_format or ("text" if sys.stderr.isatty() else "json"))
+    for warning in given.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    config = given.config
+    configure(config.log_level, config.log_format or _log_format())
     return serve(settings)
+
+
+def _log_format() -> Literal["text", "json"]:
+    return "text" if sys.stderr.isatty() else "json"
 
 
 _TOP_LEVEL = ("-h", "--help", "--version")
