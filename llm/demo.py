@@ -21,6 +21,7 @@ import json
 import logging
 import socket
 import struct
+import sys
 import time
 import uuid
 from collections import Counter, deque
@@ -307,11 +308,11 @@ class _Player:
                     self._due = max(self._due + seconds, now)
                     self._wait(self._due - now)
                 case Stall(seconds):
-                    self._stall(seconds)
+                    self._wait(seconds)
                 case Close() | Reset():
                     if isinstance(step, Reset):
                         # on, and 0 s: close() sends RST at once
-                        linger = struct.pack("ii", 1, 0)
+                        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
                         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
                     self._handler.close_connection = True
                     return Ended.CUT
@@ -336,7 +337,7 @@ class _Player:
             return
         half = len(framed) // 2
         self._write(head + framed[:half])
-        self._stall(halt.seconds)
+        self._wait(halt.seconds)
         self._write(framed[half:])
 
     def _head(self, head: Head) -> bytes:
@@ -346,7 +347,7 @@ class _Player:
         has_length = "Content-Length" in head.headers
         is_http11 = head.version == handler.request_version == "HTTP/1.1"
         self._is_chunked = is_http11 and not has_length
-        if head.version != "HTTP/1.1" or not (self._is_chunked or has_length):
+        if not (self._is_chunked or has_length):
             handler.close_connection = True
         headers = {**head.headers, "Date": email.utils.formatdate(usegmt=True)}
         if self._is_chunked:
@@ -367,10 +368,6 @@ class _Player:
             if self._post is not None:
                 self._post.sent_bytes += sent
             self._handler.response_length += sent  # else gevent could write an answer of its own
-
-    def _stall(self, seconds: float | None) -> None:
-        self._wait(seconds)
-        self._due = time.monotonic()
 
     def _wait(self, seconds: float | None) -> None:
         """Let `seconds` pass: 0 is one turn of the loop, None is for ever.

@@ -518,7 +518,7 @@ def _example_object(
 
 def _referred(reference: str, root: Mapping[str, Any]) -> object:
     found: object = root
-    for part in reference.removeprefix("#").strip("/").split("/"):
+    for part in filter(None, reference.removeprefix("#").split("/")):
         found = found.get(part) if isinstance(found, Mapping) else None
     return found
 

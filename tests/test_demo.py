@@ -1,11 +1,13 @@
 """The demo provider, spoken to over loopback HTTP; its pure parts also directly."""
 
 import dataclasses
+import gc
 import json
 import math
 import re
 import socket
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -405,7 +407,6 @@ def test_a_pipelined_request_neither_ends_the_stream_nor_hurries_it(
 ) -> None:
     def pausing(_: Completion) -> Iterator[Step]:
         yield Send(b'"assistant"')
-        began = time.monotonic()
         yield Pause(0.05)
         paused.append(time.monotonic() - began)
         yield DONE
@@ -413,6 +414,7 @@ def test_a_pipelined_request_neither_ends_the_stream_nor_hurries_it(
     paused: list[float] = []
 
     monkeypatch.setitem(SCENARIOS, "story", Scenario("story", "", pausing))
+    began = time.monotonic()
     with DemoProvider() as provider, open_stream(provider) as client:
         client.sendall(b"GET /v1/models HTTP/1.1\r\nConnection: close\r\n\r\n")
         received = b"".join(iter(lambda: client.recv(65536), b""))
@@ -521,6 +523,52 @@ def test_a_chunked_request_is_read_and_a_badly_chunked_one_is_not(provider: Demo
     assert b"data: [DONE]" in exchange(provider, head + good)
     assert exchange(provider, head + b"zz\r\n") == b""
     assert len(provider.requests) == 1
+
+
+def test_one_request_never_gets_two_answers(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "MAX_BODY_BYTES", 100)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    # What is wrong with this body is found out only after it was refused for its length.
+    received = exchange(provider, head + b"96\r\n" + b"x" * 150 + b"\r\nzz\r\n")
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert received.count(b"HTTP/1.1") == 1
+
+
+def test_an_answer_larger_than_any_buffer_arrives_whole(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 100_000
+    monkeypatch.setitem(SCENARIOS, "big", Scenario("big", "", lambda _: iter([Send(data)])))
+    assert post(provider, chat(model="big")).content == data
+
+
+def test_nothing_sent_is_not_the_end_of_the_body(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = [Send(b"a"), Send(b""), Send(b"b")]
+    monkeypatch.setitem(SCENARIOS, "gap", Scenario("gap", "", lambda _: iter(steps)))
+    assert post(provider, chat(model="gap")).content == b"ab"
+
+
+def test_a_connection_leaves_nothing_to_the_collector(
+    provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remember(handler: Any, *args: Any) -> None:
+        handlers.append(weakref.ref(handler))
+        init(handler, *args)
+
+    handlers: list[weakref.ref[Any]] = []
+    init = demo._Handler.__init__
+    monkeypatch.setattr(demo._Handler, "__init__", remember)
+    gc.disable()
+    try:
+        assert post(provider, chat("stop")).ok
+        assert provider._connections.join(LIMIT)
+        assert [handler() for handler in handlers] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_client_is_told_to_go_on_where_it_asks(provider: DemoProvider) -> None:
