@@ -139,6 +139,8 @@ class Attempt:
         try:
             self._watchdog.start()
             raw = self._raw = self.client.post(self._prompt, self._sent)
+            if not self._is_sent:  # it answered before it had read all
+                self._sent()
             if raw.status != 200:
                 raise self._bad_status(raw)
             self._read_events(self._open(raw))

@@ -58,7 +58,6 @@ class Connections:
         connect_timeout: float,
         pool_size: int,
     ) -> None:
-        self._url = url
         # No limit for reading, which the watchdog bounds.
         self._timeout = urllib3.Timeout(connect=connect_timeout or None, read=None)
         # Linger 0: a close is a reset. A provider that does not read (its request body still
@@ -77,7 +76,11 @@ class Connections:
             context = urllib3.util.create_urllib3_context()
             context.load_verify_locations(ca_file or certifi.where())
             options["ssl_context"] = context
-        self._pools = _make_pools(proxy, options)
+        # Looked up once: a manager does so at each request, for a tenth of all that one takes.
+        self._pool = _make_pools(proxy, options).connection_from_url(url)
+        is_forwarded = proxy is not None and url.startswith("http:")
+        # RFC 9112, section 3.2.2: a proxy that forwards is told the whole URL.
+        self._target = url if is_forwarded else urllib3.util.parse_url(url).request_uri
 
     def post(
         self, body: bytes, headers: Mapping[str, str], on_sent: Callable[[], None]
@@ -97,12 +100,13 @@ class Connections:
             yield body
             on_sent()
 
-        return self._pools.urlopen(
+        return self._pool.urlopen(
             "POST",
-            self._url,
+            self._target,
             body=told_when_sent(),
             headers={**headers, "Content-Length": str(len(body))},
             redirect=False,
+            assert_same_host=False,
             retries=False,
             timeout=self._timeout,
             preload_content=False,
@@ -111,7 +115,7 @@ class Connections:
 
     def close(self) -> None:
         """Close the idle connections."""
-        self._pools.clear()
+        self._pool.close()
 
 
 def _make_pools(proxy: str | None, options: dict[str, Any]) -> urllib3.PoolManager:

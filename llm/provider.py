@@ -91,7 +91,7 @@ class Provider:
     @property
     def name(self) -> str:
         """What it is called in a log: its host and port, as its URL has them."""
-        return urlsplit(self.base_url.strip()).netloc
+        return urlsplit(self.base_url.strip()).netloc.rpartition("@")[2]
 
     @property
     def secrets(self) -> tuple[str, ...]:
