@@ -76,15 +76,23 @@ class Talk:
         assert len(self.client.frames_of(request_id)) > 2
         return terminal
 
-    def ask_call(self, question: str, finish_reason: str = "tool_calls") -> None:
-        """A request whose answer is the call `CALL`."""
+    def ask_call(
+        self, question: str, result: str, text: str, finish_reason: str = "tool_calls"
+    ) -> None:
+        """A request whose answer is the call `CALL`, and with its result this text."""
         terminal = self.ask(question)
         assert terminal.payload.get("outcome") == "COMPLETED", terminal
         assert terminal.payload["finish_reason"] == finish_reason
         frames = self.client.frames_of(terminal.payload["request_id"])
         (call,) = [one.payload["function_call"] for one in frames if "function_call" in one.payload]
-        assert call.pop("call_id")
+        call_id = call.pop("call_id")
         assert call == CALL
+        request_id = f"{terminal.payload['request_id']}_goes_on"
+        given = {"call_id": call_id, "result": result, "request_id": request_id}
+        self.client.send("FUNCTION_RESULT", given)
+        terminal = self.client.wait_terminal(request_id)
+        assert terminal.payload.get("outcome") == "COMPLETED", terminal
+        assert self.client.text_of(request_id) == text
 
     def begin(self, question: str, frames: int = 3) -> str:
         """A request, until some text has come."""
@@ -206,7 +214,7 @@ def test_litellm_hands_on_function_calls(litellm: RealServer, provider: Provider
     events = scripts.call_events("open_map", '{"hall": 3}', call_id="call_1")
     script = provider.fresh(scripts.call_answer(events))
     with gateway(litellm, "through") as talk:
-        talk.ask_call(script)
+        talk.ask_call(script, provider.fresh(HELLO), "Hello 你好 there")
     (tool,) = provider.wait_post(script=script).body["tools"]
     assert tool["function"] == MAP
 
@@ -376,7 +384,7 @@ def test_transformers_stops_generating_when_it_is_interrupted(transformers: Real
 
 def test_transformers_hands_on_function_calls(transformers: RealServer) -> None:
     with gateway(transformers, model_of("transformers")) as talk:
-        talk.ask_call("Where is it?")
+        talk.ask_call("Where is it?", "It is open.", NUMBERS)
 
 
 # vLLM --------------------------------------------------------------------------------------------
@@ -431,7 +439,7 @@ def test_vllm_stops_generating_when_it_is_interrupted(vllm: RealServer) -> None:
 
 def test_vllm_hands_on_function_calls(vllm: RealServer) -> None:
     with gateway(vllm, "tiny") as talk:
-        talk.ask_call("Where is it?")
+        talk.ask_call("Where is it?", "It is open.", NUMBERS)
 
 
 # LitServe ----------------------------------------------------------------------------------------
@@ -479,7 +487,7 @@ def test_litserve_generates_on_when_it_is_interrupted(litserve: RealServer) -> N
 
 def test_litserve_hands_on_function_calls(litserve: RealServer) -> None:
     with gateway(litserve, "any") as talk:
-        talk.ask_call("where?", finish_reason="stop")
+        talk.ask_call("where?", "hello", "Hello there!", finish_reason="stop")
 
 
 def test_litserve_says_in_the_stream_that_the_model_broke(litserve: RealServer) -> None:
