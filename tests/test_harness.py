@@ -449,7 +449,7 @@ def test_a_gateway_can_come_back_where_it_was() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="asks /proc who is alive")
-def test_when_the_caller_is_killed_its_processes_end() -> None:
+def test_when_the_caller_is_killed_its_processes_end(tmp_path: Path) -> None:
     source = (
         "from bargein_harness import run_gateway\n"
         "with run_gateway() as gateway:\n"
@@ -458,6 +458,7 @@ def test_when_the_caller_is_killed_its_processes_end() -> None:
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", source],
+        env=environment({"TMPDIR": str(tmp_path)}),  # for the logs that nobody takes away then
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
