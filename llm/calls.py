@@ -112,7 +112,8 @@ class CallAssembler:
     def _call_of(self, piece: CallPiece) -> _Call | None:
         """The call that a piece adds to; None where it begins one."""
         if piece.index is not None:
-            return self._by_index.get(piece.index)
+            call = self._by_index.get(piece.index)
+            return None if call is not None and _begins_another(piece, call) else call
         if not piece.id or (self._last is not None and self._last.id == piece.id):
             return self._last
         return next((call for call in self._calls if call.id == piece.id), None)
@@ -122,6 +123,21 @@ class CallAssembler:
         if self._bytes > MAX_CALL_BYTES:
             raise _error(call.name, f"the answer's calls are over {MAX_CALL_BYTES >> 20} MiB")
         return text
+
+
+def _begins_another(piece: CallPiece, call: _Call) -> bool:
+    """Whether a piece is a call of its own although its index is that of another: some servers give
+    calls as wholes, which all say 0."""
+    if not (piece.name and piece.arguments and call.name and len(call.arguments) == 1):
+        return False
+    return _is_object(call.arguments[0])
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(_decoder.decode(text), dict)
+    except (msgspec.DecodeError, RecursionError):
+        return False
 
 
 def _arguments(call: _Call, is_cut: bool) -> str:

@@ -259,7 +259,8 @@ def _call_pieces(delta: _ChunkDelta) -> tuple[CallPiece, ...]:
         for piece in delta.tool_calls or ()
         if piece is not None
     ]
-    if delta.function_call is not None:  # the legacy form: one call an answer, without an id
+    # The legacy form: one call an answer, without an id. Some servers send both forms of one call.
+    if delta.function_call is not None and not pieces:
         pieces.append(_call_piece(0, None, delta.function_call))
     return tuple(pieces)
 

@@ -142,6 +142,36 @@ def test_a_piece_without_an_index_belongs_to_the_last_of_those_with_its_id() -> 
     assert [call.arguments for call in assembled(*pieces)] == ["{}", '{"x":1}']
 
 
+def test_whole_calls_that_all_have_the_same_index_are_told_apart_by_their_ids() -> None:
+    calls = assembled(
+        piece(0, "a", "show_hall", '{"hall": 3}'), piece(0, "b", "show_hall", '{"hall": 4}')
+    )
+    assert [(call.id, call.arguments) for call in calls] == [
+        ("a", '{"hall": 3}'),
+        ("b", '{"hall": 4}'),
+    ]
+
+
+def test_whole_calls_that_all_have_the_same_index_and_no_id_are_told_apart_by_their_end() -> None:
+    calls = assembled(piece(0, "", "lamp", '{"on": true}'), piece(0, "", "lamp", '{"on": false}'))
+    assert [call.arguments for call in calls] == ['{"on": true}', '{"on": false}']
+
+
+def test_a_name_that_is_repeated_with_each_piece_begins_no_call() -> None:
+    (call,) = assembled(piece(0, "a", "lamp", '{"on"'), piece(0, "a", "lamp", ": true}"))
+    assert (call.name, call.arguments) == ("lamp", '{"on": true}')
+
+
+def test_an_id_that_is_new_with_each_piece_begins_no_call() -> None:
+    (call,) = assembled(piece(0, "a", "lamp", '{"on"'), piece(0, "b", "", ": true}"))
+    assert (call.id, call.arguments) == ("a", '{"on": true}')
+
+
+def test_a_name_that_comes_again_after_the_arguments_begins_no_call() -> None:
+    (call,) = assembled(piece(0, "a", "lamp", "{}"), piece(0, "a", "lamp", ""))
+    assert (call.id, call.name, call.arguments) == ("a", "lamp", "{}")
+
+
 def test_a_piece_with_nothing_in_it_begins_no_call_and_is_nobodys_turn() -> None:
     pieces = [
         piece(3),
