@@ -1,0 +1,304 @@
+"""The operator's port, the loop's lag, and that neither is in anybody's way."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection, HTTPResponse
+from typing import Any
+
+import gevent
+import gevent.event
+import gevent.socket
+import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from metrics import loop_lag, ops
+from metrics.instruments import Metrics, exemplar
+from metrics.loop_lag import INTERVAL_SECONDS, LoopLag
+from metrics.ops import OpsServer
+from metrics.slices import in_slices
+
+_parse: Any = text_string_to_metric_families  # has no types
+
+LIMIT = 10.0
+OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
+
+
+class Ops:
+    """An ops server on a free port, and what it is told."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry)
+        self.is_ready = True
+        self.health: Callable[[], dict[str, object]] = lambda: {"status": "ok", "sessions": 2}
+        self.server = OpsServer(
+            "127.0.0.1", 0, self.registry, lambda: self.health(), lambda: self.is_ready
+        )
+        self.server.start()
+        self.port = self.server.port
+
+    def ask(
+        self, path: str, method: str = "GET", headers: dict[str, str] | None = None
+    ) -> tuple[HTTPResponse, bytes]:
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
+        try:
+            connection.request(method, path, headers=headers or {})
+            response = connection.getresponse()
+            return response, response.read()
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def served() -> Iterator[Ops]:
+    served = Ops()
+    yield served
+    served.server.stop()
+
+
+# Metrics -----------------------------------------------------------------------------------------
+
+
+def test_written_in_slices_it_is_the_page_that_the_library_writes(served: Ops) -> None:
+    served.metrics.requests.labels("completed").inc(3)
+    served.metrics.acknowledged_seconds.observe(0.004, exemplar("req_1"))
+    response, body = served.ask("/metrics")
+    assert response.status == 200
+    assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+    assert body == generate_latest(served.registry)
+    assert b'bargein_requests_total{outcome="completed"} 3.0\n' in body
+    assert b"req_1" not in body  # that format knows no exemplars
+
+
+def test_asked_for_openmetrics_it_has_exemplars_and_one_end(served: Ops) -> None:
+    served.metrics.acknowledged_seconds.observe(0.004, exemplar("req_1"))
+    response, body = served.ask("/metrics", headers=OPENMETRICS)
+    encode, content_type = choose_encoder(OPENMETRICS["Accept"])
+    assert content_type.startswith("application/openmetrics-text")
+    assert response.headers["Content-Type"] == content_type
+    assert body == encode(served.registry)
+    assert body.count(b"# EOF") == 1
+    families = {family.name: family for family in _parse(body.decode())}
+    exemplars = [
+        (sample.labels["stage"], sample.labels["le"], sample.exemplar.labels)
+        for sample in families["bargein_interrupt_seconds"].samples
+        if sample.exemplar is not None
+    ]
+    assert exemplars == [("acknowledged", "0.005", {"request_id": "req_1"})]
+
+
+@pytest.mark.parametrize("headers", [{}, OPENMETRICS])
+def test_zipped_it_is_the_same(served: Ops, headers: dict[str, str]) -> None:
+    _, plain = served.ask("/metrics", headers=headers)
+    response, body = served.ask("/metrics", headers={**headers, "Accept-Encoding": "gzip"})
+    assert response.headers["Content-Encoding"] == "gzip"
+    assert gzip.decompress(body) == plain
+
+
+def test_a_connection_serves_several_scrapes(served: Ops) -> None:
+    connection = HTTPConnection("127.0.0.1", served.port, timeout=LIMIT)
+    connection.connect()
+    local = connection.sock.getsockname()
+    for _ in range(3):
+        connection.request("GET", "/metrics")
+        assert connection.getresponse().read()
+        assert connection.sock.getsockname() == local
+    connection.close()
+
+
+class _Slow(Collector):
+    """A family that takes longer than a slice, and does something first."""
+
+    def __init__(self, name: str, first: Callable[[], object] = lambda: None) -> None:
+        self._name = name
+        self._first = first
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        self._first()
+        until = time.perf_counter() + 0.001
+        while time.perf_counter() < until:
+            pass
+        yield GaugeMetricFamily(self._name, "-", value=1)
+
+
+def test_what_comes_in_while_it_is_scraped_need_not_wait_for_the_end(served: Ops) -> None:
+    ours, theirs = gevent.socket.socketpair()
+    was_read, read_in_time = gevent.event.Event(), []
+
+    def read() -> None:
+        ours.recv(1)
+        was_read.set()
+
+    reader = gevent.spawn(read)
+    gevent.sleep(0)  # from here on it waits for its socket
+    served.registry.register(_Slow("first", lambda: theirs.send(b"!")))
+    served.registry.register(_Slow("second"))
+    served.registry.register(_Slow("third", lambda: read_in_time.append(was_read.is_set())))
+    _, body = served.ask("/metrics")
+    assert b"\nthird 1.0\n" in body
+    assert read_in_time == [True]
+    reader.join(LIMIT)
+    ours.close()
+    theirs.close()
+
+
+def test_work_in_slices_is_all_done_in_order() -> None:
+    assert list(in_slices(range(10))) == list(range(10))
+
+
+# Health ------------------------------------------------------------------------------------------
+
+
+def test_health_is_what_the_gateway_says(served: Ops) -> None:
+    response, body = served.ask("/health")
+    assert response.status == 200
+    assert response.headers["Content-Type"] == "application/json"
+    assert json.loads(body) == {"status": "ok", "sessions": 2}
+
+
+def test_ready_is_told_apart_from_alive(served: Ops) -> None:
+    assert served.ask("/readyz")[0].status == 200
+    served.is_ready = False
+    assert served.ask("/readyz")[0].status == 503
+    assert served.ask("/livez")[0].status == 200
+
+
+def test_head_is_get_without_a_body(served: Ops) -> None:
+    _, body = served.ask("/metrics")
+    response, nothing = served.ask("/metrics", method="HEAD")
+    assert (response.status, nothing) == (200, b"")
+    assert int(response.headers["Content-Length"]) == len(body)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/", 404), ("GET", "/metrics/", 404), ("POST", "/metrics", 405)],
+)
+def test_anything_else_is_refused(served: Ops, method: str, path: str, status: int) -> None:
+    assert served.ask(path, method=method)[0].status == status
+
+
+def test_what_fails_is_told_and_the_next_answer_comes(
+    served: Ops, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> dict[str, object]:
+        raise RuntimeError("no idea")
+
+    served.health = fail
+    assert served.ask("/health")[0].status == 500
+    assert "no idea" in "".join(capsys.readouterr())
+    assert served.ask("/livez")[0].status == 200
+
+
+# Connections -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: "])
+def test_who_says_nothing_for_long_is_dropped(
+    served: Ops,
+    said: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ops, "_SILENCE_SECONDS", 0.02)
+    with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as sock:
+        sock.sendall(said)
+        while sock.recv(4096):
+            pass
+    assert "Traceback" not in "".join(capsys.readouterr())
+    assert served.ask("/livez")[0].status == 200
+
+
+def test_a_port_that_is_taken_is_an_error(served: Ops) -> None:
+    second = OpsServer("127.0.0.1", served.port, served.registry, dict, lambda: True)
+    with pytest.raises(OSError, match="in use"):
+        second.start()
+
+
+def test_when_it_has_stopped_nobody_answers(served: Ops) -> None:
+    served.server.stop()
+    with pytest.raises(ConnectionRefusedError):
+        served.ask("/livez")
+
+
+# The loop's lag ----------------------------------------------------------------------------------
+
+
+class Lag:
+    """A lag meter whose clock is moved by hand."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.now = 1000.0
+        self.meter = LoopLag(
+            Histogram("lag", "-", buckets=(0.001, 0.1, 1.0), registry=self.registry),
+            clock=lambda: self.now,
+        )
+        self.due_in = INTERVAL_SECONDS
+
+    def tick(self, late: float) -> None:
+        self.now += self.due_in + late
+        self.due_in = self.meter.tick()
+
+    def count(self, le: str = "+Inf") -> float | None:
+        return self.registry.get_sample_value("lag_bucket", {"le": le})
+
+    @property
+    def total(self) -> float:
+        return self.registry.get_sample_value("lag_sum") or 0.0
+
+
+def test_ticks_in_time_are_no_lag_and_a_late_one_does_not_make_the_next_late() -> None:
+    lag = Lag()
+    for late in (0.0, 0.05, 0.0):
+        lag.tick(late)
+    assert (lag.count("0.001"), lag.count()) == (2, 3)
+    assert lag.total == pytest.approx(0.05)
+
+
+def test_a_stall_counts_for_each_tick_that_it_swallowed() -> None:
+    lag = Lag()
+    lag.tick(late=3 * INTERVAL_SECONDS + 0.05)
+    assert lag.count() == 4
+    assert lag.total == pytest.approx(0.35 + 0.25 + 0.15 + 0.05)
+    assert 0 < lag.due_in <= INTERVAL_SECONDS
+
+
+def test_after_a_very_long_stall_time_begins_anew() -> None:
+    lag = Lag()
+    lag.tick(late=3600.0)
+    assert lag.count() == loop_lag._MAX_TICKS
+    assert lag.due_in == pytest.approx(INTERVAL_SECONDS)
+    lag.tick(late=0.0)
+    assert lag.count("0.001") == 1
+
+
+def test_a_stalled_loop_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_lag, "INTERVAL_SECONDS", 0.01)
+    metrics = Metrics(CollectorRegistry())
+    meter = LoopLag(metrics.loop_lag_seconds)
+    meter.start()
+    gevent.sleep(0)
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        pass  # nobody else gets a turn
+    with gevent.Timeout(LIMIT):
+        while not _at_least(metrics, 0.1):
+            gevent.sleep(0.01)
+    meter.stop()
+
+
+def _at_least(metrics: Metrics, seconds: float) -> bool:
+    value = metrics.registry.get_sample_value
+    total = value("bargein_loop_lag_seconds_count") or 0.0
+    below = value("bargein_loop_lag_seconds_bucket", {"le": str(seconds)}) or 0.0
+    return total > below
