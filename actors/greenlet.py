@@ -7,9 +7,10 @@ and nothing escapes.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from types import TracebackType
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import gevent
 import gevent.hub
@@ -49,6 +50,9 @@ class _Mailbox:
     def empty(self) -> bool:
         return not self._messages
 
+    def __len__(self) -> int:
+        return len(self._messages)
+
 
 class GreenletActor(pykka.Actor):
     """An actor on a greenlet of its own, which nobody may kill: actors end by `stop()`.
@@ -57,9 +61,21 @@ class GreenletActor(pykka.Actor):
     the actor's greenlet. (Beware of Pykka's own private names, such as `_stop`.)
     """
 
+    alive: ClassVar[weakref.WeakSet[GreenletActor]] = weakref.WeakSet()
+    """Those that have not ended."""
+
     def __init__(self) -> None:
         super().__init__()
         self._is_closed = False
+        self.alive.add(self)
+
+    def describe(self, now: float) -> dict[str, Any]:
+        """Its state, for a log. Called from any greenlet.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        return {}
 
     def opened(self) -> None:
         """Called before the first message."""
@@ -124,6 +140,7 @@ class GreenletActor(pykka.Actor):
         if self._is_closed:
             return
         self._is_closed = True
+        self.alive.discard(self)
         if error is not None:
             _log.error("Actor failed", actor=type(self).__name__, error=repr(error))
             self.stop()  # Pykka lets an actor live on that failed while it was asked

@@ -90,6 +90,19 @@ class ReapRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Leave:
+    """The gateway is to shut down: take no more requests, and say goodbye when none is live, but
+    not before a pause, so that not all clients come back at once."""
+
+    pause_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PauseIsOver:
+    """The pause before a goodbye."""
+
+
+@dataclass(frozen=True, slots=True)
 class EndSession:
     """The gateway shuts down."""
 
@@ -112,6 +125,8 @@ SessionMessage: TypeAlias = (
     | TimeIsDue
     | StopOverdue
     | ReapRequest
+    | Leave
+    | PauseIsOver
     | EndSession
     | RegisterAgain
 )
@@ -232,6 +247,17 @@ class Census:
 
 
 @dataclass(frozen=True, slots=True)
+class Drain:
+    """Let every session leave when it has nothing live; `done` is called when none is left.
+
+    The first may leave at once, the last after `spread_seconds`.
+    """
+
+    spread_seconds: float
+    done: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
 class ShutDown:
     """End every session in order; `done` is called when none is left."""
 
@@ -247,5 +273,6 @@ SupervisorMessage: TypeAlias = (
     | GenerationEnded
     | Reap
     | TakeCensus
+    | Drain
     | ShutDown
 )

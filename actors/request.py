@@ -146,6 +146,16 @@ class RequestActor(GreenletActor):
         self._reported = self._released = self._books_kept = False
         metrics.requests_active.labels(self._state.value).inc()
 
+    def describe(self, now: float) -> dict[str, Any]:
+        return {
+            **self._log_fields,
+            "state": self._state.value,
+            "seconds": round(now - self._created_at, 1),
+            "seconds_without_progress": round(now - self._progress_at(), 1),
+            "told_to_stop": self._told_to_stop is not None,
+            "reported": self._reported,
+        }
+
     def opened(self) -> None:
         self._register()
 

@@ -27,6 +27,8 @@ from actors.messages import (
     ConnectionLost,
     EndSession,
     FrameReceived,
+    Leave,
+    PauseIsOver,
     ReapRequest,
     RegisterAgain,
     Release,
@@ -78,7 +80,7 @@ from gateway.protocol import (
 from llm.chat import Prompt, ToolCall
 from llm.lanes import lanes
 from llm.stream import Ending, Result
-from metrics.instruments import Metrics
+from metrics.instruments import Metrics, exemplar
 from metrics.logs import get_logger
 
 MAX_REMEMBERED_IDS = 1000
@@ -97,6 +99,8 @@ _CLOSE_NORMAL = 1000
 _CLOSE_EXPIRED = 1008
 _CLOSE_INTERNAL_ERROR = 1011
 _CLOSE_SERVICE_RESTART = 1012
+
+_LEAVING = "the gateway is shutting down, or the session is ending"
 
 _log = get_logger("ACTOR")
 _S = TypeVar("_S", bound=Struct)
@@ -151,6 +155,7 @@ class SessionActor(GreenletActor):
         health: Callable[[], HealthStatus],
         settings: SessionSettings,
         metrics: Metrics,
+        takes_requests: bool = True,
     ) -> None:
         super().__init__()
         self._outbox = outbox
@@ -165,6 +170,7 @@ class SessionActor(GreenletActor):
         self._created_ms = 0
         self._lifetime = Lifetime(0, 0, 0)
         self._timer: Timer | None = None
+        self._pause: Timer | None = None
         self._profile = Profile()
         self._on_new_request = settings.on_new_request
         self._history = History(settings.history_messages, settings.history_chars)
@@ -182,6 +188,19 @@ class SessionActor(GreenletActor):
         """Ids of ended requests, with what was delivered of each, in code points."""
         self._farewell: Callable[[], None] | None = None
         """What is done when the last request has ended; set when the session is ending."""
+        self._takes_requests = takes_requests
+        self._may_leave = False
+        """Whether it is to end as soon as nothing is live."""
+
+    def describe(self, now: float) -> dict[str, Any]:
+        return {
+            "session_id": self._session_id,
+            "peer": self._peer,
+            "live": list(self._live),
+            "interrupts_to_answer": len(self._interrupts),
+            "remaining_seconds": self._lifetime.remaining_seconds(now),
+            "takes_requests": self._takes_requests,
+        }
 
     def opened(self) -> None:
         self._tell_supervisor(SessionStarted(self.actor_ref))
@@ -208,22 +227,30 @@ class SessionActor(GreenletActor):
                 self._on_reap(request_id, detail)
             case ConnectionLost():
                 self._end(InterruptReason.CONNECTION_LOST, lambda: None)
+            case Leave(pause_seconds):
+                self._takes_requests = False
+                self._pause = Timer(pause_seconds, self.actor_ref, PauseIsOver())
+            case PauseIsOver():
+                self._may_leave = True
+                self._settle()
             case EndSession(reason):
-                self._end(reason, lambda: self._say_goodbye(reason.value, _CLOSE_SERVICE_RESTART))
+                self._end_for_restart(reason)
             case RegisterAgain():
                 self._tell_supervisor(SessionStarted(self.actor_ref))
             case _:
                 assert_never(message)
 
     def closed(self, error: BaseException | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._pause):
+            if timer is not None:
+                timer.cancel()
         for live in self._live.values():
             if live.timer is not None:
                 live.timer.cancel()
             live.outlet.shut()
             tell(live.actor, Stop())
             tell(live.actor, Release())
+            self._count(Outcome.FAILED)
         if error is not None:
             self._outbox.close(_CLOSE_INTERNAL_ERROR, "internal error")
         if self._session_id is not None:
@@ -266,6 +293,10 @@ class SessionActor(GreenletActor):
         if self._session_id is not None:
             self._refuse(ErrorCode.MALFORMED_PAYLOAD, "this connection is registered already")
             return
+        if not self._takes_requests:
+            self._refuse_busy("shutdown", _LEAVING)
+            self._end_for_restart(InterruptReason.SERVER_SHUTDOWN)
+            return
         self._session_id = f"sess_{secrets.token_hex(8)}"
         self._created_ms = _now_ms()
         settings = self._settings
@@ -298,8 +329,8 @@ class SessionActor(GreenletActor):
             self._voice_request(request_id, request)
         elif self._is_used(request_id):
             self._refuse_used(request_id)
-        elif self._farewell is not None:
-            self._refuse(ErrorCode.SERVER_BUSY, "the session is ending", request_id)
+        elif not self._takes_requests:
+            self._refuse_busy("shutdown", _LEAVING, request_id)
         else:
             self._text_request(request_id, request)
 
@@ -318,6 +349,7 @@ class SessionActor(GreenletActor):
         elif not text:
             self._profile = profile
             self._remember(request_id, 0)
+            self._count(Outcome.COMPLETED)
             self._send(completed(request_id, self._voice_stream_seq))
         elif self._make_way(request_id):
             self._profile = profile
@@ -365,8 +397,7 @@ class SessionActor(GreenletActor):
                 if not running:
                     return True
                 detail = "another request is live"
-        self._metrics.refused.labels("request").inc()
-        self._refuse(ErrorCode.SERVER_BUSY, detail, request_id)
+        self._refuse_busy("request", detail, request_id)
         return False
 
     def _accept(self, request_id: str, text: str | None, goes_on: Turn | None = None) -> None:
@@ -439,8 +470,8 @@ class SessionActor(GreenletActor):
             pass  # said once more, with the result of another call
         elif self._is_used(request_id):
             self._refuse_used(request_id)
-        elif self._farewell is not None:
-            self._refuse(ErrorCode.SERVER_BUSY, "the session is ending", request_id)
+        elif not self._takes_requests:
+            self._refuse_busy("shutdown", _LEAVING, request_id)
         elif waiting is not None:
             detail = f"this answer goes on as {waiting.request_id!r} already"
             self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
@@ -465,9 +496,9 @@ class SessionActor(GreenletActor):
         elif self._is_used(request_id):
             self._refuse_used(request_id)
             self._drop_voice(request_id)  # nor are its other frames wanted
-        elif self._farewell is not None:
-            detail = "the session is ending"
-            self._fail_voice(request_id, VoiceError(ErrorCode.SERVER_BUSY, detail))
+        elif not self._takes_requests:
+            self._metrics.refused.labels("shutdown").inc()
+            self._fail_voice(request_id, VoiceError(ErrorCode.SERVER_BUSY, _LEAVING))
         else:
             self._begin_voice(request_id, request)
         if is_last:
@@ -489,6 +520,7 @@ class SessionActor(GreenletActor):
                 return
         if reason is not None:
             self._drop_voice(request_id)
+            self._count(Outcome.INTERRUPTED)
             self._send(interrupted(request_id, reason, self._voice_stream_seq))
             return
         self._voice = VoiceIntake(request_id, mode, self._settings.max_voice_bytes)
@@ -558,6 +590,7 @@ class SessionActor(GreenletActor):
         request_id, reason = voice.request_id, pending.frame.known_reason
         pending.targets[request_id] = InterruptResult(request_id, InterruptOutcome.STOPPED, 0, None)
         pending.terminals.append(interrupted(request_id, reason, self._voice_stream_seq))
+        self._count(Outcome.INTERRUPTED)
         self._drop_voice(request_id)
 
     def _stop_request(self, live: Live, reason: InterruptReason) -> bool:
@@ -606,7 +639,7 @@ class SessionActor(GreenletActor):
         if text:
             turn = self._history.begin(request_id, text)
             self._history.end(turn, "", TurnEnding.INTERRUPTED)
-        self._metrics.requests.labels(Outcome.INTERRUPTED.value.lower()).inc()
+        self._count(Outcome.INTERRUPTED)
         self._send(interrupted(request_id, reason, self._voice_stream_seq))
 
     def _on_stop_overdue(self, request_id: str) -> None:
@@ -678,6 +711,8 @@ class SessionActor(GreenletActor):
         elif self._farewell is not None:
             self._farewell()
             self.stop()
+        elif self._may_leave and not self._interrupts:
+            self._end_for_restart(InterruptReason.SERVER_SHUTDOWN)
 
     def _is_awaited(self, live: Live) -> bool:
         return any(pending.waits_for(live) for pending in self._interrupts)
@@ -685,9 +720,10 @@ class SessionActor(GreenletActor):
     def _acknowledge(self, pending: PendingInterrupt) -> None:
         ack = pending.ack()
         observe = self._metrics.acknowledged_seconds.observe
+        first = next(iter(pending.targets), None)
         self._outbox.send_control(
             self._encode(ack),
-            lambda at: self._lanes.call_later(observe, at - pending.read_at),
+            lambda at: self._lanes.call_later(observe, at - pending.read_at, exemplar(first)),
         )
         for terminal in pending.terminals:
             self._send(terminal)
@@ -707,7 +743,9 @@ class SessionActor(GreenletActor):
         for result in ack.results:
             self._metrics.interrupts.labels(reason, result.outcome.value.lower()).inc()
             if result.stream_closed_ms is not None:
-                self._metrics.stream_closed_seconds.observe(result.stream_closed_ms / 1000)
+                self._metrics.stream_closed_seconds.observe(
+                    result.stream_closed_ms / 1000, exemplar(result.request_id)
+                )
 
     def _forget(self, live: Live, outcome: Outcome) -> None:
         del self._live[live.request_id]
@@ -719,7 +757,7 @@ class SessionActor(GreenletActor):
     def _release(self, live: Live, outcome: Outcome) -> None:
         tell(live.actor, Release())
         self._metrics.text_chars.inc(live.outlet.delivered_text_chars)
-        self._metrics.requests.labels(outcome.value.lower()).inc()
+        self._count(outcome)
         if live.interrupted_by is not None:
             _log.info(
                 "Request interrupted",
@@ -727,6 +765,10 @@ class SessionActor(GreenletActor):
                 request_id=live.request_id,
                 reason=live.interrupted_by.value,
             )
+
+    def _count(self, outcome: Outcome) -> None:
+        """A request has ended: what its terminal frame says is what is counted."""
+        self._metrics.requests.labels(outcome.value.lower()).inc()
 
     def _remember(self, request_id: str, delivered: int) -> None:
         self._ended[request_id] = delivered
@@ -763,9 +805,11 @@ class SessionActor(GreenletActor):
     def _end(self, reason: InterruptReason, farewell: Callable[[], None]) -> None:
         """Stop everything that is live; when it has ended, do the farewell and stop."""
         self._farewell = farewell
+        self._takes_requests = False
         if self._voice is not None:
             request_id = self._voice.request_id
             self._drop_voice(request_id)
+            self._count(Outcome.INTERRUPTED)
             self._send(interrupted(request_id, reason, self._voice_stream_seq))
         for live in list(self._live.values()):
             if not self._stop_request(live, reason):
@@ -773,6 +817,9 @@ class SessionActor(GreenletActor):
                 is_complete = live.result is not None and live.result.ending is Ending.COMPLETED
                 self._forget(live, Outcome.COMPLETED if is_complete else Outcome.FAILED)
         self._settle()
+
+    def _end_for_restart(self, reason: InterruptReason) -> None:
+        self._end(reason, lambda: self._say_goodbye(reason.value, _CLOSE_SERVICE_RESTART))
 
     def _say_goodbye(self, reason: str, code: int) -> None:
         self._send(Shutdown(reason))
@@ -795,6 +842,7 @@ class SessionActor(GreenletActor):
             if frame_error.of_voice:
                 self._drop_voice(request_id)
             self._remember(request_id, 0)
+            self._count(Outcome.INTERRUPTED)
             self._send(interrupted(request_id, reason, self._voice_stream_seq))
         elif frame_error.of_voice:
             self._fail_voice(request_id, VoiceError(code, detail))
@@ -807,6 +855,10 @@ class SessionActor(GreenletActor):
             self._remember(request_id, 0)
         self._refuse(code, detail, request_id)
 
+    def _refuse_busy(self, reason: str, detail: str, request_id: str | None = None) -> None:
+        self._metrics.refused.labels(reason).inc()
+        self._refuse(ErrorCode.SERVER_BUSY, detail, request_id)
+
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
         if request_id is None:
             self._send(error(code, detail))
@@ -814,6 +866,7 @@ class SessionActor(GreenletActor):
             self._refused[request_id] = None
             _bound(self._refused, MAX_REMEMBERED_IDS)
             outcome = Outcome.FAILED  # to the client, this is the end of that request
+            self._count(outcome)
             self._send(
                 error(
                     code,

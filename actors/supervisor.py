@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Callable
@@ -14,8 +15,10 @@ import pykka
 from actors.greenlet import ActorFailedError, GreenletActor, tell
 from actors.messages import (
     Census,
+    Drain,
     EndSession,
     GenerationEnded,
+    Leave,
     Reap,
     ReapRequest,
     RegisterAgain,
@@ -82,7 +85,11 @@ class SupervisorActor(GreenletActor):
         self._on_fail = on_fail
         self._sessions: dict[str, pykka.ActorRef[Any]] = {}
         self._requests: dict[str, _Entry] = {}
+        self._drain: Drain | None = None
         self._shut_down: ShutDown | None = None
+
+    def describe(self, now: float) -> dict[str, Any]:
+        return {"sessions": len(self._sessions), "requests": len(self._requests)}
 
     def handle(self, message: SupervisorMessage) -> Census | None:
         match message:
@@ -90,6 +97,8 @@ class SupervisorActor(GreenletActor):
                 self._sessions[session.actor_urn] = session
                 if self._shut_down is not None:
                     tell(session, EndSession(self._shut_down.reason))
+                elif self._drain is not None:
+                    self._let_go(session, self._drain)
             case SessionEnded(urn):
                 self._on_session_ended(urn)
             case RequestAccepted():
@@ -109,11 +118,16 @@ class SupervisorActor(GreenletActor):
                     sum(not entry.over for entry in entries),
                     sum(not entry.ended for entry in entries),
                 )
+            case Drain():
+                self._drain = message
+                for session in self._sessions.values():
+                    self._let_go(session, message)
+                self._check_empty()
             case ShutDown():
                 self._shut_down = message
                 for session in self._sessions.values():
                     tell(session, EndSession(message.reason))
-                self._check_shut_down()
+                self._check_empty()
             case _:
                 assert_never(message)
         return None
@@ -127,7 +141,7 @@ class SupervisorActor(GreenletActor):
         for request_urn, entry in list(self._requests.items()):
             if entry.request.session.actor_urn == urn:
                 self._update(request_urn, over=True)
-        self._check_shut_down()
+        self._check_empty()
 
     def _update(self, urn: str, *, over: bool = False, ended: bool = False) -> None:
         entry = self._requests.get(urn)
@@ -137,11 +151,16 @@ class SupervisorActor(GreenletActor):
         entry.ended = entry.ended or ended
         if entry.over and entry.ended:
             del self._requests[urn]
-            self._check_shut_down()
+            self._check_empty()
 
-    def _check_shut_down(self) -> None:
-        if self._shut_down is not None and not self._sessions and not self._requests:
-            self._shut_down.done()
+    @staticmethod
+    def _let_go(session: pykka.ActorRef[Any], drain: Drain) -> None:
+        tell(session, Leave(random.uniform(0, drain.spread_seconds)))
+
+    def _check_empty(self) -> None:
+        leaving = self._shut_down or self._drain
+        if leaving is not None and not self._sessions and not self._requests:
+            leaving.done()
 
     def _reap(self, now: float) -> None:
         for entry in list(self._requests.values()):
@@ -195,7 +214,7 @@ class Supervision:
         self._clock = clock
         self._failures: deque[float] = deque(maxlen=MAX_RESTARTS)
         self._reaper: gevent.Greenlet[[], None] | None = None
-        self._shut_down: ShutDown | None = None
+        self._leaving: list[Drain | ShutDown] = []
         self.ref = self._start_one()
 
     def start(self) -> None:
@@ -211,8 +230,8 @@ class Supervision:
 
     def tell(self, message: SupervisorMessage) -> None:
         """Put a message in the mailbox of whoever is the supervisor now."""
-        if isinstance(message, ShutDown):
-            self._shut_down = message  # whoever comes next must know
+        if isinstance(message, Drain | ShutDown):
+            self._leaving.append(message)  # whoever comes next must know
         tell(self.ref, message)
 
     def census(self) -> Census | None:
@@ -243,8 +262,8 @@ class Supervision:
         for name in ("SessionActor", "RequestActor"):  # by name: neither is ours to import
             for ref in pykka.ActorRegistry.get_by_class_name(name):
                 tell(ref, RegisterAgain())
-        if self._shut_down is not None:
-            self.tell(self._shut_down)
+        for message in self._leaving:
+            tell(self.ref, message)
 
     def _reap_for_ever(self) -> None:
         while True:

@@ -38,6 +38,7 @@ from gateway.protocol import (
 from llm.lanes import lanes
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
+from metrics.slices import in_slices
 
 PATH = "/ws/agent/stream"
 
@@ -105,6 +106,7 @@ class Server:
         open_session: makes the session of a connection, given its outbox and peer address.
         health: the fields of `/health`.
         metrics: counts refusals and slow clients.
+        is_ready: whether new clients are welcome, for `/readyz`.
     """
 
     def __init__(
@@ -113,11 +115,13 @@ class Server:
         open_session: Callable[[Outbox, str], Session],
         health: Callable[[], dict[str, object]],
         metrics: Metrics,
+        is_ready: Callable[[], bool] = lambda: True,
     ) -> None:
         self.settings = settings
         self.open_session = open_session
         self.health = health
         self.metrics = metrics
+        self.is_ready = is_ready
         self._connections: set[_Connection] = set()
         self._empty = gevent.event.Event()
         self._empty.set()
@@ -140,6 +144,10 @@ class Server:
     def connections(self) -> int:
         """How many connections are open, of any kind."""
         return len(self._connections)
+
+    def waiting_bytes(self) -> int:
+        """What waits in all outboxes, in bytes. Lets others have a turn, so not for the hub."""
+        return sum(one.waiting_bytes for one in in_slices(list(self._connections)))
 
     def start(self) -> None:
         """Listen.
@@ -268,6 +276,11 @@ class _Connection:
         """True when its handshake was done."""
         return self._session is not None
 
+    @property
+    def waiting_bytes(self) -> int:
+        """What waits in its outbox."""
+        return self._outbox.waiting_bytes
+
     def drop(self, reason: str) -> None:
         """End it at once."""
         self._outbox.die(reason)
@@ -381,6 +394,14 @@ class _Connection:
         elif path == "/health":
             body = msgspec.json.encode(self._server.health()).decode()
             protocol.send_response(_response(http.HTTPStatus.OK, body, "application/json"))
+        elif path == "/livez":
+            protocol.send_response(_response(http.HTTPStatus.OK, "ok\n"))
+        elif path == "/readyz":
+            if self._server.is_ready():
+                protocol.send_response(_response(http.HTTPStatus.OK, "ok\n"))
+            else:
+                busy = http.HTTPStatus.SERVICE_UNAVAILABLE
+                protocol.send_response(_response(busy, "shutting down\n"))
         else:
             text = f"nothing at {path[:100]!r}; the WebSocket is at {PATH}\n"
             protocol.send_response(_response(http.HTTPStatus.NOT_FOUND, text))

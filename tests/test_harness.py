@@ -309,7 +309,7 @@ def test_a_question_under_a_live_id_does_not_cut_off_the_first_answer(
 
 
 def test_a_gateway_that_ends_tells_its_clients() -> None:
-    with run_gateway() as gateway, gateway.connect() as client:
+    with run_gateway("--drain-timeout", "0") as gateway, gateway.connect() as client:
         answer = client.ask("Tell me a story")
         answer.wait_text()
         gateway.terminate()
@@ -369,7 +369,7 @@ def test_a_body_that_raises_leaves_nothing_behind_and_shows_the_log(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--no-such-flag"], "--no-such-flag"),
         (["--host", "0.0.0.0"], "--insecure-no-auth"),
     ],
 )

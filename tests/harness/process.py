@@ -203,4 +203,5 @@ class Process:
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ours, without what would change the gateway's provider."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    return ours | dict(more or {})
+    # Several run at once, and one port for metrics would be one too few.
+    return ours | {"BARGEIN_OPS_PORT": "0"} | dict(more or {})
