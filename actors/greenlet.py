@@ -18,6 +18,7 @@ import pykka
 
 from llm.lanes import lanes
 from metrics.logs import get_logger
+from metrics.slices import in_slices
 
 _log = get_logger("ACTOR")
 
@@ -148,6 +149,11 @@ class GreenletActor(pykka.Actor):
             self.closed(error)
         except BaseException as second:
             _log.error("Actor failed to close", actor=type(self).__name__, error=repr(second))
+
+
+def queued_messages() -> int:
+    """How many messages wait in all mailboxes. Lets others have a turn, so not for the hub."""
+    return sum(len(actor.actor_inbox) for actor in in_slices(list(GreenletActor.alive)))
 
 
 def tell(ref: pykka.ActorRef[Any], message: object) -> bool:

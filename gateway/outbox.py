@@ -136,6 +136,12 @@ class Outbox:
         """Data that waits, without what is being written."""
         return self._data_bytes
 
+    @property
+    def waiting_bytes(self) -> int:
+        """Everything that waits for the client: data, control, and the rest of what was begun."""
+        control = sum(len(frame.payload) for frame in self._control)
+        return self._data_bytes + control + (len(self._wire.rest) if self._wire else 0)
+
     def send_control(
         self, payload: bytes, on_written: Callable[[float], None] | None = None
     ) -> None:

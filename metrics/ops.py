@@ -56,6 +56,7 @@ class OpsServer:
         health: Callable[[], dict[str, object]],
         is_ready: Callable[[], bool],
     ) -> None:
+        self._host = host
         self._registry = registry
         self._health = health
         self._is_ready = is_ready
@@ -74,6 +75,18 @@ class OpsServer:
         port = self._server.server_port
         assert port is not None
         return port
+
+    @property
+    def url(self) -> str:
+        """What to scrape."""
+        host = self._server.server_host or ""
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
+
+    @property
+    def url(self) -> str:
+        """Where Prometheus finds the metrics."""
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"http://{host}:{self.port}/metrics"
 
     def start(self) -> None:
         """Listen.

@@ -104,6 +104,14 @@ def test_zipped_it_is_the_same(served: Ops, headers: dict[str, str]) -> None:
     assert gzip.decompress(body) == plain
 
 
+def test_it_says_where_it_is(served: Ops) -> None:
+    assert served.server.url == f"http://127.0.0.1:{served.port}/metrics"
+    on_ipv6 = OpsServer("::1", 0, served.registry, dict, lambda: True)
+    on_ipv6.start()
+    assert on_ipv6.url == f"http://[::1]:{on_ipv6.port}/metrics"
+    on_ipv6.stop()
+
+
 def test_a_connection_serves_several_scrapes(served: Ops) -> None:
     connection = HTTPConnection("127.0.0.1", served.port, timeout=LIMIT)
     connection.connect()
