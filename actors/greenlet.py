@@ -153,7 +153,8 @@ class GreenletActor(pykka.Actor):
 
 def queued_messages() -> int:
     """How many messages wait in all mailboxes. Lets others have a turn, so not for the hub."""
-    return sum(len(actor.actor_inbox) for actor in in_slices(list(GreenletActor.alive)))
+    inboxes: list[Any] = [actor.actor_inbox for actor in GreenletActor.alive]
+    return sum(len(inbox) for inbox in in_slices(inboxes))
 
 
 def tell(ref: pykka.ActorRef[Any], message: object) -> bool:

@@ -78,12 +78,6 @@ class OpsServer:
 
     @property
     def url(self) -> str:
-        """What to scrape."""
-        host = self._server.server_host or ""
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
-
-    @property
-    def url(self) -> str:
         """Where Prometheus finds the metrics."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}/metrics"
