@@ -198,7 +198,7 @@ class Attempt:
     def _read_events(self, events: Events) -> None:
         try:
             for data in events:
-                if data == DONE:
+                if data.startswith(DONE) and data.rstrip() == DONE:
                     self._hand_on()
                     if self.finish_reason is None:
                         if bare := self._bare_error():

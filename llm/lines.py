@@ -35,6 +35,8 @@ _MOMENT_SECONDS = 1e-6
 _MAX_STRAY_BYTES = 4096
 _BOM = b"\xef\xbb\xbf"
 _FIELDS = (b"data", b"event", b"id", b"retry", b":")
+_RETRY = b"retry"
+"""When to connect again, which we never do; and requests-sse fails of a time that is too long."""
 
 
 class BodyEnded(Exception):
@@ -121,6 +123,8 @@ class Lines:
                         event_lines += 1
                         if event_bytes > MAX_EVENT_BYTES or event_lines > MAX_EVENT_LINES:
                             raise _too_long(event_bytes)
+                        if line.startswith(_RETRY):
+                            continue
                         if not line.startswith(_FIELDS):
                             self._keep_stray(line)
                     yield line
@@ -140,7 +144,8 @@ class Lines:
                 line = line.removeprefix(_BOM)
             if not line.startswith(_FIELDS):
                 self._keep_stray(line)
-            yield line
+            if not line.startswith(_RETRY):
+                yield line
         yield b""
         raise BodyEnded(None)
 

@@ -127,6 +127,7 @@ WIRES = [
 def test_the_lines_are_the_same_wherever_the_network_cuts(wire: bytes, events: list[str]) -> None:
     body = wire.removeprefix(BOM)
     *lines, rest = re.split(b"\r\n|\r|\n", body)
+    lines = [line for line in lines if not line.startswith(b"retry")]
     expected = [*lines, rest, b""] if rest else [*lines, b""]
     if wire == BOM:
         expected = [b"", b""]  # a begun line, empty without its BOM

@@ -261,6 +261,7 @@ FIELDS = [
     Row("a retry of digits", b"retry: 10\ndata: a\n\nretry:0\n\ndata: b\nretry: 1\n\n", ["a", "b"]),
     Row("other retries", b"retry: soon\nretry\nretry: -1\nretry: 1.5\ndata: a\n\n", ["a"]),
     Row("a retry too long for an int", b"retry: " + b"9" * 4400 + b"\ndata: a\n\n", ["a"]),
+    Row("a retry longer than any clock", b"retry: 99999999999999999999\ndata: a\n\n", ["a"]),
     Row("NUL is text", b"data: a\0\n\n\0\ndata: b\n\n", ["a\0", "b"]),
     Row("two spaces after the colon", b"data:  a\n\n", [" a"], ["a"], SPACES),
     Row("spaces at the lines of an event", b"data: {\ndata:   1\n\n", ["{\n  1"], ["{\n1"], SPACES),
