@@ -17,33 +17,39 @@ gevent.monkey.patch_all()
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import gevent.event
 from prometheus_client import CollectorRegistry
 
-from actors.messages import ShutDown
+from actors.greenlet import queued_messages
+from actors.messages import Drain, ShutDown
+from actors.picture import picture
 from actors.session import SessionActor, SessionHandle
 from actors.supervisor import Supervision
 from gateway.outbox import Outbox
 from gateway.protocol import HealthStatus, InterruptReason
 from gateway.server import Server
-from gateway.settings import Given, SettingsError, add_flags
+from gateway.settings import Given, SettingsError, add_flags, default_config
 from gateway.settings import Settings as Settings
 from llm import demo
 from llm.lanes import lanes
-from llm.provider import Provider, StopsOnClose
+from llm.provider import Provider
 from llm.stream import LlmClient
 from metrics.instruments import Metrics
+from metrics.loop_lag import LoopLag
 from metrics.logs import configure, get_logger
+from metrics.ops import OpsServer
 
 _CALLBACK_SECONDS = 0.001
 """How long the loop may run what is ready before it looks for more. Long, so that an interrupt's
@@ -51,6 +57,9 @@ few steps from mailbox to mailbox follow each other at once, whatever else came 
 always has work yields to the whole loop (`llm/lines.py`)."""
 
 _GC_THRESHOLDS = (10_000, 20, 50)
+
+_GOODBYES_PER_SECOND = 100
+"""How many clients are told to go, on the average: all of them will be back at once, somewhere."""
 
 _SHUTDOWN_SECONDS = 5.0
 """How long the sessions may take to end in order, and then their clients to say goodbye."""
@@ -80,7 +89,8 @@ class Gateway:
         self._on_give_up = on_give_up
         self._started_at = time.monotonic()
         self._teardown = contextlib.ExitStack()
-        self._is_up = False
+        self._is_up = self._is_draining = False
+        self.ops: OpsServer | None = None
 
     def start(self) -> None:
         """Start everything.
@@ -118,12 +128,59 @@ class Gateway:
                 health=health_status,
                 settings=self.settings.session,
                 metrics=self.metrics,
+                takes_requests=not self._is_draining,
             )
             return SessionHandle(ref)
 
-        self.server = Server(self.settings.server, open_session, self._health, self.metrics)
+        self.server = Server(
+            self.settings.server, open_session, self._health, self.metrics, self.is_ready
+        )
         self._teardown.callback(self.server.stop)
         self.server.start()
+        self.metrics.outbox_bytes.set_function(self.server.waiting_bytes)
+        self.metrics.mailbox_messages.set_function(queued_messages)
+        self._start_ops()
+
+    def _start_ops(self) -> None:
+        settings = self.settings
+        if not settings.ops_port:
+            return
+        lag = LoopLag(self.metrics.loop_lag_seconds)
+        self._teardown.callback(lag.stop)
+        lag.start()
+        self.ops = OpsServer(
+            settings.ops_host,
+            settings.ops_port,
+            self.metrics.registry,
+            self._health,
+            self.is_ready,
+        )
+        self._teardown.callback(self.ops.stop)
+        try:
+            self.ops.start()
+        except OSError as error:
+            where = f"{settings.ops_host}:{settings.ops_port}"
+            error.filename = f"{where} for metrics (--ops-port)"
+            raise
+
+    def is_ready(self) -> bool:
+        """Whether new clients are welcome."""
+        return self._is_up and not self._is_draining
+
+    def drain(self) -> None:
+        """Take no more requests, and wait until every session has left, but not for ever."""
+        seconds = self.settings.drain_timeout
+        self._is_draining = True
+        census = self.supervision.census()
+        if not seconds or census is None:
+            return
+        all_gone = gevent.event.Event()
+        spread_seconds = min(seconds, census.sessions / _GOODBYES_PER_SECOND)
+        _log.info("Draining", sessions=census.sessions, requests=census.requests)
+        self.supervision.tell(Drain(spread_seconds, all_gone.set))
+        if not all_gone.wait(seconds):
+            self.metrics.drain_timeouts.inc()
+            _log.warning("Drain timed out", seconds=seconds)
 
     def stop(self) -> None:
         """Interrupt what is live, tell the clients, close everything; a second time, nothing."""
@@ -144,11 +201,7 @@ class Gateway:
         provider = demo.DemoProvider()
         provider.start()
         self._teardown.callback(provider.stop)
-        return Provider(
-            base_url=provider.base_url,
-            model=self.settings.demo_model,
-            stops_on_close=StopsOnClose.YES,
-        )
+        return dataclasses.replace(self.settings.demo, base_url=provider.base_url)
 
     def _health(self) -> dict[str, object]:
         census = self.supervision.census()
@@ -185,12 +238,16 @@ def serve(settings: Settings) -> int:
         The exit code: 0 after a signal, 1 when it could not start or go on.
     """
     stop = _stopped_by_signals()
+    if hasattr(signal, "SIGUSR1"):
+        gevent.signal_handler(signal.SIGUSR1, _log_picture)
     gateway = Gateway(settings, on_give_up=lambda: stop.set(1))
     where = f"{settings.server.host}:{settings.server.port}"
     try:
         gateway.start()
     except OSError as error:
-        print(f"error: cannot listen on {where}: {error.strerror or error}", file=sys.stderr)
+        where = error.filename or where
+        why = os.strerror(error.errno) if error.errno else error
+        print(f"error: cannot listen on {where}: {why}", file=sys.stderr)
         return 1
     host = settings.server.host
     host = f"[{host}]" if ":" in host else host
@@ -198,6 +255,8 @@ def serve(settings: Settings) -> int:
     _say(f"bargein {bargein_version()}")
     _say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
     _say(f"provider {gateway.provider.base_url}{demo}, model {gateway.provider.model}")
+    if gateway.ops is not None:
+        _say(f"metrics on {gateway.ops.url}")
     if settings.fallback is not None:
         _say(f"fallback {settings.fallback.base_url}, model {settings.fallback.model}")
     # What stands now lives as long as the process: the collector need not look at it again and
@@ -205,9 +264,29 @@ def serve(settings: Settings) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
+    notify("READY=1")
     code = stop.get() or 0
+    notify("STOPPING=1")
+    if code == 0:
+        gateway.drain()
     gateway.stop()
     return code
+
+
+def notify(state: str) -> None:
+    """Tell systemd, where it is there (sd_notify(3))."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path or not hasattr(socket, "AF_UNIX"):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.connect("\0" + path[1:] if path.startswith("@") else path)
+        sock.send(state.encode())
+
+
+def _log_picture() -> None:
+    for event, fields in picture():
+        # Asked for by name, whatever the level of the log is otherwise.
+        _log.warning(event, **fields)
 
 
 def serve_demo(host: str, port: int) -> int:
@@ -249,9 +328,19 @@ def _say(line: str) -> None:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+class _Parser(argparse.ArgumentParser):
+    """A fault is one line, and a flag is what its whole name says: a new one takes no other's."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="run.py",
         description="A gateway between chat clients and LLMs where an interruption really stops.",
     )
@@ -262,6 +351,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="run the daemon (the default)",
     )
     add_flags(serve_parser)
+    check_parser = commands.add_parser(
+        "check-config",
+        help="say what is wrong with the settings of a `serve`, or which are set and where",
+    )
+    add_flags(check_parser)
+    commands.add_parser(
+        "default-config",
+        help="print a file of settings for --config, with every setting explained",
+    )
     demo_parser = commands.add_parser(
         "demo-llm",
         help="run the demo provider on its own, for any client of OpenAI's API",
@@ -289,19 +387,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in _TOP_LEVEL):
         arguments.insert(0, "serve")
-    args = make_parser().parse_args(arguments)
+    parser = make_parser()
+    args, strays = parser.parse_known_args(arguments)
+    if strays and args.command in ("demo-llm", "default-config"):
+        parser.error(f"{args.command} does not know {strays[0].partition('=')[0]}")
     if args.command == "demo-llm":
         configure("info", _log_format())
         return serve_demo(args.host, args.port)
+    if args.command == "default-config":
+        _say(default_config().rstrip())
+        return 0
+    given = Given(vars(args), os.environ, strays)
+    for warning in given.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     try:
-        given = Given(vars(args), os.environ)
         settings = given.settings()
     except SettingsError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
-    for warning in given.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    if args.command == "check-config":
+        _say("\n".join(["ok", *given.report()]))
+        return 0
     config = given.config
     configure(config.log_level, config.log_format or _log_format())
     return serve(settings)

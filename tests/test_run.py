@@ -269,7 +269,8 @@ def test_a_port_that_is_taken_is_said_in_one_line() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_signal_ends_it_in_order(provider: ProviderProcess, number: signal.Signals) -> None:
     script = provider.fresh(scripts.idle_mid_stream(["once", " upon"]))
-    with Daemon(*provider_arguments(provider)) as daemon, Client(daemon.port) as client:
+    arguments = (*provider_arguments(provider), "--drain-timeout", "0")
+    with Daemon(*arguments) as daemon, Client(daemon.port) as client:
         request_id = client.request(script)
         client.wait_text(request_id)
         with Client(daemon.port) as idle:
@@ -317,7 +318,8 @@ def test_a_second_signal_ends_it_at_once(provider: ProviderProcess) -> None:
 
 
 def test_while_it_stops_it_takes_no_new_connections(provider: ProviderProcess) -> None:
-    with Daemon(*provider_arguments(provider)) as daemon, Client(daemon.port) as client:
+    arguments = (*provider_arguments(provider), "--drain-timeout", "0")
+    with Daemon(*arguments) as daemon, Client(daemon.port) as client:
         daemon.signal(signal.SIGTERM)
         client.wait_for(lambda frame: frame.msg_type == "SHUTDOWN")
         with pytest.raises(OSError, match="refused"):
