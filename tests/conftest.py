@@ -18,6 +18,8 @@ from tests.fakes import LIMIT, Clock
 from tests.harness.client import Client
 from tests.harness.provider_process import ProviderProcess
 
+_OF_SETTINGS = {"server", "supervisor", "fallback", "generation"}
+
 
 @pytest.fixture(scope="session")
 def provider() -> Iterator[ProviderProcess]:
@@ -31,12 +33,13 @@ def make_gateway(provider: ProviderProcess) -> Iterator[Callable[..., Gateway]]:
     """Starts gateways on free ports, and stops them after the test.
 
     Keyword arguments of what is made: fields of `Provider` (its `base_url` is the scripted
-    provider's unless given) and of `SessionSettings`; `server`, `supervisor` of `Settings`.
+    provider's unless given) and of `SessionSettings`; `server`, `supervisor`, `fallback`,
+    `generation` of `Settings`.
     """
     gateways: list[Gateway] = []
 
     def make(**fields: Any) -> Gateway:
-        settings = {name: fields.pop(name) for name in ("server", "supervisor") if name in fields}
+        settings = {name: fields.pop(name) for name in _OF_SETTINGS & fields.keys()}
         of_session = {field.name for field in dataclasses.fields(SessionSettings)} & fields.keys()
         session = SessionSettings(**{name: fields.pop(name) for name in of_session})
         server = dataclasses.replace(settings.pop("server", ServerSettings()), port=0)
