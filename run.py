@@ -47,8 +47,8 @@ from llm.lanes import lanes
 from llm.provider import Provider
 from llm.stream import LlmClient
 from metrics.instruments import Metrics
-from metrics.loop_lag import LoopLag
 from metrics.logs import configure, get_logger
+from metrics.loop_lag import LoopLag
 from metrics.ops import OpsServer
 
 _CALLBACK_SECONDS = 0.001
