@@ -55,6 +55,7 @@ class Stand:
         """Name of the provider that failed a request, where it is not the first one."""
         self.secrets = [KEY]
         self._log = log
+        self._has_left = False
 
     # Asking.
 
@@ -137,6 +138,12 @@ class Stand:
         assert end.payload["outcome"] == "INTERRUPTED"
         return end.payload
 
+    def leave(self) -> None:
+        """Close the client's connection in order."""
+        if not self._has_left:
+            self._has_left = True
+            self.client.close()
+
     def text_of(self, request_id: str) -> str:
         return self.client.text_of(request_id)
 
@@ -169,7 +176,7 @@ class Stand:
         """Ends the gateway, too."""
         health = self._get_health()
         metrics = generate_latest(self.gateway.metrics.registry).decode()
-        self.client.close()
+        self.leave()
         self.gateway.stop()  # what is counted and logged late is there then
         self._check_all_closed()
         self._check_terminals()
