@@ -66,8 +66,8 @@ _SECRET_HEADER = re.compile(r"(proxy-)?authorization|cookie|(.*-)?api-key", re.I
 _CREDENTIALS_IN_URL = re.compile(r"[^/?#]*//[^/?#]*@")
 
 _MOST = 1_000_000_000
-"""Of anything that is counted, and of seconds, which are 31 years. What is told to clients, and
-what C code takes, has to fit into 64 bits."""
+"""Of anything that is counted, and of seconds, which are 31 years: whoever is told of it, a client
+or C code, can count so far."""
 _MOST_BYTES = 2**40
 
 
@@ -277,7 +277,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Count, About("how often a provider is asked again, before the first token only")
     ] = _provider.retries
     llm_retry_after_cap: Annotated[
-        Seconds, About("most that its Retry-After makes us wait; 0 is off")
+        Seconds, About("that its Retry-After makes us wait at most; 0 is no limit")
     ] = _provider.retry_after_cap
 
     llm_fallback_url: Annotated[
@@ -307,9 +307,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     llm_breaker_failures: Annotated[
         Count, About("failures in a row after which only the fallback is asked; 0 is off")
     ] = _generation.breaker_failures
-    llm_breaker_timeout: Annotated[
-        Seconds, About("for how long, before the first is tried again")
-    ] = _generation.breaker_seconds
+    llm_breaker_timeout: Annotated[Seconds, About("until the first is tried again then")] = (
+        _generation.breaker_seconds
+    )
 
     on_new_request: Annotated[
         OnNewRequest, Section("sessions"), About("what a request does while another is live")
@@ -395,14 +395,9 @@ class _Setting:
         converted = msgspec.convert(value, self.type, strict=strict)
         if converted is None:  # what "null" is converted to
             raise ValueError(value)
-        if self.is_a(dict):
-            # TOML has dates, numbers without end and such without bounds, and JSON has not.
-            try:
-                is_json = msgspec.json.decode(msgspec.json.encode(converted)) == converted
-            except OverflowError:
-                is_json = False
-            if not is_json:
-                raise ValueError(value)
+        # TOML has dates, and numbers that are none, and JSON has not.
+        if self.is_a(dict) and msgspec.json.decode(msgspec.json.encode(converted)) != converted:
+            raise ValueError(value)
         return converted
 
     def blotted(self, value: Any) -> Any:
@@ -594,6 +589,7 @@ class Given:
         self._read_environment()
         self._read_flags(flags, strays)
         self.config = Config(**self._values)
+        self._faults_of_reading = tuple(self._faults)
 
     def settings(self) -> Settings:
         """What the parts of the gateway are to do.
@@ -601,6 +597,7 @@ class Given:
         Raises:
             SettingsError: with one line per fault.
         """
+        self._faults = dict.fromkeys(self._faults_of_reading)
         config = self.config
         provider = fallback = None
         if config.llm_url is not None:
@@ -654,7 +651,8 @@ class Given:
         )
 
     def report(self) -> list[str]:
-        """A line for each setting that has not its default, with what gave it that value."""
+        """A line for each setting that has not its default, with what gave it that value; to be
+        shown only of what `settings()` has no fault with."""
         return [
             f"{key} = {_toml(setting.blotted(value))}  # {self._where[key]}"
             for key, setting in SETTINGS.items()
