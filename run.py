@@ -37,6 +37,7 @@ from actors.messages import Drain, ShutDown
 from actors.picture import picture
 from actors.session import SessionActor, SessionHandle
 from actors.supervisor import Supervision
+from gateway import doctor
 from gateway.outbox import Outbox
 from gateway.protocol import HealthStatus, InterruptReason
 from gateway.server import Server
@@ -360,6 +361,11 @@ def make_parser() -> argparse.ArgumentParser:
         "default-config",
         help="print a file of settings for --config, with every setting explained",
     )
+    doctor_parser = commands.add_parser(
+        "doctor",
+        help="examine a running daemon step by step: does it answer, do interruptions stop?",
+    )
+    doctor.add_arguments(doctor_parser)
     demo_parser = commands.add_parser(
         "demo-llm",
         help="run the demo provider on its own, for any client of OpenAI's API",
@@ -389,11 +395,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.insert(0, "serve")
     parser = make_parser()
     args, strays = parser.parse_known_args(arguments)
-    if strays and args.command in ("demo-llm", "default-config"):
+    if strays and args.command in ("demo-llm", "default-config", "doctor"):
         parser.error(f"{args.command} does not know {strays[0].partition('=')[0]}")
     if args.command == "demo-llm":
         configure("info", _log_format())
         return serve_demo(args.host, args.port)
+    if args.command == "doctor":
+        return doctor.main(args)
     if args.command == "default-config":
         _say(default_config().rstrip())
         return 0
