@@ -27,6 +27,8 @@ class ProxyRequest:
     """In absolute form, or for CONNECT a host and port (RFC 9112, section 3.2)."""
     headers: Mapping[str, str]
     """Names in lower case."""
+    head: str
+    """All of it, as it came."""
     closed: gevent.event.Event
     """Set when the connection it came over is closed."""
 
@@ -146,4 +148,4 @@ def _parse(head: bytes, closed: gevent.event.Event) -> ProxyRequest:
     method, target, _ = first.split(" ")
     fields = (line.partition(":") for line in lines)
     headers = {name.lower(): value.strip() for name, _, value in fields}
-    return ProxyRequest(method, target, headers, closed)
+    return ProxyRequest(method, target, headers, head.decode("latin-1"), closed)

@@ -41,6 +41,7 @@ URLS = {
     "https://host/vision": "https://host/vision/v1/chat/completions",
     "https://host/v": "https://host/v/v1/chat/completions",
     "https://v1.host": "https://v1.host/v1/chat/completions",
+    "https://host/v2-apps": "https://host/v2-apps/v1/chat/completions",
     "https://host/rev2": "https://host/rev2/v1/chat/completions",
     "https://host?version=v1": "https://host/v1/chat/completions?version=v1",
     # All of it: taken as it stands.
