@@ -582,8 +582,10 @@ class Given:
         """By key, what gave it its value."""
         self._values: dict[str, Any] = {}
         # From the least in rank to the highest.
-        if path := flags.get("config") or environ.get(_CONFIG_VARIABLE):
-            self._read_file(path)
+        if (path := flags.get("config")) is not None:
+            self._read_file("--config", path)
+        elif path := environ.get(_CONFIG_VARIABLE, "").strip():
+            self._read_file(_CONFIG_VARIABLE, path)
         if (url := environ.get("OPENAI_BASE_URL", "")).strip():
             self._take("llm_url", "OPENAI_BASE_URL", url, SETTINGS["llm_url"].parse)
         self._read_environment()
@@ -661,16 +663,16 @@ class Given:
 
     # Where it comes from.
 
-    def _read_file(self, path: str) -> None:
+    def _read_file(self, name: str, path: str) -> None:
         try:
             # Editors on Windows begin a file with a byte order mark.
             given = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except OSError as error:
-            self._fault(f"--config {path}: {error.strerror or error}")
+            self._fault(f"{name} {path}: {error.strerror or error}")
         except UnicodeDecodeError as error:
-            self._fault(f"--config {path} is not UTF-8 (byte {error.start})")
+            self._fault(f"{name} {path} is not UTF-8 (byte {error.start})")
         except (ValueError, RecursionError) as error:
-            self._fault(f"--config {path} is not TOML: {error}")
+            self._fault(f"{name} {path} is not TOML: {error}")
         else:
             for key, value in given.items():
                 if (setting := SETTINGS.get(key)) is not None:

@@ -30,6 +30,8 @@ from tests.harness.daemon import Daemon, run_to_the_end
 
 SECRET = "hunter2-must-not-be-seen"
 
+PARSER = make_parser()
+
 WAYS = ("flag", "environment", "file")  # from the highest rank to the lowest
 
 KEYS = list(SETTINGS)
@@ -97,7 +99,7 @@ def bench(tmp_path: Path) -> Bench:
 
 def given(*arguments: str, environ: dict[str, str] | None = None) -> Given:
     """What is given with this command line."""
-    args, strays = make_parser().parse_known_args(["check-config", *arguments])
+    args, strays = PARSER.parse_known_args(["check-config", *arguments])
     return Given(vars(args), environ or {}, strays)
 
 
@@ -429,6 +431,10 @@ def test_a_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
     assert given(environ=environ).config.port == 1
     assert given(environ=environ).warnings == []
     assert given("--config", str(other), environ=environ).config.port == 2
+    path.unlink()
+    assert faults(given(environ=environ)) == [f"BARGEIN_CONFIG {path}: No such file or directory"]
+    (line,) = faults(given("--config", "", environ=environ))
+    assert line.startswith("--config ")
 
 
 @pytest.mark.parametrize(
@@ -663,6 +669,7 @@ def test_a_fallback_is_sent_no_key_that_was_not_meant_for_it(bench: Bench) -> No
     [
         (["--llm-url", "http://h/v1"], "--llm-url http://h/v1 needs --llm-model"),
         (["--llm-url", "http://h/v1?key=x"], "--llm-url http://h/v1?*** needs --llm-model"),
+        (["--llm-url", "ftp://h/v1"], "--llm-url 'ftp://h/v1' is no URL"),
         (["--llm-model", "gpt-4o"], "--llm-model needs --llm-url"),
         (["--llm-header", "A: b"], "--llm-header needs --llm-url"),
         (["--no-llm-include-usage"], "--llm-include-usage needs --llm-url"),
@@ -809,6 +816,13 @@ def test_the_variable_of_the_key_has_to_be_there_if_it_is_named() -> None:
     assert given(*PROVIDER).settings().provider.api_key is None  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("key", [f"{SECRET}\nagain", f"{SECRET} again", f"中{SECRET}"])
+def test_a_key_that_no_header_can_carry_is_a_fault(key: str) -> None:
+    (line,) = provider_faults(environ={"OPENAI_API_KEY": key})
+    assert line.startswith("OPENAI_API_KEY holds characters that no key has")
+    assert SECRET not in line
+
+
 def test_a_fault_of_the_extra_fields_names_the_field() -> None:
     (line,) = provider_faults("--llm-extra-body", '{"stream": false}')
     assert line.startswith("--llm-extra-body: 'stream' cannot be set")
@@ -834,6 +848,7 @@ def test_a_model_without_a_provider_is_a_scenario_of_the_demo_one() -> None:
     assert (settings.demo.idle_timeout, settings.demo.retries) == (3, 0)
     assert settings.demo.stops_on_close is StopsOnClose.YES
     assert given().settings().demo.model == "demo"
+    assert given("--llm-model", "demo-story").settings().demo.model == "demo-story"
 
 
 @pytest.mark.parametrize(
@@ -957,6 +972,7 @@ def test_the_default_file_changes_nothing_and_has_every_setting_once() -> None:
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 100
     assert re.findall(r"^#(\w+) = ", text, re.MULTILINE) == KEYS
+    assert "--" not in text.partition("\n## ")[2]  # its settings are keys, not flags
     assert text.count("## ") == len({setting.section for setting in SETTINGS.values()})
 
 
