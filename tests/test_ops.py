@@ -182,9 +182,14 @@ def test_ready_is_told_apart_from_alive(served: Ops) -> None:
 
 def test_head_is_get_without_a_body(served: Ops) -> None:
     _, body = served.ask("/metrics")
-    response, nothing = served.ask("/metrics", method="HEAD")
-    assert (response.status, nothing) == (200, b"")
+    connection = HTTPConnection("127.0.0.1", served.port, timeout=LIMIT)
+    connection.request("HEAD", "/metrics")
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (200, b"")
     assert int(response.headers["Content-Length"]) == len(body)
+    connection.request("GET", "/livez")  # of a body this would be the next answer
+    assert connection.getresponse().read() == b"ok\n"
+    connection.close()
 
 
 @pytest.mark.parametrize(
@@ -230,6 +235,8 @@ def test_a_port_that_is_taken_is_an_error(served: Ops) -> None:
     second = OpsServer("127.0.0.1", served.port, served.registry, dict, lambda: True)
     with pytest.raises(OSError, match="in use"):
         second.start()
+    second.stop()  # which whoever starts it does, whatever came of it
+    assert served.ask("/livez")[0].status == 200
 
 
 def test_when_it_has_stopped_nobody_answers(served: Ops) -> None:
