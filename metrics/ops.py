@@ -151,7 +151,7 @@ class _Handler(gevent.pywsgi.WSGIHandler):
 
     def handle(self) -> None:
         self.socket.settimeout(_SILENCE_SECONDS)
-        # Head and body are two writes: the second would wait 40 ms for the peer's word on the first.
+        # Head and body are two writes: the second would wait 40 ms for the peer's ACK of the first.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().handle()
 
