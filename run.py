@@ -34,7 +34,7 @@ from prometheus_client import CollectorRegistry
 
 from actors.greenlet import queued_messages
 from actors.messages import Drain, ShutDown
-from actors.picture import picture
+from actors.picture import keep_in_picture, log_picture
 from actors.session import SessionActor, SessionHandle
 from actors.supervisor import Supervision
 from gateway import doctor
@@ -62,8 +62,13 @@ _GC_THRESHOLDS = (10_000, 20, 50)
 _GOODBYES_PER_SECOND = 100
 """How many clients are told to go, on the average: all of them will be back at once, somewhere."""
 
+_SPREAD_SHARE = 0.5
+"""Of the drain's limit: whoever has nothing live and goes last is gone well before its end."""
+
 _SHUTDOWN_SECONDS = 5.0
 """How long the sessions may take to end in order, and then their clients to say goodbye."""
+
+_NOTIFY_SECONDS = 1.0
 
 _log = get_logger("SYS")
 
@@ -172,12 +177,14 @@ class Gateway:
         """Take no more requests, and wait until every session has left, but not for ever."""
         seconds = self.settings.drain_timeout
         self._is_draining = True
-        census = self.supervision.census()
-        if not seconds or census is None:
+        if not seconds:
             return
+        census = self.supervision.census()
+        # Where the supervisor has just failed, the next one lets them go.
+        sessions = census.sessions if census else self.server.connections
+        _log.info("Draining", sessions=sessions, requests=census.requests if census else None)
         all_gone = gevent.event.Event()
-        spread_seconds = min(seconds, census.sessions / _GOODBYES_PER_SECOND)
-        _log.info("Draining", sessions=census.sessions, requests=census.requests)
+        spread_seconds = min(seconds * _SPREAD_SHARE, sessions / _GOODBYES_PER_SECOND)
         self.supervision.tell(Drain(spread_seconds, all_gone.set))
         if not all_gone.wait(seconds):
             self.metrics.drain_timeouts.inc()
@@ -240,7 +247,7 @@ def serve(settings: Settings) -> int:
     """
     stop = _stopped_by_signals()
     if hasattr(signal, "SIGUSR1"):
-        gevent.signal_handler(signal.SIGUSR1, _log_picture)
+        gevent.signal_handler(signal.SIGUSR1, log_picture)
     gateway = Gateway(settings, on_give_up=lambda: stop.set(1))
     where = f"{settings.server.host}:{settings.server.port}"
     try:
@@ -263,6 +270,7 @@ def serve(settings: Settings) -> int:
     # What stands now lives as long as the process: the collector need not look at it again and
     # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
     gc.collect()
+    keep_in_picture()
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
     notify("READY=1")
@@ -280,14 +288,9 @@ def notify(state: str) -> None:
     if not path or not hasattr(socket, "AF_UNIX"):
         return
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(_NOTIFY_SECONDS)  # its queue may be full, and it may read no more
         sock.connect("\0" + path[1:] if path.startswith("@") else path)
         sock.send(state.encode())
-
-
-def _log_picture() -> None:
-    for event, fields in picture():
-        # Asked for by name, whatever the level of the log is otherwise.
-        _log.warning(event, **fields)
 
 
 def serve_demo(host: str, port: int) -> int:

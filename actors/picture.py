@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import time
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,29 +13,64 @@ from types import FrameType
 from typing import Any
 
 import gevent
+import structlog
 from greenlet import greenlet
 
 from actors.greenlet import GreenletActor
+from metrics.slices import in_slices
 
 _LIBRARIES = ("gevent", "greenlet")
 """Where greenlets wait on somebody's behalf: who that is says more."""
 
+_lasting: weakref.WeakSet[greenlet] = weakref.WeakSet()
+
+# Asked for by a signal of its own, so it comes whatever the level of the log is otherwise.
+_log = structlog.wrap_logger(
+    None, wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET), component="SYS"
+)
+
+
+def log_picture() -> None:
+    """Write the picture to the log. Everybody else has a turn now and then: not for the hub."""
+    for event, fields in in_slices(picture()):
+        _log.info(event, **fields)
+
 
 def picture() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Events and their fields: each actor, then how many greenlets wait where.
-
-    Takes some milliseconds, in which nothing else runs.
-    """
+    """Events and their fields: each actor, then how many greenlets wait where."""
     now = time.monotonic()
-    actors = sorted(GreenletActor.alive, key=lambda actor: (type(actor).__name__, actor.actor_urn))
+    actors = sorted(GreenletActor.alive, key=lambda actor: (_kind(actor), actor.actor_urn))
     for actor in actors:
-        kind = type(actor).__name__.removesuffix("Actor")
-        inbox: Any = actor.actor_inbox
-        yield f"{kind} state", {**actor.describe(now), "mailbox": len(inbox)}
-    places = Counter(_place(one) for one in gc.get_objects() if isinstance(one, greenlet))
+        if actor in GreenletActor.alive:  # still
+            inbox: Any = actor.actor_inbox
+            yield f"{_kind(actor)} state", {**_described(actor, now), "mailbox": len(inbox)}
+    places = Counter(_place(one) for one in _greenlets())
     for place, count in places.most_common():
         if place:
             yield "Greenlets", {"count": count, "waiting_in": place}
+
+
+def keep_in_picture() -> None:
+    """To be called before `gc.freeze()`: the collector does not know what is frozen any more."""
+    _lasting.update(_greenlets())
+
+
+def _kind(actor: GreenletActor) -> str:
+    return type(actor).__name__.removesuffix("Actor")
+
+
+def _described(actor: GreenletActor, now: float) -> dict[str, Any]:
+    try:
+        return actor.describe(now)
+    except Exception as error:
+        # One that is broken is what somebody may be looking for. What it says may be anything.
+        return {"actor": actor.actor_urn, "failed_to_describe": type(error).__name__}
+
+
+def _greenlets() -> set[greenlet]:
+    # By type, since asking a weak proxy for its class may raise.
+    found = {one for one in gc.get_objects() if issubclass(type(one), greenlet)}
+    return found | set(_lasting)
 
 
 def _place(one: greenlet) -> str:

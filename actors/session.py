@@ -191,12 +191,15 @@ class SessionActor(GreenletActor):
         self._takes_requests = takes_requests
         self._may_leave = False
         """Whether it is to end as soon as nothing is live."""
+        self._is_over = False
+        """True when the farewell was said: what still comes is nobody's."""
 
     def describe(self, now: float) -> dict[str, Any]:
         return {
             "session_id": self._session_id,
             "peer": self._peer,
             "live": list(self._live),
+            "voice": self._voice.request_id if self._voice else None,
             "interrupts_to_answer": len(self._interrupts),
             "remaining_seconds": self._lifetime.remaining_seconds(now),
             "takes_requests": self._takes_requests,
@@ -206,6 +209,8 @@ class SessionActor(GreenletActor):
         self._tell_supervisor(SessionStarted(self.actor_ref))
 
     def handle(self, message: SessionMessage) -> None:
+        if self._is_over:
+            return
         match message:
             case FrameReceived(frame, read_at):
                 self._on_frame(frame, read_at)
@@ -229,7 +234,8 @@ class SessionActor(GreenletActor):
                 self._end(InterruptReason.CONNECTION_LOST, lambda: None)
             case Leave(pause_seconds):
                 self._takes_requests = False
-                self._pause = Timer(pause_seconds, self.actor_ref, PauseIsOver())
+                # A new supervisor says it once more, with a pause of its own.
+                self._pause = self._pause or Timer(pause_seconds, self.actor_ref, PauseIsOver())
             case PauseIsOver():
                 self._may_leave = True
                 self._settle()
@@ -329,7 +335,7 @@ class SessionActor(GreenletActor):
             self._voice_request(request_id, request)
         elif self._is_used(request_id):
             self._refuse_used(request_id)
-        elif not self._takes_requests:
+        elif self._is_leaving(request_id):
             self._refuse_busy("shutdown", _LEAVING, request_id)
         else:
             self._text_request(request_id, request)
@@ -355,6 +361,11 @@ class SessionActor(GreenletActor):
             self._profile = profile
             self._accept(request_id, text)
             self._settle()
+
+    def _is_leaving(self, request_id: str) -> bool:
+        """Whether this request comes too late. One that was interrupted before it came does not:
+        no ERROR may tell of it."""
+        return not self._takes_requests and self._early_reason(request_id) is None
 
     def _is_used(self, request_id: str) -> bool:
         return (
@@ -470,7 +481,7 @@ class SessionActor(GreenletActor):
             pass  # said once more, with the result of another call
         elif self._is_used(request_id):
             self._refuse_used(request_id)
-        elif not self._takes_requests:
+        elif self._is_leaving(request_id):
             self._refuse_busy("shutdown", _LEAVING, request_id)
         elif waiting is not None:
             detail = f"this answer goes on as {waiting.request_id!r} already"
@@ -496,7 +507,7 @@ class SessionActor(GreenletActor):
         elif self._is_used(request_id):
             self._refuse_used(request_id)
             self._drop_voice(request_id)  # nor are its other frames wanted
-        elif not self._takes_requests:
+        elif self._is_leaving(request_id):
             self._metrics.refused.labels("shutdown").inc()
             self._fail_voice(request_id, VoiceError(ErrorCode.SERVER_BUSY, _LEAVING))
         else:
@@ -553,6 +564,7 @@ class SessionActor(GreenletActor):
     def _fail_voice(self, request_id: str, failure: VoiceError) -> None:
         self._drop_voice(request_id)
         self._refuse_request(failure.code, failure.detail, request_id)
+        self._settle()
 
     def _drop_voice(self, request_id: str) -> None:
         """Take nothing more of a VOICE request, and say nothing to what still comes of it."""
@@ -630,8 +642,14 @@ class SessionActor(GreenletActor):
         return InterruptResult(request_id, InterruptOutcome.ALREADY_DONE, delivered, None)
 
     def _take_early(self, request_id: str) -> InterruptReason | None:
+        """`_early_reason`, which holds for the one request that comes now."""
+        reason = self._early_reason(request_id)
+        self._early.pop(request_id, None)
+        return reason
+
+    def _early_reason(self, request_id: str) -> InterruptReason | None:
         """Why a request that comes now was interrupted before it came; None when it was not."""
-        read_at, reason = self._early.pop(request_id, (-math.inf, None))
+        read_at, reason = self._early.get(request_id, (-math.inf, None))
         return reason if time.monotonic() - read_at <= EARLY_INTERRUPT_SECONDS else None
 
     def _answer_early(self, request_id: str, text: str | None, reason: InterruptReason) -> None:
@@ -709,9 +727,10 @@ class SessionActor(GreenletActor):
         if self._live:
             self._start_next()
         elif self._farewell is not None:
+            self._is_over = True
             self._farewell()
             self.stop()
-        elif self._may_leave and not self._interrupts:
+        elif self._may_leave and self._voice is None:
             self._end_for_restart(InterruptReason.SERVER_SHUTDOWN)
 
     def _is_awaited(self, live: Live) -> bool:

@@ -158,9 +158,12 @@ class SupervisorActor(GreenletActor):
         tell(session, Leave(random.uniform(0, drain.spread_seconds)))
 
     def _check_empty(self) -> None:
-        leaving = self._shut_down or self._drain
-        if leaving is not None and not self._sessions and not self._requests:
-            leaving.done()
+        if self._sessions:
+            return
+        if self._drain is not None:
+            self._drain.done()  # a stream that outlived its request keeps nobody waiting
+        if self._shut_down is not None and not self._requests:
+            self._shut_down.done()
 
     def _reap(self, now: float) -> None:
         for entry in list(self._requests.values()):

@@ -224,6 +224,7 @@ class Given:
         source: FakeSource | None = None,
         *,
         tell_supervisor: Callable[[SupervisorMessage], None] | None = None,
+        takes_requests: bool = True,
         **settings: Any,
     ) -> None:
         self.source = source or FakeSource()
@@ -238,6 +239,7 @@ class Given:
             health=lambda: HealthStatus("UP", 1, 0.0),
             settings=SessionSettings(**settings),
             metrics=self.metrics,
+            takes_requests=takes_requests,
         )
         self.session_id: str | None = None
 
