@@ -401,7 +401,7 @@ class _Connection:
                 protocol.send_response(_response(http.HTTPStatus.OK, "ok\n"))
             else:
                 busy = http.HTTPStatus.SERVICE_UNAVAILABLE
-                protocol.send_response(_response(busy, "shutting down\n"))
+                protocol.send_response(_response(busy, "not ready\n"))
         else:
             text = f"nothing at {path[:100]!r}; the WebSocket is at {PATH}\n"
             protocol.send_response(_response(http.HTTPStatus.NOT_FOUND, text))
