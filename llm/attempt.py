@@ -212,7 +212,8 @@ class Attempt:
         except (MalformedChunkError, UnicodeDecodeError) as error:
             self._hand_on()
             if not (self._lines and self._lines.ended):
-                why = error.reason if isinstance(error, UnicodeDecodeError) else error
+                # In words: the error itself would be in a cycle with this frame.
+                why = error.reason if isinstance(error, UnicodeDecodeError) else str(error)
                 raise MalformedStreamError(f"malformed stream: {why}") from None
             if self.finish_reason is None:  # cut in the middle of its last event
                 raise self._incomplete(None) from None
@@ -397,6 +398,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
     except gevent.Timeout as fired:
         if fired is not timeout:
             raise
+        timeout.__traceback__ = None  # it leads to this frame, which knows it
     finally:
         timeout.close()
 

@@ -2031,6 +2031,14 @@ def a_completed_one(client: LlmClient, provider: ProviderProcess) -> Run:
     return Run(client, provider.fresh(scripts.answer(["a"]))).start()
 
 
+def one_that_is_not_json(client: LlmClient, provider: ProviderProcess) -> Run:
+    return Run(client, provider.fresh(scripts.raw([text_event("a"), b"data: {\n\n"]))).start()
+
+
+def one_whose_body_stays_open(client: LlmClient, provider: ProviderProcess) -> Run:
+    return Run(client, provider.fresh(scripts.done_but_open(["a"]))).start()
+
+
 def one_with_a_malformed_call(client: LlmClient, provider: ProviderProcess) -> Run:
     script = scripts.call_answer(scripts.call_events("f", "?"))
     return Run(client, provider.fresh(script)).start()
@@ -2047,6 +2055,8 @@ def one_with_a_call(client: LlmClient, provider: ProviderProcess) -> Run:
         a_failed_one,
         a_truncated_one,
         a_completed_one,
+        one_that_is_not_json,
+        one_whose_body_stays_open,
         one_with_a_malformed_call,
         one_with_a_call,
     ],
