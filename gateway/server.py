@@ -28,6 +28,7 @@ from websockets.http11 import Request, Response
 from websockets.protocol import OPEN, State
 from websockets.server import ServerProtocol
 
+from gateway import pages
 from gateway.outbox import Outbox, OutboxSettings
 from gateway.protocol import (
     MAX_FRAME_BYTES,
@@ -391,6 +392,8 @@ class _Connection:
             refused = _response(http.HTTPStatus.METHOD_NOT_ALLOWED, "only GET is served here\n")
             refused.headers["Allow"] = "GET"
             protocol.send_response(refused)
+        elif (page := pages.answer(path, request.headers)) is not None:
+            protocol.send_response(page)
         elif path == "/health":
             body = msgspec.json.encode(self._server.health()).decode()
             protocol.send_response(_response(http.HTTPStatus.OK, body, "application/json"))
