@@ -299,11 +299,13 @@ class Attempt:
         if 300 <= raw.status < 400:
             return BadStatusError(raw.status, "redirects are not followed")
         body = self._read_error_body(raw)
+        text = body.decode("utf-8", "replace")
         message = error_message(body)
-        if message is None:
-            message = body.decode("utf-8", "replace")
         return BadStatusError(
-            raw.status, self.client.quote(message), parse_retry_after(raw.headers)
+            raw.status,
+            self.client.quote(text if message is None else message),
+            parse_retry_after(raw.headers),
+            text,
         )
 
     def _read_error_body(self, raw: urllib3.BaseHTTPResponse) -> bytes:

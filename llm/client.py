@@ -9,7 +9,7 @@ import urllib3
 from llm.chat import Prompt, encode_body
 from llm.connections import Connections
 from llm.errors import BadStatusError
-from llm.provider import Provider, completions_url
+from llm.provider import Provider, check_header_values, completions_url
 
 _QUOTED_CHARS = 500
 
@@ -18,7 +18,7 @@ class ProviderClient:
     """What all generations of one provider share.
 
     Raises:
-        ValueError: its URL is none.
+        ValueError: its URL is none, or its key or a header cannot be sent.
         OSError: its certificates cannot be read.
     """
 
@@ -44,7 +44,11 @@ class ProviderClient:
             self._headers[provider.key_header] = provider.api_key
         elif provider.api_key:
             self._headers["Authorization"] = f"Bearer {provider.api_key}"
-        self._headers.update(provider.headers)
+        ours = {name.lower() for name in provider.headers}
+        self._headers = {
+            name: value for name, value in self._headers.items() if name.lower() not in ours
+        } | dict(provider.headers)
+        check_header_values(self._headers)
         self.asks_for_usage = provider.include_usage
         """Whether requests ask for the usage: some servers do not know of that."""
 
@@ -68,7 +72,7 @@ class ProviderClient:
 
     def refuses_usage(self, error: BadStatusError) -> bool:
         """Whether a request was refused for asking for the usage: then no other one does."""
-        is_about_it = "stream_options" in error.message or "include_usage" in error.message
+        is_about_it = "stream_options" in error.body or "include_usage" in error.body
         if not (error.status in (400, 422) and is_about_it):
             return False
         self.asks_for_usage = False
@@ -79,6 +83,11 @@ class ProviderClient:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text.strip()[:_QUOTED_CHARS]
+
+    def retire(self) -> None:
+        """Close the idle connections, and keep none from now on: only those who have begun with
+        this client still use it."""
+        self._connections.retire()
 
     def close(self) -> None:
         """Close the idle connections."""

@@ -7,8 +7,10 @@ in loops of its own. Here no byte is read before the loop has had its turn (`llm
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import io
+import queue
 import socket
 import struct
 import sys
@@ -77,7 +79,9 @@ class Connections:
             context.load_verify_locations(ca_file or certifi.where())
             options["ssl_context"] = context
         # Looked up once: a manager does so at each request, for a tenth of all that one takes.
-        self._pool = _make_pools(proxy, options).connection_from_url(url)
+        pool = _make_pools(proxy, options).connection_from_url(url)
+        assert isinstance(pool, _Retiring)
+        self._pool = pool
         is_forwarded = proxy is not None and url.startswith("http:")
         # RFC 9112, section 3.2.2: a proxy that forwards is told the whole URL.
         self._target = url if is_forwarded else urllib3.util.parse_url(url).request_uri
@@ -112,6 +116,10 @@ class Connections:
             preload_content=False,
             decode_content=False,
         )
+
+    def retire(self) -> None:
+        """Close the idle connections, and keep none from now on. Requests can still be made."""
+        self._pool.retire()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -214,9 +222,25 @@ def _connect_limit(connection: HTTPConnection) -> gevent.Timeout:
     return gevent.Timeout(connection.timeout, error)
 
 
-class _Pool(HTTPConnectionPool):
+class _Retiring(HTTPConnectionPool):
+    _is_retired = False
+
+    def retire(self) -> None:
+        self._is_retired = True
+        with contextlib.suppress(queue.Empty):
+            while self.pool is not None:
+                self._put_conn(self.pool.get(block=False))
+
+    def _put_conn(self, conn: Any) -> None:
+        if not self._is_retired:
+            super()._put_conn(conn)
+        elif conn is not None:
+            conn.close()
+
+
+class _Pool(_Retiring):
     ConnectionCls = _Connection
 
 
-class _TlsPool(HTTPSConnectionPool):
+class _TlsPool(_Retiring, HTTPSConnectionPool):
     ConnectionCls = _TlsConnection

@@ -36,13 +36,16 @@ class BadStatusError(StreamError):
         status: HTTP status code.
         message: what the provider said about it, possibly empty.
         retry_after: seconds that it asks to wait; None where it does not.
+        body: all that it said.
     """
 
-    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, retry_after: float | None = None, body: str = ""
+    ) -> None:
         super().__init__(f"the provider answered {status}" + (f": {message}" if message else ""))
         self.status = status
-        self.message = message
         self.retry_after = retry_after
+        self.body = body
 
 
 class NotAStreamError(StreamError):

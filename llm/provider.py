@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,23 +92,27 @@ class Provider:
     @property
     def name(self) -> str:
         """What it is called in a log: its host and port, as its URL has them."""
-        return urlsplit(self.base_url.strip()).netloc.rpartition("@")[2]
+        return urlsplit(self.base_url.strip()).netloc
 
     @property
     def secrets(self) -> tuple[str, ...]:
         """What nobody may read, the longest first: one may be part of another."""
-        # Shorter ones are switches and numbers, and part of any text.
-        values = [value for value in self.headers.values() if len(value) >= _SECRET_CHARS]
-        parts = [self.api_key, *values]
+        # With their scheme ("Bearer …") and without. Short ones are switches and numbers, and parts
+        # of any text.
+        values = [part for value in self.headers.values() for part in (value, *value.split())]
+        parts = [self.api_key, *(value for value in values if len(value) >= _SECRET_CHARS)]
         if self.proxy:
             parts += _credentials(self.proxy)
         return tuple(sorted({part for part in parts if part}, key=len, reverse=True))
 
 
 def _credentials(url: str) -> list[str]:
-    """The password in a URL, as it stands there and as it is meant."""
-    password = urlsplit(url).password
-    return [password, unquote(password)] if password else []
+    """The password in a URL, as it stands there, as it is meant, and as a proxy is told it."""
+    parsed = urlsplit(url)
+    if not parsed.password:
+        return []
+    pair = f"{unquote(parsed.username or '')}:{unquote(parsed.password)}"
+    return [parsed.password, unquote(parsed.password), b64encode(pair.encode()).decode()]
 
 
 def completions_url(base_url: str) -> str:
@@ -129,6 +134,8 @@ def completions_url(base_url: str) -> str:
         raise ValueError(f"is not the URL of a server: {error}") from None
     if parsed.scheme not in ("http", "https"):
         raise ValueError("is no URL: it must begin with http:// or https://")
+    if parsed.username is not None:
+        raise ValueError("holds credentials: the key comes from the environment only")
     if not host or port == 0 or any(char.isspace() for char in url):
         raise ValueError("is not the URL of a server")
     path = parsed.path.rstrip("/")
@@ -146,11 +153,21 @@ def check_headers(headers: Mapping[str, str]) -> None:
     Raises:
         ValueError: one cannot, in words that name it. A value is never shown.
     """
-    for name, value in headers.items():
+    for name in headers:
         if not _TOKEN.fullmatch(name):
             raise ValueError(f"{name!r} is no name of a header")
         if name.lower() in _OUR_HEADERS:
             raise ValueError(f"{name} cannot be set: the gateway needs its own")
+    check_header_values(headers)
+
+
+def check_header_values(headers: Mapping[str, str]) -> None:
+    """Look whether the values of headers can be sent.
+
+    Raises:
+        ValueError: one cannot, in words that name the header. A value is never shown.
+    """
+    for name, value in headers.items():
         if not _HEADER_VALUE.fullmatch(value):
             raise ValueError(f"the value of {name} holds characters that no header has")
 

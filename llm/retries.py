@@ -6,6 +6,7 @@ Retried is what cost nobody anything: a connection that could not be made, and a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Mapping
@@ -63,13 +64,16 @@ def parse_retry_after(headers: Mapping[str, str]) -> float | None:
     Args:
         headers: `Retry-After` as RFC 9110, section 10.2.3 has it, or OpenAI's `retry-after-ms`.
     """
-    try:
-        if (milliseconds := headers.get("retry-after-ms")) is not None:
-            seconds = float(milliseconds) / 1000
-        elif (value := headers.get("Retry-After")) is not None:
-            seconds = float(_retry.parse_retry_after(value))
-        else:
-            return None
-    except (ValueError, OverflowError, InvalidHeader):
-        return None
-    return seconds if 0 <= seconds < math.inf else None
+    milliseconds, value = headers.get("retry-after-ms"), headers.get("Retry-After")
+    for text, read in ((milliseconds, _parse_milliseconds), (value, _retry.parse_retry_after)):
+        if text is None:
+            continue
+        with contextlib.suppress(ValueError, OverflowError, InvalidHeader):
+            seconds = float(read(text))
+            if 0 <= seconds < math.inf:
+                return seconds
+    return None
+
+
+def _parse_milliseconds(text: str) -> float:
+    return float(text) / 1000

@@ -133,6 +133,21 @@ class LlmClient:
         """
         return Generation(self, prompt, sink, on_end)
 
+    def reload(self, provider: Provider, fallback: Provider | None) -> None:
+        """Ask these providers, from the next generation on; those that run stay with the old ones.
+
+        Raises:
+            ValueError: the URL of one is none. Nothing has changed then.
+            OSError: the certificates of one cannot be read. Nothing has changed then.
+        """
+        first = ProviderClient(provider)
+        second = None if fallback is None else ProviderClient(fallback)
+        self.first.retire()
+        if self.fallback is not None:
+            self.fallback.retire()
+        self.first, self.fallback = first, second
+        self.breaker = Breaker(self.settings.breaker_failures, self.settings.breaker_seconds)
+
     def close(self) -> None:
         """Close the idle connections."""
         self.first.close()
@@ -288,17 +303,29 @@ class Generation:
         """
         try:
             self._ask(client, trial)
+            trial.succeeded()
         except StreamError as error:
-            if self._is_final(error):
-                raise
+            # One that used up all the time there is has failed, too.
             if is_requests_fault(error):
                 trial.succeeded()
             else:
-                trial.failed()
+                self._count_failure(client, trial)
+            if self._is_final(error):
+                raise
             return _forget_how(error)
         finally:
             trial.abandoned()
         return None
+
+    def _count_failure(self, client: ProviderClient, trial: Trial) -> None:
+        before = self._llm.breaker.state
+        trial.failed()
+        if self._llm.breaker.state is not before:
+            _log.warning(
+                "Provider left alone",
+                provider=client.provider.name,
+                seconds=self._llm.settings.breaker_seconds,
+            )
 
     def _ask(self, client: ProviderClient, trial: Trial | None) -> None:
         """Ask one provider, again where that may help."""

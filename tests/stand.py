@@ -235,7 +235,9 @@ class Stand:
         serious = [
             line
             for line in self.lines()
-            if line["level"] in SERIOUS and line.get("session_id") in whose
+            if line["level"] in SERIOUS
+            and line.get("session_id") in whose
+            and line["event"] != "Provider left alone"
         ]
         for line in serious:
             del line["timestamp"]

@@ -765,13 +765,14 @@ def test_when_the_one_that_tries_is_interrupted_in_its_wait_for_a_retry_the_next
     pair.answers(FIRST)
 
 
-def test_when_the_one_that_tries_is_too_late_for_the_total_limit_the_next_one_tries(
+def test_a_first_provider_that_used_up_all_the_time_there_is_has_failed(
     make_pair: MakePair,
 ) -> None:
     pair = make_pair(total_timeout=0.3)
     pair.wait_open_seconds()
     pair.stand.wait_failed(pair.stand.ask(scripts.no_headers()), "REQUEST_TIMEOUT")
-    pair.answers(FIRST)
+    assert pair.state() is BreakerState.OPEN
+    pair.answers(SECOND)
 
 
 def test_without_a_fallback_nobody_is_left_alone(
@@ -786,3 +787,11 @@ def test_without_a_fallback_nobody_is_left_alone(
             assert len(stand.posts(request_id)) == 1
         stand.complete(scripts.answer([ANSWER]))
         assert stand.lines("Asking the fallback") == []
+
+
+def test_a_complete_answer_without_a_token_shows_that_the_first_is_well(pair: Pair) -> None:
+    pair.wait_open_seconds()
+    request_id = pair.stand.ask(scripts.answer([]))
+    pair.stand.wait_completed(request_id)
+    assert pair.asked(request_id) == [FIRST]
+    assert pair.state() is BreakerState.CLOSED

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from llm.client import ProviderClient
 from llm.provider import (
     Provider,
     StopsOnClose,
@@ -247,7 +248,8 @@ def test_the_key_is_secret_however_short() -> None:
 
 def test_values_of_headers_are_secret_unless_they_are_short() -> None:
     headers = {"X-Key": "12345678", "X-Debug": "1234567", "Authorization": "Basic dXNlcjpwdw=="}
-    assert set(provider(headers=headers).secrets) == {"12345678", "Basic dXNlcjpwdw=="}
+    secrets = set(provider(headers=headers).secrets)
+    assert secrets == {"12345678", "Basic dXNlcjpwdw==", "dXNlcjpwdw=="}
 
 
 def test_the_password_of_a_proxy_is_secret_as_it_stands_and_as_it_is_meant() -> None:
@@ -298,3 +300,15 @@ def test_the_defaults_are_those_of_the_operating_contract() -> None:
 def test_it_cannot_be_changed_once_it_is_made() -> None:
     with pytest.raises(FrozenInstanceError):
         provider().model = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nX: y", f"{KEY}–"])
+def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(ValueError, match="Authorization") as refused:
+        ProviderClient(provider(api_key=key))
+    assert KEY not in str(refused.value)
+
+
+def test_a_url_with_credentials_is_refused() -> None:
+    with pytest.raises(ValueError, match="credentials"):
+        completions_url("http://user:password@host/v1")

@@ -10,6 +10,7 @@ import json
 import re
 import socket
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -1260,3 +1261,37 @@ def test_an_interrupt_through_a_proxy_closes_the_stream(
         assert proxy.wait_request().closed.wait(1)
         provider.wait_closed(post.conn)
         stand.wait_interrupted(request_id)
+
+
+def test_a_proxy_that_echoes_its_credentials_gives_them_to_nobody(make_stand: MakeStand) -> None:
+    credentials = b64encode(f"user:{PASSWORD}".encode()).decode()
+    length = len(f"not known: Basic {credentials}")
+    head = f"HTTP/1.1 403 Forbidden\r\nContent-Length: {length}\r\n\r\n".encode()
+    with Proxy(answer=head + b"not known: {authorization}") as proxy:
+        stand = make_stand(proxy=proxy.url("user:p%40ss%20word-secret"))
+        stand.secrets += [PASSWORD, credentials]
+        stand.fail(scripts.answer([ANSWER]))
+
+
+def test_a_key_in_a_header_of_ours_is_secret_without_its_scheme_too(make_stand: MakeStand) -> None:
+    stand = make_stand(api_key=None, headers={"Authorization": f"Bearer {KEY}"})
+    assert stand.fail(refusal(401, "bad key")) == "the provider answered 401: bad key ***"
+
+
+@pytest.mark.parametrize(("key_header", "name"), [(None, "authorization"), ("api-key", "Api-Key")])
+def test_a_header_is_never_sent_twice_however_it_is_written(
+    make_stand: MakeStand, key_header: str | None, name: str
+) -> None:
+    with Proxy() as proxy:
+        stand = make_stand(proxy=proxy.url(), key_header=key_header, headers={name: "Basic x"})
+        stand.complete(scripts.answer([ANSWER]))
+        assert proxy.requests[0].head.lower().count(f"\r\n{name.lower()}:") == 1
+
+
+def test_a_long_refusal_that_names_the_usage_only_at_its_end_is_understood(
+    make_stand: MakeStand,
+) -> None:
+    stand = make_stand()
+    body = {"error": {"message": "x" * 2000 + " stream_options is not known"}}
+    refused = scripts.http_error(400, body)
+    stand.wait_completed(stand.ask_in_turn(refused, scripts.answer([ANSWER])))

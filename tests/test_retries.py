@@ -234,3 +234,7 @@ def test_a_huge_time_is_no_less_than_hours_and_no_error(value: str) -> None:
 def test_the_bounds_of_the_pause_are_those_of_the_readme() -> None:
     # The tests through the gateway patch the first one.
     assert (retries._FIRST_SECONDS, retries._MAX_SECONDS) == (0.5, 8.0)
+
+
+def test_milliseconds_that_are_nonsense_do_not_hide_good_seconds() -> None:
+    assert parse(retry_after_ms="soon", Retry_After="3") == 3.0
