@@ -31,20 +31,21 @@ _log = structlog.wrap_logger(
 
 
 def log_picture() -> None:
-    """Write the picture to the log. Everybody else has a turn now and then: not for the hub."""
+    """Write the picture to the log. Others have a turn now and then, so not for the hub."""
     for event, fields in in_slices(picture()):
         _log.info(event, **fields)
 
 
 def picture() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Events and their fields: each actor, then how many greenlets wait where."""
+    """Events and their fields: each actor, then how many greenlets wait where. Others have a turn
+    now and then, so not for the hub."""
     now = time.monotonic()
     actors = sorted(GreenletActor.alive, key=lambda actor: (_kind(actor), actor.actor_urn))
     for actor in actors:
         if actor in GreenletActor.alive:  # still
             inbox: Any = actor.actor_inbox
             yield f"{_kind(actor)} state", {**_described(actor, now), "mailbox": len(inbox)}
-    places = Counter(_place(one) for one in _greenlets())
+    places = Counter(_place(one) for one in in_slices(_greenlets()))
     for place, count in places.most_common():
         if place:
             yield "Greenlets", {"count": count, "waiting_in": place}

@@ -1,0 +1,250 @@
+"""The picture of what is alive, as SIGUSR1 draws it for a person."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import signal
+import time
+import weakref
+from typing import Any
+
+import gevent
+import pykka
+import pytest
+from structlog.testing import capture_logs
+
+from actors.greenlet import tell
+from actors.picture import keep_in_picture, log_picture, picture
+from actors.request import RequestActor
+from gateway.protocol import Request, RequestContent
+from tests.fakes import LIMIT, FakeSource
+from tests.harness import scripts
+from tests.harness.client import Client, wait_until
+from tests.harness.daemon import Daemon
+from tests.harness.provider_process import ProviderProcess
+from tests.test_run import KEY, TEXT_LINE, provider_arguments
+from tests.test_session import Given
+from tests.test_supervisor import Given as GivenSupervisor
+from tests.test_supervisor import Mailbox
+
+pytestmark = pytest.mark.usefixtures("no_actor_left")
+
+NEEDS_SIGUSR1 = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SIGUSR1 here")
+
+
+def states(kind: str) -> list[dict[str, Any]]:
+    """What the picture has of the actors of a kind."""
+    return [fields for event, fields in picture() if event == f"{kind} state"]
+
+
+def places() -> dict[str, int]:
+    """How many greenlets wait where."""
+    return {
+        fields["waiting_in"]: fields["count"] for event, fields in picture() if event == "Greenlets"
+    }
+
+
+# By hand -----------------------------------------------------------------------------------------
+
+
+@NEEDS_SIGUSR1
+@pytest.mark.parametrize("level", ["info", "error"])
+def test_a_signal_draws_it_in_lines_that_a_person_can_read(
+    provider: ProviderProcess, level: str
+) -> None:
+    answer = "an answer that is nobody's business"
+    script = provider.fresh(scripts.idle_mid_stream([answer]), "a-question-that-is-private")
+    arguments = [*provider_arguments(provider), "--log-level", level, "--log-format", "text"]
+    with (
+        Daemon(*arguments, env={"OPENAI_API_KEY": KEY}) as daemon,
+        Client(daemon.port) as first,
+        Client(daemon.port) as second,
+    ):
+        ids = [client.request(script, f"ask_{client.session_id}") for client in (first, second)]
+        first.wait_text(ids[0])
+        second.wait_text(ids[1])
+        before = len(daemon.log.splitlines())
+        daemon.signal(signal.SIGUSR1)
+        # Of the greenlets come last those of which there is one; these were there from the start.
+        wait_until(lambda: "_reap_for_ever" in daemon.log, "there is a picture")
+        wait_until(lambda: "_check_for_ever" in daemon.log, "there is all of it")
+        lines = daemon.log.splitlines()[before:]
+        first.interrupt(ids[0])
+        assert first.wait_ack().payload["status"] == "SUCCESS"
+        log = daemon.log
+    for secret in (KEY, script, answer):
+        assert secret not in log
+    drawn: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        match = TEXT_LINE.fullmatch(line)
+        assert match, line
+        event = line.split("] ", 2)[2].split(" | ")[0]
+        drawn.setdefault(event, []).append(json.loads(match["fields"]))
+        assert "[SYS] [INFO]" in line
+    requests = {fields["request_id"]: fields for fields in drawn["Request state"]}
+    assert requests.keys() == set(ids)
+    for fields in requests.values():
+        assert fields["state"] == "streaming"
+        assert fields["told_to_stop"] is False
+        assert 0 <= fields["seconds_without_progress"] <= fields["seconds"] < LIMIT
+    sessions = {fields["session_id"]: fields for fields in drawn["Session state"]}
+    assert sessions.keys() == {first.session_id, second.session_id}
+    assert sessions[first.session_id]["live"] == [ids[0]]
+    assert sessions[first.session_id]["takes_requests"] is True
+    assert 3500 < sessions[first.session_id]["remaining_seconds"] <= 3600
+    [supervisor] = drawn["Supervisor state"]
+    assert (supervisor["sessions"], supervisor["requests"]) == (2, 2)
+    waiting = {fields["waiting_in"]: fields["count"] for fields in drawn["Greenlets"]}
+    for begin, end, count in [
+        ("Generation._run, at ", ".py:", 2),
+        ("Server._serve, at _Connection._read (gateway/server.py:", ")", 2),
+        ("Supervision._reap_for_ever, at ", "(actors/supervisor.py:", 1),
+    ]:
+        found = [waiting[place] for place in waiting if place.startswith(begin) and end in place]
+        assert found == [count], (begin, waiting)
+
+
+# What is in it -----------------------------------------------------------------------------------
+
+
+def test_a_session_shows_what_it_waits_for() -> None:
+    given = Given()
+    [state] = states("Session")
+    assert state["session_id"] is None  # not registered yet
+    given.register()
+    content = RequestContent(voice_mode="BINARY")
+    given.tell(given.frame(Request("v", "VOICE", content, stream_flag=True, stream_seq=0)))
+    given.request("req_1")
+    given.source.next().say("Once")
+    given.settle_requests()
+    [state] = states("Session")
+    assert (state["session_id"], state["peer"]) == (given.session_id, "127.0.0.1:9")
+    assert (state["live"], state["voice"]) == (["req_1"], "v")
+    [state] = states("Request")
+    assert (state["request_id"], state["state"]) == ("req_1", "streaming")
+
+
+def test_what_waits_in_a_mailbox_is_counted() -> None:
+    mailbox = Mailbox()
+    for number in range(3):
+        tell(mailbox.ref, number)
+    assert [state["mailbox"] for state in states("Collector")] == [3]
+
+
+def test_an_actor_that_has_ended_is_not_in_it() -> None:
+    given, other = Given(), Given()
+    given.register()
+    other.register()
+    other.ref.stop(timeout=LIMIT)
+    assert [state["session_id"] for state in states("Session")] == [given.session_id]
+
+
+def test_an_actor_that_ends_while_it_is_drawn_is_not_in_it() -> None:
+    both = [Given(), Given()]
+    for given in both:
+        given.register()
+    drawing = picture()
+    _, first = next(drawing)
+    for given in both:
+        if given.session_id != first["session_id"]:
+            given.ref.stop(timeout=LIMIT)
+    assert [event for event, _ in drawing if event == "Session state"] == []
+
+
+def test_an_actor_that_cannot_describe_itself_is_in_it_and_spoils_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> dict[str, Any]:
+        raise RuntimeError("a text that nobody may read")
+
+    given = Given()
+    given.register()
+    given.request("req_1")
+    given.source.next()
+    monkeypatch.setattr(RequestActor, "describe", broken)
+    with capture_logs() as logs:
+        log_picture()
+    [request] = [log for log in logs if log["event"] == "Request state"]
+    assert request["failed_to_describe"] == "RuntimeError"
+    [ref] = pykka.ActorRegistry.get_by_class(RequestActor)
+    assert request["actor"] == ref.actor_urn
+    assert "nobody may read" not in repr(logs)
+    events = [log["event"] for log in logs]
+    assert events.index("Request state") < events.index("Session state") < events.index("Greenlets")
+
+
+def test_an_object_that_is_gone_spoils_nothing() -> None:
+    class Gone:
+        pass
+
+    gone = Gone()
+    proxy = weakref.proxy(gone)
+    del gone
+    with pytest.raises(ReferenceError):
+        isinstance(proxy, Gone)  # so it is not asked
+    assert places()
+
+
+def a_greenlet_of_this_test() -> None:
+    gevent.sleep(LIMIT)
+
+
+def test_greenlets_are_counted_by_where_they_wait_and_those_that_have_ended_are_not() -> None:
+    greenlets = [gevent.spawn(a_greenlet_of_this_test) for _ in range(3)]
+    gevent.sleep(0)
+    [(place, count)] = [one for one in places().items() if "a_greenlet_of_this_test" in one[0]]
+    assert count == 3
+    line = a_greenlet_of_this_test.__code__.co_firstlineno + 1
+    name = a_greenlet_of_this_test.__name__
+    assert place == f"{name}, at {name} (tests/test_picture.py:{line})"
+    gevent.killall(greenlets)
+    assert not any("a_greenlet_of_this_test" in place for place in places())
+
+
+def test_what_the_collector_has_forgotten_is_in_it_as_long_as_it_lives() -> None:
+    greenlet = gevent.spawn(a_greenlet_of_this_test)
+    gevent.sleep(0)
+    keep_in_picture()
+    gc.freeze()
+    try:
+        assert any("a_greenlet_of_this_test" in place for place in places())
+    finally:
+        gc.unfreeze()
+    greenlet.kill()
+    assert not any("a_greenlet_of_this_test" in place for place in places())
+
+
+def test_two_hundred_sessions_do_not_hold_everybody_up(record_property: Any) -> None:
+    supervisor = GivenSupervisor()
+    source = FakeSource()
+    given = [Given(source, tell_supervisor=supervisor.supervision.tell) for _ in range(200)]
+    for one in given:
+        one.register()
+        one.request("req_1")
+        source.next().say("Once")
+    turns = []
+
+    def others() -> None:
+        while True:
+            turns.append(time.monotonic())
+            gevent.sleep(0)
+
+    watcher = gevent.spawn(others)
+    gevent.sleep(0)
+    turns.clear()
+    began = time.monotonic()
+    with capture_logs() as logs:
+        log_picture()
+    took = time.monotonic() - began
+    watcher.kill()
+    events = [log["event"] for log in logs]
+    assert events.count("Session state") == events.count("Request state") == 200
+    times = [began, *turns, began + took]
+    held_up = max(after - before for before, after in itertools.pairwise(times))
+    record_property("took_seconds", took)
+    record_property("held_up_seconds", held_up)
+    print(f"200 sessions: {took * 1000:.0f} ms; others held up for {held_up * 1000:.1f} ms")
+    assert len(turns) >= 5  # all at once, it would be none
+    assert held_up < 0.25
