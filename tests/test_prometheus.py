@@ -27,6 +27,11 @@ METRICS = ROOT / "metrics"
 LIMIT = 20.0
 POLL_SECONDS = 0.1
 CLIENTS, INTERRUPTS = 6, 10
+
+SLACK_SECONDS = 0.025
+"""Between what a process does and its look at the clock it may lose the core: the client can have
+the ack before the gateway knows that it was sent."""
+
 _T = TypeVar("_T")
 
 
@@ -213,16 +218,15 @@ def test_its_buckets_and_its_p99_are_those_of_the_clients(watched: Watched) -> N
     assert in_buckets == {le: sum(one <= le for one in closed) for le in limits}
     rank = -(-99 * total // 100) - 1
     assert bucket_of(p99("stream_closed")) == bucket_of(closed[rank])
-    # The gateway's time for the ack lies within what the client had to wait, and after the close.
+    # The ack comes after the close, and the client has it soon after.
     acknowledged = buckets("acknowledged")
     for le in limits:
-        assert sum(one <= le for one in taken) <= acknowledged[le] <= in_buckets[le]
-    assert bucket_of(p99("acknowledged")) <= bucket_of(taken[rank])
+        assert sum(one + SLACK_SECONDS <= le for one in taken) <= acknowledged[le] <= in_buckets[le]
+    assert bucket_of(p99("acknowledged")) <= bucket_of(taken[rank] + SLACK_SECONDS)
     selector = f'{{instance="{watched.story}",stage="acknowledged"}}'
     mean = prometheus.value(f"bargein_interrupt_seconds_sum{selector}") / total
-    assert sum(closed) / total <= mean <= sum(taken) / total
-    # What is left is two ways over loopback, and the client's own turn on a machine that is shared.
-    assert sum(taken) / total - mean < 0.025
+    assert sum(closed) / total <= mean
+    assert abs(sum(taken) / total - mean) < SLACK_SECONDS
 
 
 def test_an_interrupt_can_be_looked_up_by_its_exemplar(watched: Watched) -> None:
