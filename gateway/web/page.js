@@ -1,0 +1,494 @@
+/** The page: puts the library, the settings and the elements together. */
+
+import { Announcer } from "./announcer.js";
+import { AudioService } from "./audio-service.js";
+import { consoleLog } from "./log.js";
+import { MessageService } from "./message-service.js";
+import {
+  EXAMPLE_FUNCTIONS,
+  defaults,
+  isLocalHost,
+  isServer,
+  load,
+  loadKey,
+  parseFunctions,
+  registration,
+  save,
+  saveKey,
+  serverUrl,
+  sessionSettings,
+} from "./settings.js";
+import { Texts, pickLanguage } from "./texts.js";
+import { AnswerView, makeQuestion, retireCalls } from "./views.js";
+import { RegistrationError, RequestError, WebSocketClient } from "./websocket-client.js";
+
+/** @typedef {import("./message-service.js").Message} Message */
+/** @typedef {import("./settings.js").Settings} Settings */
+/** @typedef {import("./texts.js").TextName} TextName */
+/** @typedef {import("./websocket-client.js").ConnectionState} ConnectionState */
+
+/** As near to the end counts as being there. */
+const AT_BOTTOM_PX = 48;
+
+const NOTICE_MS = 6_000;
+
+/**
+ * @template {Element} T
+ * @param {string} id
+ * @param {new (...args: any[]) => T} type
+ * @returns {T}
+ */
+function byId(id, type) {
+  const element = document.getElementById(id);
+  if (!(element instanceof type)) throw new Error(`no #${id}`);
+  return element;
+}
+
+const messages = byId("messages", HTMLElement);
+const scroller = byId("scroller", HTMLElement);
+const welcome = byId("welcome", HTMLElement);
+const composer = byId("composer", HTMLFormElement);
+const input = byId("input", HTMLTextAreaElement);
+const stopButton = byId("stop", HTMLButtonElement);
+const sendButton = byId("send", HTMLButtonElement);
+const toBottom = byId("to-bottom", HTMLButtonElement);
+
+let settings = load(defaults(isLocalHost(location.hostname)), localStorage);
+let key = loadKey(sessionStorage);
+let texts = new Texts(settings.language || pickLanguage(navigator.languages));
+
+const log = consoleLog(() => settings.debug);
+const audio = new AudioService();
+const client = new WebSocketClient({
+  url: serverUrl(settings, document.baseURI),
+  registration: () => registration(settings, key),
+  log,
+});
+const service = new MessageService(client, {
+  audio,
+  log,
+  countRendered: (message) => views.get(message)?.stream.drawnChars ?? 0,
+});
+const announcer = new Announcer(byId("announcer", HTMLElement));
+
+/** @type {WeakMap<Message, AnswerView>} */
+const views = new WeakMap();
+
+// For whoever debugs in the console, and for tests.
+Object.assign(globalThis, { bargein: { client, service, audio } });
+
+// Words.
+
+function speakLanguage() {
+  document.documentElement.lang = texts.language === "zh" ? "zh-CN" : "en";
+  for (const element of document.querySelectorAll("[data-text], [data-label], [data-hint]")) {
+    if (!(element instanceof HTMLElement)) continue;
+    const { text, label, hint } = element.dataset;
+    if (text) element.textContent = texts.say(/** @type {TextName} */ (text));
+    if (label) element.setAttribute("aria-label", texts.say(/** @type {TextName} */ (label)));
+    if (hint) element.setAttribute("placeholder", texts.say(/** @type {TextName} */ (hint)));
+  }
+  document.title = texts.say("title");
+}
+
+const notice = byId("notice", HTMLElement);
+const noticeText = byId("notice-text", HTMLElement);
+/** @type {ReturnType<typeof setTimeout> | undefined} */
+let noticeTimer;
+
+/**
+ * @param {string} words
+ * @param {"info" | "error"} [kind] an error stays until it is closed, or something else is said.
+ */
+function notify(words, kind = "info") {
+  clearTimeout(noticeTimer);
+  notice.dataset.kind = kind;
+  notice.hidden = false;
+  noticeText.textContent = words;
+  if (kind === "info") noticeTimer = setTimeout(closeNotice, NOTICE_MS);
+}
+
+function closeNotice() {
+  clearTimeout(noticeTimer);
+  notice.hidden = true;
+  noticeText.textContent = "";
+}
+
+// The scroll follows while the user is at the end.
+
+let isFollowing = true;
+let lastTop = 0;
+
+function follow() {
+  if (isFollowing) scroller.scrollTop = scroller.scrollHeight;
+  else toBottom.hidden = false;
+}
+
+scroller.addEventListener(
+  "scroll",
+  () => {
+    const { scrollTop, scrollHeight, clientHeight } = scroller;
+    const isAtBottom = scrollHeight - scrollTop - clientHeight <= AT_BOTTOM_PX;
+    // Only upwards is away: text that comes pushes the end on without the user's doing.
+    if (isAtBottom) isFollowing = true;
+    else if (scrollTop < lastTop) isFollowing = false;
+    lastTop = scrollTop;
+    if (isAtBottom) toBottom.hidden = true;
+  },
+  { passive: true },
+);
+
+function goToBottom() {
+  isFollowing = true;
+  toBottom.hidden = true;
+  follow();
+}
+
+new ResizeObserver(follow).observe(scroller);
+toBottom.addEventListener("click", () => {
+  goToBottom();
+  input.focus();
+});
+
+// Asking and stopping.
+
+/** When the user last acted, on the clock of `performance.now()`. */
+let actedAt = 0;
+
+/**
+ * @param {string} text
+ * @returns {boolean} false: it was not sent.
+ */
+function ask(text) {
+  if (!client.isReady) {
+    client.retryNow();
+    notify(texts.say("noticeNotReady"));
+    return false;
+  }
+  if (settings.speech) void audio.unlock().catch(() => undefined);
+  closeNotice();
+  welcome.hidden = true;
+  announcer.clear();
+  messages.append(makeQuestion(text, texts));
+  question = text;
+  service.sendTextMessage(text);
+  goToBottom();
+  return true;
+}
+
+/** What the next answer is to answer. */
+let question = "";
+
+/** @param {Event} event */
+function submit(event) {
+  actedAt = event.timeStamp;
+  const text = input.value.trim();
+  if (text === "" || !ask(text)) return;
+  input.value = "";
+  fitInput();
+}
+
+/** @param {Event} event */
+function stop(event) {
+  actedAt = event.timeStamp;
+  const wasPlaying = audio.isPlaying;
+  const isNothing = service.interruptCurrentRequest("USER_STOP") === null && !wasPlaying;
+  if (isNothing) notify(texts.say("noticeNothing"));
+}
+
+function showStop() {
+  const isNeeded = service.isReceivingResponse || audio.isPlaying;
+  if (!isNeeded && document.activeElement === stopButton) input.focus();
+  stopButton.hidden = !isNeeded;
+}
+
+function fitInput() {
+  if (CSS.supports("field-sizing", "content")) return;
+  input.style.height = "auto";
+  input.style.height = `${input.scrollHeight}px`;
+}
+
+composer.addEventListener("submit", (event) => {
+  event.preventDefault();
+  submit(event);
+});
+input.addEventListener("input", fitInput);
+input.addEventListener("keydown", (event) => {
+  // While an input method composes, Enter takes its proposal. (Safari says so by the key code.)
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
+  event.preventDefault();
+  if (!event.repeat) submit(event);
+});
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || event.isComposing || event.keyCode === 229) return;
+  if (event.repeat || dialog.open) return;
+  event.preventDefault();
+  stop(event);
+});
+stopButton.addEventListener("click", stop);
+for (const button of [stopButton, sendButton]) {
+  // The focus stays where it is, and so does the keyboard of a phone.
+  button.addEventListener("pointerdown", (event) => event.preventDefault());
+  button.addEventListener("mousedown", (event) => event.preventDefault());
+}
+for (const idea of document.querySelectorAll(".idea")) {
+  idea.addEventListener("click", (event) => {
+    actedAt = event.timeStamp;
+    if (ask(idea.textContent ?? "") && matchMedia("(pointer: fine)").matches) input.focus();
+  });
+}
+byId("close-notice", HTMLButtonElement).addEventListener("click", () => {
+  closeNotice();
+  input.focus();
+});
+
+// What the library tells.
+
+service.on("started", ({ message }) => {
+  const view = new AnswerView(message, texts, follow);
+  views.set(message, view);
+  questions.set(message, question);
+  question = "";
+  messages.append(view.element);
+  follow();
+  // A question may follow the other at once: then `state` does not change in between.
+  showStop();
+});
+
+/** @type {WeakMap<Message, string>} */
+const questions = new WeakMap();
+
+service.on("text", ({ message, text }) => {
+  views.get(message)?.stream.add(text);
+  if (message.state === "streaming") announcer.add(text);
+});
+
+service.on("functioncall", ({ message, call }) => {
+  const view = views.get(message);
+  view?.addCall(call, (result) => {
+    try {
+      const sent = service.sendFunctionResult(message, call.call_id ?? "", result);
+      if (sent === null) notify(texts.say("callWaits"));
+      input.focus();
+      return true;
+    } catch (error) {
+      if (!(error instanceof RequestError)) throw error;
+      notify(texts.sayError(error.code, ""), "error");
+      return false;
+    }
+  });
+  announcer.say(`${texts.say("call")}: ${call.name}`);
+  follow();
+});
+
+service.on("interrupted", ({ message }) => {
+  views.get(message)?.interrupt(actedAt);
+  announcer.clear();
+  if (message.interruptReason === "USER_STOP") announcer.say(texts.say("announceStopped"));
+  follow();
+});
+
+service.on("acknowledged", ({ message, ack }) => views.get(message)?.acknowledge(ack, follow));
+
+service.on("completed", ({ message }) => {
+  views.get(message)?.complete();
+  announcer.finish();
+  follow();
+});
+
+service.on("failed", ({ message }) => {
+  const { code, detail } = message.failure ?? { code: "", detail: "" };
+  views.get(message)?.fail(() => {
+    ask(questions.get(message) ?? "");
+    input.focus();
+  });
+  announcer.finish();
+  announcer.say(texts.sayError(code, detail));
+  follow();
+});
+
+service.on("state", showStop);
+audio.on("playing", showStop);
+
+let wasReady = false;
+
+client.on("state", (state) => {
+  showConnection(state);
+  if (state.name === "ready") {
+    if (state.isAgain && messages.childElementCount > 0) {
+      retireCalls(messages, texts);
+      notify(texts.say("noticeBack"));
+    }
+  } else if (wasReady && state.name === "waiting") {
+    /** @type {Record<ConnectionState["cause"], TextName>} */
+    const words = {
+      none: "noticeLost",
+      lost: "noticeLost",
+      restarting: "noticeRestarting",
+      expired: "noticeExpired",
+    };
+    notify(texts.say(words[state.cause]), "error");
+  } else if (state.name === "refused") {
+    const { code, detail } = state.error ?? { code: "INTERNAL_ERROR", detail: "" };
+    notify(`${texts.say("noticeRefused")} ${texts.sayError(code, detail)}`, "error");
+  }
+  wasReady = state.name === "ready";
+});
+
+/** @param {ConnectionState} state */
+function showConnection(state) {
+  /** @type {Record<ConnectionState["name"], TextName>} */
+  const words = {
+    offline: "connectionOffline",
+    connecting: "connectionConnecting",
+    ready: "connectionReady",
+    waiting: "connectionWaiting",
+    refused: "connectionRefused",
+  };
+  byId("connection", HTMLElement).dataset.state = state.name;
+  const seconds = Math.max(1, Math.round(state.retryInMs / 1000));
+  byId("connection-text", HTMLElement).textContent = texts.say(words[state.name], { seconds });
+}
+
+client.on("warning", ({ remainingSeconds }) => {
+  notify(texts.say("noticeExpireSoon", { seconds: remainingSeconds }), "error");
+});
+client.on("error", ({ code, detail }) => notify(texts.sayError(code, detail), "error"));
+
+globalThis.addEventListener("online", () => client.retryNow());
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) client.retryNow();
+});
+
+// Settings.
+
+const dialog = byId("settings", HTMLDialogElement);
+const settingsError = byId("settings-error", HTMLElement);
+const saveButton = byId("save-settings", HTMLButtonElement);
+const fields = {
+  role: byId("setting-role", HTMLTextAreaElement),
+  scene: byId("setting-scene", HTMLTextAreaElement),
+  functions: byId("setting-functions", HTMLTextAreaElement),
+  speech: byId("setting-speech", HTMLInputElement),
+  language: byId("setting-language", HTMLSelectElement),
+  server: byId("setting-server", HTMLInputElement),
+  key: byId("setting-key", HTMLInputElement),
+  debug: byId("setting-debug", HTMLInputElement),
+};
+
+function openSettings() {
+  fields.role.value = settings.role;
+  fields.scene.value = settings.scene;
+  fields.functions.value = settings.functions;
+  fields.speech.checked = settings.speech;
+  fields.language.value = settings.language;
+  fields.server.value = settings.server;
+  fields.server.placeholder = serverUrl({ ...settings, server: "" }, document.baseURI);
+  fields.key.value = key;
+  fields.debug.checked = settings.debug;
+  sayFault("");
+  dialog.showModal();
+}
+
+/** @param {string} words "" takes them away. */
+function sayFault(words) {
+  settingsError.textContent = words;
+  settingsError.hidden = words === "";
+}
+
+/** @returns {Settings} */
+function readSettings() {
+  return {
+    role: fields.role.value,
+    scene: fields.scene.value,
+    functions: fields.functions.value,
+    speech: fields.speech.checked,
+    language: /** @type {Settings["language"]} */ (fields.language.value),
+    server: fields.server.value.trim(),
+    debug: fields.debug.checked,
+  };
+}
+
+/**
+ * @param {Settings} wanted
+ * @returns {string} what is wrong with them, as far as can be seen here; "" is nothing.
+ */
+function faultOf(wanted) {
+  if (!isServer(wanted.server)) return texts.say("badServer");
+  try {
+    parseFunctions(wanted.functions);
+  } catch (error) {
+    if (error instanceof TypeError) return texts.say("functionsNoList");
+    const detail = error instanceof Error ? error.message : "";
+    return texts.say("notJson", { detail });
+  }
+  return "";
+}
+
+/**
+ * Put settings into effect. In a session that stands they are an update, which a REQUEST without text
+ * makes at once: the conversation goes on, an answer that streams is not interrupted, and a fault is
+ * told while the user still looks at it. Only another server, or another key, needs a new session.
+ *
+ * @param {Settings} wanted
+ * @param {string} wantedKey
+ * @returns {Promise<TextName>} what to tell.
+ * @throws {RequestError | RegistrationError} the server does not take them; they are not kept then.
+ */
+async function apply(wanted, wantedKey) {
+  const url = serverUrl(wanted, document.baseURI);
+  const update = sessionSettings(wanted);
+  const isSame = JSON.stringify(update) === JSON.stringify(sessionSettings(settings));
+  const isElsewhere = url !== client.url || wantedKey !== key;
+  if (!isElsewhere && client.isReady && !isSame) {
+    await client.sendTextRequest("", { update }).promise;
+  }
+  const wasRefused = client.state.name === "refused";
+  settings = wanted;
+  key = wantedKey;
+  save(settings, localStorage);
+  saveKey(key, sessionStorage);
+  if (isElsewhere) {
+    client.close(url);
+    client.connect().catch(() => undefined); // the connection's state says it
+    return "noticeSavedOffline";
+  }
+  if (wasRefused) await client.connect();
+  return client.isReady ? "noticeSaved" : "noticeSavedOffline";
+}
+
+byId("open-settings", HTMLButtonElement).addEventListener("click", openSettings);
+byId("cancel-settings", HTMLButtonElement).addEventListener("click", () => dialog.close());
+byId("functions-example", HTMLButtonElement).addEventListener("click", () => {
+  fields.functions.value = EXAMPLE_FUNCTIONS;
+  fields.functions.focus();
+});
+dialog.addEventListener("close", () => input.focus());
+byId("settings-form", HTMLFormElement).addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const wanted = readSettings();
+  const fault = faultOf(wanted);
+  sayFault(fault);
+  if (fault !== "") return;
+  saveButton.disabled = true;
+  try {
+    const words = await apply(wanted, fields.key.value);
+    texts = new Texts(settings.language || pickLanguage(navigator.languages));
+    speakLanguage();
+    showConnection(client.state);
+    dialog.close();
+    notify(texts.say(words));
+    if (settings.speech) void audio.unlock().catch(() => undefined);
+  } catch (error) {
+    if (!(error instanceof RequestError || error instanceof RegistrationError)) throw error;
+    sayFault(texts.sayError(error.code, error.detail));
+  } finally {
+    saveButton.disabled = false;
+  }
+});
+
+// Begin.
+
+speakLanguage();
+showConnection(client.state);
+client.connect().catch(() => undefined); // its state says it
