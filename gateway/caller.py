@@ -64,6 +64,7 @@ PASSWORD_VARIABLE = "BARGEIN_DOCTOR_PASSWORD"
 
 _MAX_PAGE_BYTES = 8 * 1024 * 1024
 _MAX_FRAME_BYTES = 4 * 1024 * 1024
+_BODY_SECONDS = 2.0
 _READ_BYTES = 64 * 1024
 _MAX_QUOTED_CHARS = 160
 
@@ -355,6 +356,8 @@ def _read_page(sock: socket.socket, until: float) -> Page:
     try:
         while not _is_whole(raw) and (data := _receive(sock, until)):
             raw += data
+            if b"\r\n\r\n" in raw:  # what has no length ends with a silence, at the latest
+                until = min(until, time.monotonic() + _BODY_SECONDS)
     except TimeoutError:
         if b"\r\n\r\n" not in raw:
             waited = span(time.monotonic() - began)
@@ -389,7 +392,10 @@ class _Bytes:
 
 
 def _is_whole(raw: bytearray) -> bool:
-    if not raw.startswith(b"HTTP/"[: len(raw)]) or len(raw) > _MAX_PAGE_BYTES:
+    is_http = raw.startswith(b"HTTP/"[: len(raw)])
+    if b"\n" in raw:
+        is_http = re.match(rb"HTTP/1\.[01] \d{3}\b", raw) is not None
+    if not is_http or len(raw) > _MAX_PAGE_BYTES:
         return True  # there is no more to learn
     head, gap, body = raw.partition(b"\r\n\r\n")
     length = re.search(rb"(?im)^content-length:[ \t]*(\d{1,9})[ \t]*\r?$", head)
@@ -502,19 +508,20 @@ class Talk:
     def __init__(self, target: Target, until: float, wait: float) -> None:
         self.acks: list[Seen[InterruptAck]] = []
         self.answers: dict[str, Answer] = {}
+        """By `request_id`, in the order in which they were asked for."""
+        self.strangers: list[str] = []
+        """What came and nobody had asked for, in words."""
         self.registered: RegisterAck | None = None
         self.loss: str | None = None
         """Why nothing can be said any more."""
         self._until = until
         self._stops: list[Stop] = []
-        self._unasked_acks: list[InterruptAck] = []
         self._refusal: Error | None = None
         self._orders = itertools.count()
         self._ids = (f"doctor_{secrets.token_hex(4)}_{number}" for number in itertools.count(1))
         self._message: list[bytes] = []
         self._is_corked = False
-        url = target.url._replace(query="").geturl()
-        uri = parse_uri(target.url.geturl() if target.url.query else url)
+        uri = parse_uri(target.url.geturl())
         self._protocol = ClientProtocol(uri, max_size=_MAX_FRAME_BYTES)
         until = min(time.monotonic() + wait, until)
         self._sock = dial(target.address, target.tls, until)
@@ -617,14 +624,14 @@ class Talk:
         self.wait(lambda: False, seconds)
 
     def _check(self) -> None:
-        if self.loss is not None:
-            raise Cross(self.loss, SEE_LOG)
-        if (error := self._refusal) is not None:
+        if (error := self._refusal) is not None:  # it goes first: it is why the connection ends
             self._refusal = None
             raise Cross(
                 f"the server refused a frame: {error.error_code}: {quoted(error.error_detail)}",
                 "Is it the bargein that this doctor is of? Both have run.py --version.",
             )
+        if self.loss is not None:
+            raise Cross(self.loss, SEE_LOG)
 
     def _lose(self) -> None:
         if self.loss is None:
@@ -662,10 +669,11 @@ class Talk:
             case RegisterAck():
                 self.registered = payload
             case Response():
-                answer = self._answer(payload.request_id, at)
-                (answer.ends if payload.text_stream_seq == -1 else answer.pieces).append(seen)
+                if (answer := self._answer(payload.request_id)) is not None:
+                    (answer.ends if payload.text_stream_seq == -1 else answer.pieces).append(seen)
             case Error(request_id=str(request_id)):
-                self._answer(request_id, at).ends.append(seen)
+                if (answer := self._answer(request_id)) is not None:
+                    answer.ends.append(seen)
             case Error():
                 self._refusal = payload
             case InterruptAck():
@@ -675,8 +683,10 @@ class Talk:
             case Shutdown():
                 self.loss = f"the daemon ended the session: {quoted(str(payload.reason))}"
 
-    def _answer(self, request_id: str, at: float) -> Answer:
-        return self.answers.setdefault(request_id, Answer(request_id, at))
+    def _answer(self, request_id: str) -> Answer | None:
+        if request_id not in self.answers:
+            self.strangers.append(f"a frame of the request {quoted(request_id)}")
+        return self.answers.get(request_id)
 
     def _take_ack(self, seen: Seen[InterruptAck]) -> None:
         self.acks.append(seen)
@@ -684,14 +694,9 @@ class Talk:
             if stop.ack is None and stop.echo == seen.payload.interrupt_request_id:
                 stop.ack = seen
                 return
-        self._unasked_acks.append(seen.payload)
-
-    def misplaced_ack(self) -> str | None:
-        """The `interrupt_request_id` of an INTERRUPT_ACK that nobody asked for."""
-        if not self._unasked_acks:
-            return None
-        echo = self._unasked_acks[-1].interrupt_request_id
-        return "none" if echo is UNSET else quoted(str(echo))
+        echo = seen.payload.interrupt_request_id
+        named = "no interrupt_request_id" if echo is UNSET else f"{quoted(str(echo))!r}"
+        self.strangers.append(f"an INTERRUPT_ACK with {named}")
 
     def close(self) -> None:
         """Say goodbye, and go."""

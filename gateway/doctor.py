@@ -22,7 +22,7 @@ import re
 import ssl
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, TextIO
 from urllib.parse import SplitResult, urlsplit
@@ -210,6 +210,8 @@ class Visit:
         self.until = time.monotonic() + limits.total
         self.spoken: Talk | None = None
         """The connection, be it lost or not."""
+        self.loss: str | None = None
+        """Why it was lost, in an earlier step."""
         self.before: Counts | Cross | Moot | None = None
         """The metrics, before anything was done."""
         self.streams = False
@@ -224,8 +226,8 @@ class Visit:
     def talk(self) -> Talk:
         """The connection, to go on with."""
         assert self.spoken is not None
-        if self.spoken.loss is not None:
-            raise Moot(f"there is no connection any more: {self.spoken.loss}")
+        if self.loss is not None:
+            raise Moot(f"there is no connection any more: {self.loss}")
         return self.spoken
 
     def soon(self) -> float:
@@ -458,7 +460,7 @@ def _acknowledged(visit: Visit, stop: Stop, target: Answer) -> str:
     ack, took = _ack(visit, stop)
     result = next((one for one in ack.results if one.request_id == target.request_id), None)
     outcome = None if result is None else result.outcome
-    if outcome is InterruptOutcome.ALREADY_DONE or (outcome is None and target.is_complete):
+    if outcome in (InterruptOutcome.ALREADY_DONE, None):
         visit.talk.wait(lambda: target.ends, visit.limits.wait)
         if target.is_complete:
             raise Moot(
@@ -496,9 +498,8 @@ def _ack(visit: Visit, stop: Stop) -> tuple[InterruptAck, str]:
     talk = visit.talk
     if not talk.wait(lambda: stop.ack, visit.limits.wait) or stop.ack is None:
         seen = f"no INTERRUPT_ACK within {span(time.monotonic() - stop.sent_at)}"
-        if (echo := talk.misplaced_ack()) is not None:
-            due = "none" if stop.target is None else stop.target.request_id
-            seen += f", but one whose interrupt_request_id is {echo}, where {due} was due"
+        if talk.strangers:
+            seen += f", but {talk.strangers[0]}"
         raise Cross(seen, "Look at the daemon's log for “Interrupt request details”.")
     seconds = stop.ack.at - stop.sent_at
     if seconds > _SLOW_ACK_SECONDS:
@@ -510,25 +511,33 @@ def _ack(visit: Visit, stop: Stop) -> tuple[InterruptAck, str]:
 
 
 def _old_stops(visit: Visit) -> str:
-    talk, old, stop = visit.talk, visit.old, visit.stop
+    old, stop = visit.old, visit.stop
     if old is None or stop is None:
         raise Moot("nothing was interrupted in mid-stream")
     if old.is_complete:
         raise Moot("the old answer was complete before it was interrupted")
-    return _silenced(talk, visit.limits, [old], stop)
+    return _silenced(visit, old, stop)
 
 
-def _silenced(talk: Talk, limits: Limits, answers: Sequence[Answer], stop: Stop) -> str:
-    """That interrupted answers end, and nothing of them follows."""
+def _silenced(visit: Visit, target: Answer, stop: Stop, *others: Answer) -> str:
+    """That an interrupted answer ends, and nothing of it follows.
+
+    Args:
+        visit: where.
+        target: it.
+        stop: what interrupted it.
+        others: answers that must have ended too, in whatever way.
+    """
+    talk, limits, answers = visit.talk, visit.limits, (target, *others)
     ack = stop.ack
     since = time.monotonic() if ack is None else ack.at
-    told = "ack" if ack else "wait for the ack"
-    numbers = [len(answer.pieces) for answer in answers]
+    told = "wait for the ack" if ack is None else "ack"
+    so_far = [len(answer.pieces) for answer in answers]
     talk.listen(max(since + limits.quiet - time.monotonic(), 0))
     late = [
         piece
-        for answer, number in zip(answers, numbers, strict=True)
-        for piece in (answer.pieces if ack else answer.pieces[number:])
+        for answer, number in zip(answers, so_far, strict=True)
+        for piece in (answer.pieces[number:] if ack is None else answer.pieces)
         if ack is None or piece.order > ack.order
     ]
     if late:
@@ -539,26 +548,26 @@ def _silenced(talk: Talk, limits: Limits, answers: Sequence[Answer], stop: Stop)
             "bargein that answers here, or a proxy that keeps frames back?",
         )
     if not talk.wait(lambda: all(answer.ends for answer in answers), limits.wait):
+        which = "that of the answer before it" if target.ends else "the old answer's"
         raise Cross(
-            "the old answer's last frame (text_stream_seq -1) did not come",
+            f"the last frame (text_stream_seq -1) did not come: {which}",
             "Clients wait for it: bargein promises exactly one. " + SEE_LOG,
         )
     for answer in answers:
         _check_order(answer)
-        if not isinstance(answer.end, Response) or answer.end.interrupted is not True:
-            outcome = answer.end.outcome if answer.end else None
-            raise Cross(f"it ended as {outcome} where it was interrupted", SEE_LOG)
-        if answer is stop.target and ack is not None and answer.ends[0].order < ack.order:
-            raise Cross("its last frame came before the INTERRUPT_ACK", SEE_LOG)
+    end = target.end
+    if not isinstance(end, Response) or end.interrupted is not True:
+        outcome = None if end is None else end.outcome
+        raise Cross(f"it ended as {outcome} where it was interrupted", SEE_LOG)
+    if ack is not None and target.ends[0].order < ack.order:
+        raise Cross("its last frame came before the INTERRUPT_ACK", SEE_LOG)
     _check_strangers(talk)
     return f"its last frame came, and nothing more for {span(limits.quiet)}"
 
 
 def _check_strangers(talk: Talk) -> None:
-    ours = [name for name in talk.answers if name.startswith("doctor_")]
-    if len(ours) < len(talk.answers):
-        stranger = next(name for name in talk.answers if name not in ours)
-        raise Cross(f"a frame came for a request that nobody made: {quoted(stranger)}", SEE_LOG)
+    if talk.strangers:
+        raise Cross(f"{talk.strangers[0]} came, which nobody had asked for", SEE_LOG)
 
 
 def _new_starts(visit: Visit) -> str:
@@ -586,7 +595,7 @@ def _before_first_token(visit: Visit) -> str:
         answer = talk.ask(_STORY)
         stop = talk.interrupt(answer)
     seen = _acknowledged(visit, stop, answer)
-    _silenced(talk, visit.limits, [answer], stop)
+    _silenced(visit, answer, stop)
     text = count(len(answer.texts), "piece") if answer.texts else "nothing"
     return f"{seen}; {text} of the answer came"
 
@@ -636,14 +645,8 @@ def _everything(visit: Visit) -> str:
             older, newer = talk.ask(_STORY), talk.ask(_NEW_INPUT)
             stop = talk.interrupt(None)
     seen = _acknowledged(visit, stop, newer)
-    if not talk.wait(lambda: older.ends, visit.limits.wait):
-        raise Cross(
-            "the answer before the last one did not end",
-            "A new request ends the one before: bargein promises it. " + SEE_LOG,
-        )
-    interrupted = [one for one in (older, newer) if not (one is older and one.is_complete)]
-    _silenced(talk, visit.limits, interrupted, stop)
-    return f"{seen}; {count(len(interrupted), 'answer')} ended, nothing more came"
+    _silenced(visit, newer, stop, older)
+    return f"{seen}; both answers ended, nothing more came"
 
 
 def _metrics(visit: Visit) -> str:
@@ -787,6 +790,7 @@ def examine(
 def _try_step(step: Step, visit: Visit, results: Mapping[str, Result]) -> Result:
     began = time.monotonic()
     status, is_required, advice = Status.SKIPPED, True, ""
+    visit.loss = None if visit.spoken is None else visit.spoken.loss
     try:
         if step.needs is not None and (needed := results[step.needs]).status is not Status.OK:
             raise Moot(f"it needs “{needed.step.title}”")
