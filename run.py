@@ -41,7 +41,7 @@ from gateway import doctor
 from gateway.outbox import Outbox
 from gateway.protocol import HealthStatus, InterruptReason
 from gateway.server import Server
-from gateway.settings import Given, SettingsError, add_flags, default_config
+from gateway.settings import Config, Given, SettingsError, add_flags, default_config
 from gateway.settings import Settings as Settings
 from llm import demo
 from llm.lanes import lanes
@@ -113,9 +113,10 @@ class Gateway:
 
     def _start(self) -> None:
         gevent.setswitchinterval(_CALLBACK_SECONDS)
-        provider = self.settings.provider or self._start_demo()
-        self.provider = provider
-        client = LlmClient(provider, self.settings.fallback, self.settings.generation)
+        self._demo_url = "" if self.settings.provider else self._start_demo()
+        self.provider = self._provider_of(self.settings)
+        client = LlmClient(self.provider, self.settings.fallback, self.settings.generation)
+        self._client = client
         self._teardown.callback(client.close)
         supervision = self.supervision = Supervision(self.settings.supervisor, self._on_give_up)
         self._teardown.callback(supervision.stop)
@@ -173,6 +174,20 @@ class Gateway:
         """Whether new clients are welcome."""
         return self._is_up and not self._is_draining
 
+    def reload(self, settings: Settings) -> None:
+        """From the next generation on, ask the providers of these settings; those that run go on.
+
+        Args:
+            settings: the embedded demo provider is in them if it was at the start, and only then.
+
+        Raises:
+            OSError: certificates cannot be read. Nothing has changed then.
+            ValueError: a URL is none. Nothing has changed then.
+        """
+        provider = self._provider_of(settings)
+        self._client.reload(provider, settings.fallback)
+        self.provider = provider
+
     def drain(self) -> None:
         """Take no more requests, and wait until every session has left, but not for ever."""
         seconds = self.settings.drain_timeout
@@ -205,11 +220,14 @@ class Gateway:
         lanes().wait_turn()  # the last books are kept
         self._teardown.close()
 
-    def _start_demo(self) -> Provider:
+    def _start_demo(self) -> str:
         provider = demo.DemoProvider()
         provider.start()
         self._teardown.callback(provider.stop)
-        return dataclasses.replace(self.settings.demo, base_url=provider.base_url)
+        return provider.base_url
+
+    def _provider_of(self, settings: Settings) -> Provider:
+        return settings.provider or dataclasses.replace(settings.demo, base_url=self._demo_url)
 
     def _health(self) -> dict[str, object]:
         census = self.supervision.census()
@@ -239,8 +257,12 @@ class _CpuMeter:
         return self._percent
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     """Run the daemon until it is told to stop.
+
+    Args:
+        settings: everything that can be set.
+        on_hangup: called at a SIGHUP.
 
     Returns:
         The exit code: 0 after a signal, 1 when it could not start or go on.
@@ -249,6 +271,8 @@ def serve(settings: Settings) -> int:
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_picture)
     gateway = Gateway(settings, on_give_up=lambda: stop.set(1))
+    if hasattr(signal, "SIGHUP"):
+        gevent.signal_handler(signal.SIGHUP, on_hangup, gateway)
     where = f"{settings.server.host}:{settings.server.port}"
     try:
         gateway.start()
@@ -280,6 +304,41 @@ def serve(settings: Settings) -> int:
         gateway.drain()
     gateway.stop()
     return code
+
+
+def reload(gateway: Gateway, running: Config, given: Given) -> None:
+    """Let a gateway take up what was given now, as far as it can; the log says how that went.
+
+    Args:
+        gateway: one that runs, or nothing changes.
+        running: what was given when it started.
+        given: what is given now. Where that has faults, nothing changes.
+    """
+    if not gateway.is_ready():
+        _log.error("Not reloaded", fault="the gateway is starting or stopping")
+        return
+    need_restart = given.need_restart(running)
+    try:
+        settings = given.settings()
+        if "llm_url" not in need_restart:
+            gateway.reload(settings)
+    except SettingsError as error:
+        for fault in error.faults:
+            _log.error("Not reloaded", fault=fault)
+        return
+    except (OSError, ValueError) as error:  # a file that was right a moment ago
+        _log.error("Not reloaded", fault=f"a provider cannot be used ({type(error).__name__})")
+        return
+    if need_restart:
+        _log.warning("Settings need a restart", settings=need_restart)
+    if "llm_url" not in need_restart:
+        provider, fallback = gateway.provider, settings.fallback
+        _log.info(
+            "Reloaded",
+            provider=provider.name,
+            model=provider.model,
+            fallback=fallback.name if fallback else None,
+        )
 
 
 def notify(state: str) -> None:
@@ -408,7 +467,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "default-config":
         _say(default_config().rstrip())
         return 0
-    given = Given(vars(args), os.environ, strays)
+
+    def read() -> Given:
+        return Given(vars(args), os.environ, strays)
+
+    given = read()
     for warning in given.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
@@ -422,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config = given.config
     configure(config.log_level, config.log_format or _log_format())
-    return serve(settings)
+    return serve(settings, lambda gateway: reload(gateway, config, read()))
 
 
 def _log_format() -> Literal["text", "json"]:

@@ -69,6 +69,7 @@ _MOST = 1_000_000_000
 """Of anything that is counted, and of seconds, which are 31 years: whoever is told of it, a client
 or C code, can count so far."""
 _MOST_BYTES = 2**40
+_MOST_KEY_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,10 @@ Bytes: TypeAlias = Annotated[
 Count: TypeAlias = Annotated[int, _meta(f"a whole number, 0 to {_MOST}", "N", ge=0, le=_MOST)]
 Url: TypeAlias = Annotated[str, _meta("a URL", "URL"), Private(_blot_url)]
 Name: TypeAlias = Annotated[str, _meta("a name", "NAME", min_length=1)]
+# Not shown: it may be the key itself, by mistake.
+KeyFilePath: TypeAlias = Annotated[
+    str, _meta("the path of a file", "KEY_FILE", min_length=1), Private(lambda _: "***")
+]
 FilePath: TypeAlias = Annotated[str, _meta("the path of a file", "FILE", min_length=1)]
 Headers: TypeAlias = Annotated[
     tuple[str, ...],
@@ -223,6 +228,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     llm_api_key_env: Annotated[Name, About("environment variable that holds the key")] = (
         "OPENAI_API_KEY"
     )
+    llm_api_key_file: Annotated[
+        KeyFilePath | None,
+        About(
+            "file that holds the key, in place of the variable; it is read again at a SIGHUP",
+            "/run/secrets/llm_api_key",
+        ),
+    ] = None
     llm_key_header: Annotated[
         Name | None,
         About(
@@ -288,6 +300,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     llm_fallback_model: Annotated[Name | None, About("as --llm-model", "other-model")] = None
     llm_fallback_api_key_env: Annotated[
         Name | None, About("as --llm-api-key-env; without it, no key is sent", "OTHER_API_KEY")
+    ] = None
+    llm_fallback_api_key_file: Annotated[
+        KeyFilePath | None, About("as --llm-api-key-file", "/run/secrets/other_api_key")
     ] = None
     llm_fallback_key_header: Annotated[Name | None, About("as --llm-key-header", "api-key")] = None
     llm_fallback_header: Annotated[Headers, About("as --llm-header", ("X-Team: ${TEAM}",))] = ()
@@ -461,6 +476,12 @@ def _choices(kind: Any) -> Iterator[str]:
             yield from (member.value for member in one)
 
 
+_RESTART = frozenset(
+    {"llm_total_timeout", "llm_breaker_failures", "llm_breaker_timeout"}
+    | {key for key in Config.__struct_fields__ if not key.startswith("llm_")}
+)
+"""What a running gateway does not take up: everything but its providers."""
+
 SETTINGS: dict[str, _Setting] = {setting.key: setting for setting in _settings()}
 """By key, in the order in which people are shown them."""
 
@@ -529,8 +550,11 @@ an example where it has none. `run.py check-config --config FILE` says what is w
 What the command line or the environment say ranks higher: --llm-url, then BARGEIN_LLM_URL, then
 OPENAI_BASE_URL, then llm_url here. There are no tables: all settings stand side by side.
 
-Secrets are not written here. llm_api_key_env names the environment variable that holds the key;
-${{VARIABLE}} in a header or a proxy's URL is put in from the environment.
+Secrets are not written here. llm_api_key_env names the environment variable that holds the key,
+llm_api_key_file the file; ${{VARIABLE}} in a header or a proxy's URL is put in from the
+environment.
+
+At a SIGHUP this file is read anew: providers are asked as it says then, the rest needs a restart.
 """
 
 
@@ -651,6 +675,14 @@ class Given:
             ops_port=config.ops_port,
             drain_timeout=config.drain_timeout,
         )
+
+    def need_restart(self, running: Config) -> list[str]:
+        """Keys that differ from a running gateway's, and that it does not take up."""
+        config = self.config
+        changed = [key for key in SETTINGS if getattr(config, key) != getattr(running, key)]
+        if (config.llm_url is None) != (running.llm_url is None):
+            return changed  # the demo provider runs in its place, or does not
+        return [key for key in changed if key in _RESTART]
 
     def report(self) -> list[str]:
         """A line for each setting that has not its default, with what gave it that value; to be
@@ -816,7 +848,8 @@ class Given:
         ca_file = value("ca_file")
         if ca_file is not None and not Path(ca_file).is_file():
             self._fault(f"{name('ca_file')} {ca_file!r} is no file")
-        api_key = self._key(prefix + "api_key_env")
+        is_in_file = value("api_key_file") is not None
+        api_key = self._key_of_file(prefix) if is_in_file else self._key(prefix + "api_key_env")
         if len(self._faults) > faults_before or value("model") is None:
             return None
         provider = Provider(
@@ -843,7 +876,7 @@ class Given:
 
     def _is_url(self, name: str, url: str) -> bool:
         if _CREDENTIALS_IN_URL.match(url):
-            self._fault(f"{name} holds credentials: the key comes from the environment only")
+            self._fault(f"{name} holds credentials: the key comes from a variable or a file")
             return False
         try:
             completions_url(url)
@@ -917,10 +950,34 @@ class Given:
         if not api_key and variable != SETTINGS[key].default:
             # What is not shown may be the key itself, by mistake.
             self._fault(f"{self._name(key)} is not the name of an environment variable that is set")
+        self._check_key(variable, api_key)
+        return api_key or None
+
+    def _key_of_file(self, prefix: str) -> str:
+        key = prefix + "api_key_file"
+        name, path = self._name(key), Path(getattr(self.config, key))
+        if not path.is_file():  # nor is a pipe one, which could keep everybody waiting
+            self._fault(f"{name} is not the path of a file")
+            return ""
+        try:
+            with path.open("rb") as file:
+                content = file.read(_MOST_KEY_BYTES + 1)
+        except OSError as error:
+            self._fault(f"{name} names a file that cannot be read: {error.strerror}")
+            return ""
+        api_key = content.decode("ascii", "replace").strip()
+        if not api_key:
+            self._fault(f"{name} names a file that is empty")
+        elif len(content) > _MOST_KEY_BYTES:
+            self._fault(f"{name} names a file that is too large for a key")
+        else:
+            self._check_key(f"the file of {name}", api_key)
+        return api_key
+
+    def _check_key(self, where: str, api_key: str) -> None:
         # RFC 6750, section 2.1: a bearer token is of visible ASCII characters.
         if not all("!" <= char <= "~" for char in api_key):
-            self._fault(f"{variable} holds characters that no key has (its value is not shown)")
-        return api_key or None
+            self._fault(f"{where} holds characters that no key has (its value is not shown)")
 
 
 def _in_words(given: Any, setting: _Setting) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import itertools
 import json
+import os
 import re
 import ssl
 import tomllib
@@ -88,6 +89,12 @@ class Bench:
     def faults(self) -> list[str]:
         return faults(self.read())
 
+    def key_file(self, key: str) -> str:
+        """The path of a file that holds this key."""
+        path = self.path.with_name("key")
+        path.write_text(key, encoding="utf-8")
+        return str(path)
+
     def settings(self) -> Settings:
         return self.read().settings()
 
@@ -136,6 +143,7 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
     "URL": ("http://127.0.0.1:9/one", "http://127.0.0.1:9/two"),
     "NAME": ("KEY_1", "KEY_2"),
     "FILE": (certifi.where(), f"/{certifi.where()}"),
+    "KEY_FILE": ("/run/secrets/one", "/run/secrets/two"),
     "HEADER": (["X-Team: blue", "X-Title: a: b"], ["X-Team: red"]),
     "ORIGIN": (["https://one.example", "http://two.example:81"], ["https://three.example"]),
     "JSON": ({"temperature": 0.5, "user": "me"}, {"seed": 5}),
@@ -145,6 +153,7 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
 WRONG_TEXT = {
     "URL": "ftp://127.0.0.1",
     "FILE": "/nowhere/ca.pem",
+    "KEY_FILE": "/nowhere/key",
     "HEADER": "no header",
     "ORIGIN": "chat.example.com",
     "JSON": "{",
@@ -158,6 +167,7 @@ WRONG_TOML = ("1979-05-27", "[1]", "{ a = 1979-05-27 }")
 WANTED = {
     "URL": "URL|http://",
     "FILE": "file",
+    "KEY_FILE": "path of a file",
     "HEADER": "header",
     "ORIGIN": "list of web origins",
     "JSON": "JSON object",
@@ -296,7 +306,8 @@ def test_every_setting_reaches_the_program(bench: Bench, key: str) -> None:
     if key in BASE:
         bench.give("file", key, BASE[key])
     before = bench.settings()
-    bench.give("flag", key, samples(key)[0])
+    is_key_file = SETTINGS[key].metavar == "KEY_FILE"
+    bench.give("flag", key, bench.key_file("sk-one") if is_key_file else samples(key)[0])
     after = bench.settings()
     assert (after == before) is (key in NOT_IN_SETTINGS)
 
@@ -804,7 +815,7 @@ def test_a_proxy_that_is_none_is_a_fault(proxy: str, words: str) -> None:
 
 def test_a_url_with_credentials_is_refused() -> None:
     (line,) = faults(given("--llm-url", f"http://me:{SECRET}@h/v1", "--llm-model", "m"))
-    assert line == "--llm-url holds credentials: the key comes from the environment only"
+    assert line == "--llm-url holds credentials: the key comes from a variable or a file"
     assert faults(given("--llm-url", "http://h/v1/models/m@1?a=b@c", "--llm-model", "m")) == []
 
 
@@ -821,6 +832,86 @@ def test_a_key_that_no_header_can_carry_is_a_fault(key: str) -> None:
     (line,) = provider_faults(environ={"OPENAI_API_KEY": key})
     assert line.startswith("OPENAI_API_KEY holds characters that no key has")
     assert SECRET not in line
+
+
+@pytest.mark.parametrize("prefix", ["llm_", "llm_fallback_"])
+@pytest.mark.parametrize("around", ["{}", "{}\n", "\r\n {}\r\n"])
+def test_a_key_in_a_file_takes_the_place_of_the_variable(
+    bench: Bench, prefix: str, around: str
+) -> None:
+    bench.base(without="")
+    bench.environ |= {"OPENAI_API_KEY": "sk-variable", "OTHER": "sk-variable"}
+    bench.give("flag", "llm_fallback_api_key_env", "OTHER")
+    bench.give("file", prefix + "api_key_file", bench.key_file(around.format("sk-file")))
+    settings = bench.settings()
+    provider = settings.provider if prefix == "llm_" else settings.fallback
+    other = settings.fallback if prefix == "llm_" else settings.provider
+    assert provider is not None
+    assert other is not None
+    assert provider.api_key == "sk-file"
+    assert other.api_key == "sk-variable"
+
+
+def test_a_key_in_a_file_needs_no_variable_even_if_one_is_named(bench: Bench) -> None:
+    bench.flags = [*PROVIDER, "--llm-api-key-env", "NOWHERE"]
+    bench.give("flag", "llm_api_key_file", bench.key_file("sk-file"))
+    provider = bench.settings().provider
+    assert provider is not None
+    assert provider.api_key == "sk-file"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "names a file that is empty"),
+        (b" \n\r\n", "names a file that is empty"),
+        (SECRET.encode() + b"\n" + SECRET.encode(), "holds characters that no key has"),
+        (SECRET.encode() + b"\xff", "holds characters that no key has"),
+        (SECRET.encode() * 10_000, "names a file that is too large for a key"),
+    ],
+)
+def test_a_file_that_holds_no_key_is_a_fault(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    (line,) = provider_faults("--llm-api-key-file", str(path))
+    assert "--llm-api-key-file " in line
+    assert words in line
+    assert SECRET not in line
+
+
+def test_a_path_that_is_none_is_not_shown_since_it_may_be_the_key(tmp_path: Path) -> None:
+    for path in (SECRET, f"{SECRET}\x00", str(tmp_path)):
+        (line,) = provider_faults("--llm-api-key-file", path)
+        assert line == "--llm-api-key-file is not the path of a file"
+    (line,) = faults(given("--llm-api-key-file", SECRET))
+    assert line.startswith("--llm-api-key-file *** needs --llm-url")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no named pipes here")
+def test_a_pipe_that_nobody_writes_to_keeps_nobody_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (line,) = provider_faults("--llm-api-key-file", str(tmp_path / "pipe"))
+    assert line == "--llm-api-key-file is not the path of a file"
+
+
+def test_what_needs_a_restart_is_named_and_what_a_provider_is_needs_none(bench: Bench) -> None:
+    bench.base(without="")
+    running = bench.read().config
+    needy = {
+        key
+        for key in KEYS
+        if not key.startswith("llm_") or key.startswith(("llm_breaker_", "llm_total_"))
+    }
+    for key in KEYS:
+        other = Bench(bench.path.parent)
+        other.base(without=key)
+        if key == "insecure_no_auth":
+            continue  # it is not at its default
+        other.give("file", key, samples(key)[0])
+        assert other.read().need_restart(running) == ([key] if key in needy else [])
+    assert bench.read().need_restart(running) == []
+    demo = given().config
+    assert set(bench.read().need_restart(demo)) == set(BASE)
 
 
 def test_a_fault_of_the_extra_fields_names_the_field() -> None:
@@ -997,6 +1088,9 @@ def test_each_line_of_the_default_file_is_a_setting_with_its_default(
 def test_the_default_file_works_with_all_its_examples_too(tmp_path: Path) -> None:
     text = "\n".join(lines_of_default_config()).replace("ca.pem", certifi.where())
     text = re.sub(r"^llm_proxy.*$", "", text, flags=re.MULTILINE)
+    key_file = tmp_path / "key"
+    key_file.write_text("sk-0")
+    text = re.sub(r"/run/secrets/\w+", str(key_file), text)
     path = tmp_path / "bargein.toml"
     path.write_text(text)
     environ = {"TEAM": "blue", "OTHER_API_KEY": "sk-1", "OPENAI_API_KEY": "sk-2"}
