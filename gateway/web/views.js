@@ -106,7 +106,10 @@ export class AnswerView {
     this.stream.whenPainted(() => {
       const late = Math.max(0, this.stream.lastPaintAt - this._stoppedAt);
       dataset.lastPaintMs = String(late);
-      const measured = this._texts.say("statusLastPaint", { ms: late.toFixed(late < 10 ? 1 : 0) });
+      const measured =
+        late === 0
+          ? this._texts.say("statusNoPaint")
+          : this._texts.say("statusLastPaint", { ms: late.toFixed(late < 10 ? 1 : 0) });
       this._show(line, make("span", "", measured));
       onShown();
     });

@@ -498,6 +498,7 @@ export class WebSocketClient extends Emitter {
    * @param {RequestOptions} [options]
    * @returns {SentRequest} its promise resolves when the answer is complete or interrupted, and
    *   rejects with `RequestError` when it failed.
+   * @throws {RangeError} `options.requestId` is that of a live request.
    */
   sendTextRequest(text, options = {}) {
     /** @type {Record<string, any>} */
@@ -586,6 +587,7 @@ export class WebSocketClient extends Emitter {
    */
   _request(msgType, payload, options) {
     const requestId = options.requestId ?? newId("req", this._clock.now(), this._random);
+    if (this._live.has(requestId)) throw new RangeError(`request ${requestId} is live`);
     const live = new Live(requestId, options);
     const { signal } = options;
     if (signal?.aborted) {

@@ -1,0 +1,557 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { ACK_TIMEOUT_MS, RegistrationError, RequestError } from "../../gateway/web/websocket-client.js";
+import { FakeSocket, makeStand, settled } from "./fakes.js";
+
+/** Ask, with everything that was handed on kept. */
+function ask(client, text = "hello", options = {}) {
+  const got = { text: "", calls: [], voice: [] };
+  const sent = client.sendTextRequest(text, {
+    onText: (piece) => (got.text += piece),
+    onFunctionCall: (call) => got.calls.push(call),
+    onVoice: (voice) => got.voice.push(voice),
+    ...options,
+  });
+  sent.promise.then(
+    (answer) => (got.answer = answer),
+    (error) => (got.error = error),
+  );
+  return Object.assign(got, sent);
+}
+
+// The connection.
+
+test("it registers first, and echoes the session's id from then on", async () => {
+  const { client, socket, connected } = makeStand({ isOpen: false });
+  assert.equal(client.state.name, "connecting");
+  assert.deepEqual(socket.sent, []);
+  socket.onopen({});
+  assert.deepEqual(socket.sent, [
+    {
+      version: "1.0",
+      msg_type: "REGISTER",
+      session_id: null,
+      payload: { platform: "WEB", auth: { type: "API_KEY", api_key: "k" } },
+      timestamp: 1_740_000_000_000,
+    },
+  ]);
+  socket.register();
+  await connected;
+  assert.equal(client.state.name, "ready");
+  ask(client);
+  assert.equal(socket.sent[1].session_id, "sess_1");
+});
+
+test("a heartbeat is answered at once", () => {
+  const { socket } = makeStand();
+  socket.say("HEARTBEAT", { remaining_seconds: 3600 });
+  assert.equal(socket.sent.at(-1).msg_type, "HEARTBEAT_REPLY");
+});
+
+test("a registration that is refused is not tried again", async () => {
+  const { client, connected, socket, sockets, time } = makeStand({ isOpen: false });
+  socket.onopen({});
+  socket.error("AUTH_FAILED");
+  await assert.rejects(connected, (error) => error instanceof RegistrationError && error.code === "AUTH_FAILED");
+  assert.equal(client.state.name, "refused");
+  assert.equal(client.state.error.detail, "d");
+  time.pass(1_000_000);
+  assert.equal(sockets.length, 1);
+  client.connect();
+  assert.equal(sockets.length, 2);
+});
+
+test("an address that is none is a refusal", async () => {
+  class Picky {
+    constructor() {
+      throw new SyntaxError("bad address");
+    }
+  }
+  const { client, connected } = makeStand({ isOpen: false, WebSocket: Picky });
+  await assert.rejects(connected, /bad address/);
+  assert.equal(client.state.name, "refused");
+});
+
+test("a lost connection is made again, after pauses that grow, to a bound, by half of chance", () => {
+  const pauses = [];
+  for (const random of [() => 0, () => 0.999999]) {
+    const { client, socket, sockets, states, time } = makeStand({ random });
+    socket.lose(1006);
+    for (let round = 0; round < 8; round += 1) {
+      assert.equal(client.state.name, "waiting");
+      const { retryInMs } = states.at(-1);
+      pauses.push(retryInMs);
+      time.pass(retryInMs - 1);
+      const before = sockets.length;
+      time.pass(1);
+      assert.equal(sockets.length, before + 1);
+      sockets.at(-1).lose(1006);
+    }
+  }
+  assert.deepEqual(pauses.slice(0, 8), [250, 500, 1000, 2000, 4000, 8000, 10000, 10000]);
+  assert.deepEqual(pauses.slice(8), [500, 1000, 2000, 4000, 8000, 16000, 20000, 20000]);
+});
+
+test("a session that held begins the pauses anew, one that did not goes on with them", () => {
+  const { socket, sockets, states, time } = makeStand({ random: () => 0 });
+  socket.lose(1006);
+  time.pass(250);
+  sockets[1].accept();
+  time.pass(4_999);
+  sockets[1].lose(1006);
+  assert.equal(states.at(-1).retryInMs, 500);
+  time.pass(500);
+  sockets[2].accept();
+  time.pass(5_000);
+  sockets[2].lose(1006);
+  assert.equal(states.at(-1).retryInMs, 250);
+});
+
+test("the loss says why: restarting, expired, or lost", () => {
+  for (const [code, reason, cause] of [
+    [1012, "SERVER_SHUTDOWN", "restarting"],
+    [1012, null, "restarting"],
+    [1008, "session timeout", "expired"],
+    [1008, null, "expired"],
+    [1006, null, "lost"],
+    [1011, null, "lost"],
+  ]) {
+    const { client, socket } = makeStand();
+    if (reason) socket.say("SHUTDOWN", { reason });
+    socket.lose(code);
+    assert.equal(client.state.cause, cause, `${code} ${reason}`);
+  }
+});
+
+test("an expired session registers anew at once", () => {
+  const { client, socket, sockets, time } = makeStand();
+  time.pass(6_000);
+  socket.lose(1008);
+  time.pass(0);
+  sockets[1].accept();
+  assert.equal(client.state.name, "ready");
+  assert.equal(client.state.isAgain, true);
+  assert.equal(client.sessionId, "sess_2");
+});
+
+test("SESSION_INVALID without a request is an expired session", () => {
+  const { client, socket } = makeStand();
+  const errors = [];
+  client.on("error", (error) => errors.push(error.code));
+  socket.error("SESSION_INVALID");
+  assert.deepEqual(errors, ["SESSION_INVALID"]);
+  assert.equal(client.state.cause, "expired");
+  assert.equal(socket.isClosed, true);
+});
+
+test("what an old socket says is not heard", async () => {
+  const { client, socket, sockets, time } = makeStand();
+  const { onmessage, onclose } = socket;
+  socket.lose(1006);
+  time.pass(1_000);
+  sockets[1].accept();
+  const got = ask(client);
+  const payload = { request_id: got.requestId, text_stream_seq: 0, content: { text: "ghost" } };
+  onmessage({ data: JSON.stringify({ msg_type: "RESPONSE", payload }) });
+  onclose({ code: 1006 });
+  assert.equal(got.text, "");
+  assert.equal(client.state.name, "ready");
+});
+
+test("a connection that says nothing for ten minutes is dead, one that speaks is not", () => {
+  const { client, socket, time } = makeStand();
+  time.pass(599_999);
+  socket.say("HEARTBEAT", { remaining_seconds: 1 });
+  time.pass(599_999);
+  assert.equal(client.state.name, "ready");
+  time.pass(1);
+  assert.equal(client.state.name, "waiting");
+});
+
+test("a server that does not register in time is tried again", () => {
+  const { client, sockets, time } = makeStand({ isOpen: false });
+  time.pass(15_000);
+  assert.equal(sockets[0].isClosed, true);
+  assert.equal(client.state.name, "waiting");
+});
+
+test("close says SHUTDOWN and stays offline", async () => {
+  const { client, socket, sockets, time } = makeStand();
+  client.close("ws://other.test/");
+  assert.equal(socket.sent.at(-1).msg_type, "SHUTDOWN");
+  assert.equal(socket.isClosed, true);
+  time.pass(1_000_000);
+  assert.equal(sockets.length, 1);
+  client.connect();
+  assert.equal(sockets[1].url, "ws://other.test/");
+});
+
+test("the network's return ends a pause, and does nothing else", () => {
+  const { client, socket, sockets } = makeStand();
+  client.retryNow();
+  assert.equal(sockets.length, 1);
+  socket.lose(1006);
+  client.retryNow();
+  assert.equal(sockets.length, 2);
+  client.retryNow();
+  assert.equal(sockets.length, 2);
+});
+
+test("warnings and errors without a request are told", () => {
+  const { client, socket } = makeStand();
+  const told = [];
+  client.on("warning", (warning) => told.push(warning));
+  client.on("error", (error) => told.push(error));
+  socket.say("SESSION_WARN", { warn_type: "EXPIRE_SOON", remaining_seconds: 300, message: "soon" });
+  socket.error("MALFORMED_PAYLOAD");
+  assert.deepEqual(told, [
+    { remainingSeconds: 300, message: "soon" },
+    { code: "MALFORMED_PAYLOAD", message: "m", detail: "d", retryable: true },
+  ]);
+});
+
+test("what is no frame is passed over", () => {
+  const { client, socket } = makeStand();
+  for (const data of ["", "{", "null", "[]", '{"msg_type": 7}', '{"msg_type": "RESPONSE"}', new Uint8Array(2)]) {
+    socket.onmessage({ data });
+  }
+  socket.say("FROM_THE_FUTURE", {});
+  assert.equal(client.state.name, "ready");
+});
+
+// Requests.
+
+test("an answer is its pieces in order", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client, "tell me");
+  assert.match(got.requestId, /^req_1740000000000_[0-9a-z]{9}$/);
+  const [payload] = socket.sentOf("REQUEST");
+  assert.equal(payload.request_id, got.requestId);
+  assert.deepEqual(payload.content, { text: "tell me" });
+  assert.ok(!("update_session" in payload));
+  socket.text(got.requestId, 0, "one ");
+  socket.text(got.requestId, 1, "two");
+  socket.end(got.requestId, { usage: { prompt_tokens: 1, completion_tokens: 2, total_tokens: 3 } });
+  await settled();
+  assert.equal(got.text, "one two");
+  assert.deepEqual(got.answer, {
+    requestId: got.requestId,
+    outcome: "COMPLETED",
+    interruptReason: null,
+    finishReason: "stop",
+    usage: { prompt_tokens: 1, completion_tokens: 2, total_tokens: 3 },
+    text: "one two",
+    functionCalls: [],
+  });
+});
+
+test("frames go by their request's id alone", async () => {
+  const { client, socket } = makeStand();
+  const [one, two] = [ask(client), ask(client, "hello", { requestId: "req_2" })];
+  socket.text("req_2", 0, "second");
+  socket.text(one.requestId, 0, "first");
+  socket.text("req_unknown", 0, "nobody's");
+  socket.end("req_2");
+  socket.text("req_2", 1, " too late");
+  await settled();
+  assert.deepEqual([one.text, two.text], ["first", "second"]);
+  assert.equal(one.answer, undefined);
+  assert.equal(two.answer.outcome, "COMPLETED");
+});
+
+test("an id that is live is refused, and its request goes on", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  assert.throws(() => ask(client, "again", { requestId: got.requestId }), RangeError);
+  socket.end(got.requestId);
+  assert.equal((await got.promise).outcome, "COMPLETED");
+});
+
+test("a function call is handed on, and its result sent", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  const call = { name: "open_map", parameters: { hall: 3 }, call_id: "call_1" };
+  socket.say("RESPONSE", { request_id: got.requestId, text_stream_seq: 0, content: {}, function_call: call });
+  socket.end(got.requestId, { finish_reason: "tool_calls" });
+  await settled();
+  assert.deepEqual(got.calls, [call]);
+  assert.deepEqual(got.answer.functionCalls, [call]);
+  client.sendFunctionResult("call_0", [1]);
+  const sent = client.continueWithResult("call_1", { ok: true });
+  assert.deepEqual(socket.sentOf("FUNCTION_RESULT"), [
+    { call_id: "call_0", result: [1] },
+    { request_id: sent.requestId, call_id: "call_1", result: { ok: true } },
+  ]);
+  socket.text(sent.requestId, 0, "there");
+  socket.end(sent.requestId);
+  assert.equal((await sent.promise).text, "there");
+});
+
+test("an update of the session goes with the request", () => {
+  const { client, socket } = makeStand();
+  ask(client, "", { update: { require_tts: true } });
+  assert.deepEqual(socket.sentOf("REQUEST")[0].update_session, { require_tts: true });
+});
+
+test("an error ends its request only, with the server's words", async () => {
+  const { client, socket } = makeStand();
+  const [one, two] = [ask(client), ask(client, "b", { requestId: "req_2" })];
+  socket.error("REQUEST_TIMEOUT", { request_id: one.requestId, error_detail: "no token in 30 s" });
+  await settled();
+  assert.ok(one.error instanceof RequestError);
+  assert.deepEqual([one.error.code, one.error.detail, one.error.retryable], ["REQUEST_TIMEOUT", "no token in 30 s", true]);
+  assert.equal(two.error, undefined);
+});
+
+test("a lost connection ends every request, and none is sent without one", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  socket.lose(1006);
+  const other = ask(client);
+  await settled();
+  assert.equal(got.error.code, "CONNECTION_LOST");
+  assert.equal(other.error.code, "NOT_CONNECTED");
+  assert.equal(socket.sentOf("REQUEST").length, 1);
+});
+
+test("half of a surrogate pair is not put on the wire", () => {
+  const { client, socket } = makeStand();
+  ask(client, "cut \ud83d here, whole \u{1f600} there");
+  assert.equal(socket.sentOf("REQUEST")[0].content.text, "cut \ufffd here, whole \u{1f600} there");
+});
+
+test("a handler's fault does not stop the frames", async (context) => {
+  const faults = [];
+  const listeners = process.listeners("uncaughtException");
+  process.removeAllListeners("uncaughtException");
+  process.on("uncaughtException", (error) => faults.push(error.message));
+  context.after(() => {
+    process.removeAllListeners("uncaughtException");
+    for (const listener of listeners) process.on("uncaughtException", listener);
+  });
+  const { client, socket } = makeStand();
+  const got = ask(client, "x", {
+    onText: () => {
+      throw new Error("mine");
+    },
+  });
+  socket.text(got.requestId, 0, "one");
+  socket.end(got.requestId);
+  await settled();
+  assert.equal(got.answer.text, "one");
+  assert.deepEqual(faults, ["mine"]);
+});
+
+// Interrupts.
+
+test("an interrupt says what and why, and its ack settles it", async () => {
+  const { client, lines, socket, time } = makeStand();
+  const got = ask(client);
+  socket.text(got.requestId, 0, "shown");
+  const interrupt = client.sendInterrupt(got.requestId, "USER_STOP", { deliveredTextChars: 5 });
+  assert.deepEqual(socket.sentOf("INTERRUPT"), [
+    { interrupt_request_id: got.requestId, reason: "USER_STOP", delivered_text_chars: 5 },
+  ]);
+  time.pass(3);
+  socket.ack(got.requestId);
+  socket.end(got.requestId, { interrupted: true });
+  const ack = await interrupt;
+  await settled();
+  assert.equal(ack.status, "SUCCESS");
+  assert.equal(ack.roundTripMs, 3);
+  assert.equal(ack.results[0].stream_closed_ms, 1.25);
+  assert.equal(got.answer.outcome, "INTERRUPTED");
+  assert.equal(got.answer.interruptReason, "USER_STOP");
+  assert.equal(got.text, "shown");
+  assert.deepEqual(lines.slice(-2), [
+    `[WebSocket] 发送打断请求: ${got.requestId}`,
+    `debug [WebSocket] 收到打断确认: ${got.requestId}`,
+  ]);
+});
+
+test("late frames of an interrupted request are dropped with its ack", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  client.sendInterrupt(got.requestId);
+  socket.text(got.requestId, 0, "late");
+  socket.ack(got.requestId);
+  socket.text(got.requestId, 1, "later");
+  await settled();
+  assert.equal(got.text, "");
+  assert.equal(got.answer.text, "");
+});
+
+test("an answer that had ended before ends as complete, with all of its text", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  socket.text(got.requestId, 0, "one ");
+  const interrupt = client.sendInterrupt(got.requestId);
+  socket.text(got.requestId, 1, "two ");
+  socket.text(got.requestId, 2, "three");
+  socket.end(got.requestId);
+  await settled();
+  assert.equal(got.text, "one ");
+  assert.equal(got.answer, undefined);
+  socket.ack(got.requestId, "ALREADY_DONE");
+  await interrupt;
+  await settled();
+  assert.equal(got.text, "one two three");
+  assert.equal(got.answer.outcome, "COMPLETED");
+  assert.equal(got.answer.text, "one two three");
+});
+
+test("an ack may overtake the rest of an answer that had ended", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  client.sendInterrupt(got.requestId);
+  socket.text(got.requestId, 0, "one ");
+  socket.ack(got.requestId, "ALREADY_DONE");
+  socket.text(got.requestId, 1, "two");
+  socket.end(got.requestId);
+  await settled();
+  assert.equal(got.answer.outcome, "COMPLETED");
+  assert.equal(got.text, "one two");
+});
+
+test("sound that was silenced does not come back with the text", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  client.sendInterrupt(got.requestId);
+  socket.say("RESPONSE", { request_id: got.requestId, text_stream_seq: 0, content: { text: "a", voice: "AAAA" } });
+  socket.end(got.requestId);
+  socket.ack(got.requestId, "ALREADY_DONE");
+  await settled();
+  assert.equal(got.text, "a");
+  assert.deepEqual(got.voice, []);
+});
+
+test("an answer that had failed before ends as failed", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  client.sendInterrupt(got.requestId);
+  socket.error("INTERNAL_ERROR", { request_id: got.requestId });
+  socket.ack(got.requestId, "ALREADY_DONE");
+  await settled();
+  assert.equal(got.error.code, "INTERNAL_ERROR");
+});
+
+test("without an ack in time the terminal frame decides", async () => {
+  const { client, socket, time } = makeStand();
+  const [done, stopped] = [ask(client), ask(client, "b", { requestId: "req_2" })];
+  const acks = [client.sendInterrupt(done.requestId), client.sendInterrupt("req_2")];
+  socket.text(done.requestId, 0, "all");
+  socket.end(done.requestId);
+  socket.text("req_2", 0, "some");
+  time.pass(ACK_TIMEOUT_MS - 1);
+  await settled();
+  assert.equal(done.answer, undefined);
+  time.pass(1);
+  assert.deepEqual((await Promise.all(acks)).map(({ status }) => status), ["NO_ACK", "NO_ACK"]);
+  await settled();
+  assert.equal(done.answer.outcome, "COMPLETED");
+  assert.equal(done.text, "all");
+  assert.equal(stopped.answer.outcome, "INTERRUPTED");
+  assert.equal(stopped.text, "");
+});
+
+test("a server whose acks have no results is judged by its terminal frame", async () => {
+  const { client, socket } = makeStand();
+  const [done, stopped] = [ask(client), ask(client, "b", { requestId: "req_2" })];
+  for (const { requestId } of [done, stopped]) {
+    void client.sendInterrupt(requestId);
+    socket.ack(requestId, "STOPPED", { results: undefined });
+  }
+  socket.text(done.requestId, 0, "all");
+  await settled();
+  assert.equal(done.answer, undefined);
+  socket.end(done.requestId);
+  socket.end("req_2", { interrupted: true });
+  await settled();
+  assert.equal(done.answer.outcome, "COMPLETED");
+  assert.equal(done.text, "all");
+  assert.equal(stopped.answer.outcome, "INTERRUPTED");
+});
+
+test("two interrupts of one request get an ack each, in their order", async () => {
+  const { client, socket, time } = makeStand();
+  const got = ask(client);
+  const first = client.sendInterrupt(got.requestId, "USER_STOP");
+  time.pass(1);
+  const second = client.sendInterrupt(got.requestId, "USER_NEW_INPUT");
+  time.pass(1);
+  socket.ack(got.requestId, "STOPPED");
+  socket.ack(got.requestId, "ALREADY_DONE");
+  assert.deepEqual(
+    (await Promise.all([first, second])).map(({ roundTripMs, results }) => [roundTripMs, results[0].outcome]),
+    [[2, "STOPPED"], [1, "ALREADY_DONE"]],
+  );
+  assert.equal((await got.promise).interruptReason, "USER_STOP");
+});
+
+test("an interrupt of all is matched by its missing id, and stops all", async () => {
+  const { client, socket } = makeStand();
+  const [one, two] = [ask(client), ask(client, "b", { requestId: "req_2" })];
+  const interrupt = client.sendInterrupt(null);
+  assert.equal(socket.sentOf("INTERRUPT")[0].interrupt_request_id, null);
+  socket.text("req_2", 0, "late");
+  const results = [one.requestId, "req_2"].map((id) => ({ request_id: id, outcome: "STOPPED" }));
+  socket.say("INTERRUPT_ACK", { status: "SUCCESS", results, interrupt_request_id: null });
+  assert.equal((await interrupt).requestId, null);
+  await settled();
+  assert.deepEqual([one.answer.outcome, two.answer.outcome], ["INTERRUPTED", "INTERRUPTED"]);
+  assert.equal(two.text, "");
+});
+
+test("a lost connection ends the wait for an ack", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  const interrupt = client.sendInterrupt(got.requestId);
+  socket.lose(1006);
+  assert.equal((await interrupt).status, "NO_ACK");
+  assert.equal((await got.promise).outcome, "INTERRUPTED");
+  assert.equal((await client.sendInterrupt(got.requestId)).status, "NO_ACK");
+});
+
+test("aborting is an interrupt, and rejects at once", async () => {
+  const { client, socket } = makeStand();
+  const controller = new AbortController();
+  const got = ask(client, "a", { signal: controller.signal });
+  controller.abort();
+  await settled();
+  assert.equal(got.error.name, "AbortError");
+  assert.deepEqual(socket.sentOf("INTERRUPT"), [{ interrupt_request_id: got.requestId, reason: "USER_STOP" }]);
+  socket.text(got.requestId, 0, "late");
+  socket.ack(got.requestId);
+  assert.equal(got.text, "");
+});
+
+test("a signal that is aborted before sends nothing, after the end does nothing", async () => {
+  const { client, socket } = makeStand();
+  const before = ask(client, "a", { signal: AbortSignal.abort() });
+  await settled();
+  assert.equal(before.error.name, "AbortError");
+  assert.deepEqual(socket.sentOf("REQUEST"), []);
+  const controller = new AbortController();
+  const after = ask(client, "b", { signal: controller.signal });
+  socket.end(after.requestId);
+  controller.abort();
+  await settled();
+  assert.equal(after.answer.outcome, "COMPLETED");
+  assert.deepEqual(socket.sentOf("INTERRUPT"), []);
+});
+
+test("nothing is left behind by many requests", async () => {
+  const { client, socket, time } = makeStand();
+  for (let round = 0; round < 50; round += 1) {
+    const got = ask(client, "x", { requestId: `req_${round}` });
+    void client.sendInterrupt(got.requestId);
+    if (round % 2) socket.end(got.requestId);
+    socket.ack(got.requestId, round % 2 ? "ALREADY_DONE" : "STOPPED");
+  }
+  await settled();
+  assert.equal(client._live.size, 0);
+  assert.equal(client._waiters.length, 0);
+  assert.equal(time.timers.size, 1); // for a connection that falls silent
+  assert.equal(FakeSocket.all.length, 1);
+});
