@@ -543,7 +543,6 @@ def test_health_is_json_with_status_version_and_what_is_live(
 @pytest.mark.parametrize(
     ("request_line", "status"),
     [
-        ("GET /", 404),
         ("GET /healthy", 404),
         ("GET /health/", 404),
         ("GET /ws/agent", 404),
