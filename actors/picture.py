@@ -75,14 +75,15 @@ def _greenlets() -> set[greenlet]:
 
 
 def _place(one: greenlet) -> str:
-    """What a greenlet runs, and where it stands; empty for one that has ended, or the hub."""
+    """What a greenlet runs, and where it stands; empty for one that has ended or not begun, and
+    for the hub."""
     frames = []
     frame: FrameType | None = one.gr_frame
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
     ours = [frame for frame in frames if not _is_of_library(frame)]
-    if one.dead or not ours or isinstance(one, gevent.hub.Hub):
+    if not ours or isinstance(one, gevent.hub.Hub):
         return ""
     code = ours[-1].f_code
     stands = ours[0]

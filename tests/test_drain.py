@@ -544,6 +544,24 @@ def test_a_connection_that_never_registered_does_not_hold_it_up(gateway: Gateway
         draining.wait()
 
 
+def test_who_comes_meanwhile_is_refused_whatever_the_supervisor_says(
+    gateway: Gateway, client: Client, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request_id = client.request(provider.fresh(scripts.idle_mid_stream(["Once"])))
+    client.wait_text(request_id)
+    draining = Draining(gateway)
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway.supervision, "tell", lambda _: None)  # it is too busy
+        with Client(gateway.server.port, register=False) as late:
+            late.send("REGISTER", {"auth": {"type": "API_KEY", "api_key": "x"}, "platform": "WEB"})
+            assert late.wait_closed() == 1012
+            assert late.frames[0].payload["error_code"] == "SERVER_BUSY"
+        wait_until(lambda: gateway.server.connections == 1, "it is gone")
+    client.interrupt(request_id)
+    assert client.wait_closed() == 1012
+    draining.wait()
+
+
 def test_it_answers_other_questions_meanwhile(
     gateway: Gateway, client: Client, provider: ProviderProcess
 ) -> None:

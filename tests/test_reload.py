@@ -324,6 +324,24 @@ def test_idle_connections_are_closed_and_new_ones_are_kept_again(
     provider.wait_closed(old.conn(names[2]))
 
 
+def test_idle_connections_are_closed_though_one_of_the_old_ones_runs_on(
+    provider: ProviderProcess,
+) -> None:
+    old = Old(provider)
+    key = provider.unique("end")
+    script = provider.fresh(scripts.finish_on_release(["Once"], key))
+    running = old.run(script)
+    conn = provider.wait_post(script=script).conn
+    done = provider.fresh(scripts.answer(["Hello"]))
+    old.run(done).wait_completed()
+    old.client.reload(old.new, None)
+    provider.wait_closed(old.conn(done))
+    assert conn in provider.open_connections(script)
+    provider.release(key)
+    running.wait_completed()
+    old.client.close()
+
+
 def test_the_connection_of_one_that_runs_is_closed_when_it_has_ended(
     provider: ProviderProcess,
 ) -> None:
