@@ -5,6 +5,9 @@ const SENTENCE_END = /[.!?。！？…](?=["”’)）】]*(?:\s|$))|[。！？]
 /** More would only be removed before they are read. */
 const MAX_LINES = 30;
 
+/** A sentence that is longer is read in pieces. */
+const MAX_CHARS = 500;
+
 /**
  * @param {string} text
  * @returns {[string, string]} the whole sentences in it, and what is left.
@@ -25,8 +28,9 @@ export class Announcer {
   /** @param {string} text a piece of an answer. */
   add(text) {
     const [whole, rest] = splitSentences(this._rest + text);
-    this._rest = rest;
-    this.say(whole);
+    const isTooLong = rest.length > MAX_CHARS;
+    this._rest = isTooLong ? "" : rest;
+    this.say(isTooLong ? whole + rest : whole);
   }
 
   /** The answer is complete. */

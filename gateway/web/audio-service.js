@@ -36,8 +36,8 @@ export class AudioService extends Emitter {
     this._speech = null;
     /** @type {Set<AudioBufferSourceNode>} */
     this._sources = new Set();
-    /** When the last of them ends, in samples of the context's time. */
-    this._endsAt = 0;
+    /** When the last of them ends, in samples of the context's time. @type {number | null} */
+    this._endsAt = null;
     /** @type {number | null} the first byte of a sample whose second has not come. */
     this._half = null;
   }
@@ -93,9 +93,10 @@ export class AudioService extends Emitter {
     source.onended = () => this._ended(source);
     // In whole samples: fractions would add up, and be interpolated.
     const soonest = Math.ceil(context.currentTime * SAMPLE_RATE);
-    if (this._endsAt < soonest) this._endsAt = soonest + LEAD_SECONDS * SAMPLE_RATE;
-    source.start(this._endsAt / SAMPLE_RATE);
-    this._endsAt += samples.length;
+    const endsAt = this._endsAt ?? -1;
+    const startsAt = endsAt >= soonest ? endsAt : soonest + LEAD_SECONDS * SAMPLE_RATE;
+    source.start(startsAt / SAMPLE_RATE);
+    this._endsAt = startsAt + samples.length;
     this._sources.add(source);
     if (this._sources.size === 1) this.emit("playing", true);
   }
@@ -104,7 +105,7 @@ export class AudioService extends Emitter {
   stopAllPlayback() {
     this._speech?.disconnect();
     this._speech = null;
-    this._endsAt = 0;
+    this._endsAt = null;
     this._half = null;
     const sources = [...this._sources];
     this._sources.clear();

@@ -269,6 +269,7 @@ service.on("functioncall", ({ message, call }) => {
     try {
       const sent = service.sendFunctionResult(message, call.call_id ?? "", result);
       if (sent === null) notify(texts.say("callWaits"));
+      else closeNotice();
       input.focus();
       return true;
     } catch (error) {
@@ -298,10 +299,12 @@ service.on("completed", ({ message }) => {
 
 service.on("failed", ({ message }) => {
   const { code, detail } = message.failure ?? { code: "", detail: "" };
-  views.get(message)?.fail(() => {
-    ask(questions.get(message) ?? "");
+  const asked = questions.get(message);
+  const again = () => {
     input.focus();
-  });
+    return ask(asked ?? "");
+  };
+  views.get(message)?.fail(asked ? again : null); // none after a function's result
   announcer.finish();
   announcer.say(texts.sayError(code, detail));
   follow();

@@ -9,6 +9,15 @@
 import { countCodePoints } from "./message-service.js";
 
 /**
+ * Drawn in one frame at most, in UTF-16 units: more than anybody can read, and little enough for the
+ * page to answer to a key while a model floods it.
+ */
+const FRAME_CHARS = 2_000;
+
+/** A line break after so much begins a new block, so that the browser lays out only the last one. */
+const BLOCK_CHARS = 1_000;
+
+/**
  * @typedef {object} Screen
  * @property {(callback: () => void) => unknown} requestFrame
  * @property {(callback: () => void) => void} afterPaint calls back when the frame was painted.
@@ -43,6 +52,9 @@ export class StreamText {
     this._pending = "";
     this._isFrozen = false;
     this._isAsked = false;
+    /** @type {HTMLElement | null} */
+    this._block = null;
+    this._blockChars = 0;
     /** Code points that are in the page. */
     this.drawnChars = 0;
     /** When the last of them was painted, on the clock of `performance.now()`. */
@@ -55,12 +67,7 @@ export class StreamText {
   /** @param {string} text */
   add(text) {
     this._pending += text;
-    if (this._isFrozen || this._isAsked) return;
-    this._isAsked = true;
-    this._screen.requestFrame(() => {
-      this._isAsked = false;
-      if (!this._isFrozen) this._draw();
-    });
+    this._ask();
   }
 
   /** Draw nothing more, but keep it. */
@@ -71,7 +78,7 @@ export class StreamText {
   /** Draw all that has come, now: the answer is at its end. */
   finish() {
     this._isFrozen = true;
-    this._draw();
+    this._draw(this._pending.length);
   }
 
   /** Forget what was not drawn. */
@@ -86,11 +93,41 @@ export class StreamText {
     else this._onPainted.push(callback);
   }
 
-  _draw() {
-    const text = this._pending;
+  _ask() {
+    if (this._isFrozen || this._isAsked || this._pending === "") return;
+    this._isAsked = true;
+    this._screen.requestFrame(() => {
+      this._isAsked = false;
+      if (this._isFrozen) return;
+      this._draw(FRAME_CHARS);
+      this._ask();
+    });
+  }
+
+  /** @param {string} text */
+  _append(text) {
+    let start = 0;
+    while (start < text.length) {
+      const block = (this._block ??= this._element.appendChild(document.createElement("span")));
+      const room = Math.max(0, BLOCK_CHARS - this._blockChars);
+      const lineEnd = text.indexOf("\n", start + room) + 1;
+      const end = lineEnd === 0 ? text.length : lineEnd;
+      block.append(text.slice(start, end)); // strings become text nodes, whatever is in them
+      this._blockChars += end - start;
+      if (lineEnd !== 0) {
+        this._block = null;
+        this._blockChars = 0;
+      }
+      start = end;
+    }
+  }
+
+  /** @param {number} limit in UTF-16 units. */
+  _draw(limit) {
+    const text = this._pending.slice(0, endOfWhole(this._pending, limit));
     if (text === "") return;
-    this._pending = "";
-    this._element.append(text); // strings become text nodes, whatever is in them
+    this._pending = this._pending.slice(text.length);
+    this._append(text);
     this.drawnChars += countCodePoints(text);
     this._unpainted += 1;
     this._screen.afterPaint(() => {
@@ -100,4 +137,15 @@ export class StreamText {
     });
     this._onDrawn();
   }
+}
+
+/**
+ * @param {string} text
+ * @param {number} limit
+ * @returns {number} `limit`, or one more where that would cut a character in two.
+ */
+function endOfWhole(text, limit) {
+  if (limit >= text.length) return text.length;
+  const code = text.charCodeAt(limit - 1);
+  return code >= 0xd800 && code < 0xdc00 ? limit + 1 : limit;
 }

@@ -110,7 +110,7 @@ export class AnswerView {
         late === 0
           ? this._texts.say("statusNoPaint")
           : this._texts.say("statusLastPaint", { ms: late.toFixed(late < 10 ? 1 : 0) });
-      this._show(line, make("span", "", measured));
+      this._show(line, " ", make("span", "", measured));
       onShown();
     });
   }
@@ -125,7 +125,7 @@ export class AnswerView {
     else this._show();
   }
 
-  /** @param {() => void} onRetry asks the same question again. */
+  /** @param {(() => boolean) | null} onRetry asks the same question again; false: it could not. */
   fail(onRetry) {
     this.stream.finish();
     const { code, detail, retryable } = this._message.failure ?? {
@@ -134,13 +134,13 @@ export class AnswerView {
       retryable: true,
     };
     this.element.dataset.code = code;
-    this._show(make("strong", "", this._texts.sayError(code, detail)));
-    if (!retryable) return;
+    const words = make("strong", "", this._texts.sayError(code, ""));
+    this._show(words, ...(detail ? [" ", make("span", "", detail)] : []));
+    if (!retryable || onRetry === null) return;
     const retry = make("button", "retry", this._texts.say("retry"));
     retry.type = "button";
     retry.addEventListener("click", () => {
-      retry.remove();
-      onRetry();
+      if (onRetry()) retry.remove();
     });
     this._bubble.append(retry);
   }
@@ -165,7 +165,7 @@ class CallCard {
   constructor(call, texts, onResult) {
     cards += 1;
     const id = `call-result-${cards}`;
-    const title = make("h3", "", `${texts.say("call")} · `, make("code", "", call.name));
+    const title = make("h2", "", `${texts.say("call")} · `, make("code", "", call.name));
     const parameters = make("pre", "", JSON.stringify(call.parameters ?? {}, null, 2));
     const label = make("label", "", texts.say("callResult"));
     label.htmlFor = id;
@@ -207,8 +207,8 @@ class CallCard {
       input.removeAttribute("aria-invalid");
       if (!onResult(result)) return;
       this.element.dataset.state = "answered";
-      input.readOnly = true;
-      button.remove();
+      const sent = make("pre", "result", JSON.stringify(result, null, 2));
+      form.replaceWith(make("p", "label", texts.say("callSent")), sent);
     });
   }
 }
