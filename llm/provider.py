@@ -8,7 +8,7 @@ from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit, urlunsplit
 
 import urllib3.util
 
@@ -100,6 +100,10 @@ class Provider:
         # With their scheme ("Bearer …") and without. Short ones are switches and numbers, and parts
         # of any text.
         values = [part for value in self.headers.values() for part in (value, *value.split())]
+        # Some take their key in the query; Azure's `api-version` is there, too.
+        query = parse_qsl(urlsplit(self.base_url.strip()).query)
+        found = [value for name, value in query if name != "api-version"]
+        values += [part for value in found for part in (value, quote(value, safe=""))]
         parts = [self.api_key, *(value for value in values if len(value) >= _SECRET_CHARS)]
         if self.proxy:
             parts += _credentials(self.proxy)

@@ -258,6 +258,11 @@ def test_the_password_of_a_proxy_is_secret_as_it_stands_and_as_it_is_meant() -> 
     assert "user" not in secrets
 
 
+def test_what_the_query_holds_is_secret_but_for_azures_version() -> None:
+    url = "https://api.example.com/v1?api-version=2024-10-21&key=key%2Fsecret&tier=low"
+    assert set(provider(base_url=url).secrets) == {"key%2Fsecret", "key/secret"}
+
+
 def test_the_longest_secret_comes_first_since_one_may_be_part_of_another() -> None:
     headers = {"X-A": f"prefix-{KEY}-suffix", "X-B": "87654321"}
     secrets = provider(api_key=KEY, headers=headers, proxy="http://u:pw@p").secrets
