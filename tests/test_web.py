@@ -97,6 +97,7 @@ def test_a_query_does_not_matter(gateway: Gateway) -> None:
     (
         "/README.md",
         "/tsconfig.json",
+        "/package.json",
         "/../pages.py",
         "/..%2fpages.py",
         "/%2e%2e/pages.py",

@@ -110,7 +110,6 @@ export class AudioService extends Emitter {
     const sources = [...this._sources];
     this._sources.clear();
     for (const source of sources) {
-      source.onended = null;
       source.stop();
       source.disconnect();
     }

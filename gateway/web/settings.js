@@ -164,7 +164,6 @@ export function serverUrl(settings, baseUrl) {
   if (settings.server.trim() !== "") return settings.server.trim();
   const url = new URL("ws/agent/stream", baseUrl);
   url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
-  url.search = url.hash = "";
   return url.href;
 }
 

@@ -104,9 +104,12 @@ test("stopping silences all at once and forgets what was queued", () => {
   for (let piece = 0; piece < 20; piece += 1) audio.play(new Int16Array(16_000));
   assert.equal(audio.isPlaying, true);
   context.currentTime = 0.1;
+  const { to: speech } = context.sources[0];
   audio.stopAllPlayback();
+  assert.equal(speech.to, null); // cut off at one place, too: however many there are
   assert.ok(context.sources.every((source) => source.isStopped && !isHeard(source, context)));
   assert.equal(audio.isPlaying, false);
+  for (const source of context.sources) source.onended?.(); // browsers say so a little later
   audio.play(new Int16Array(160));
   const fresh = context.sources.at(-1);
   assert.equal(fresh.startedAt * 16_000, 1_600 + 320); // not after the twenty seconds

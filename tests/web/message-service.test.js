@@ -162,6 +162,16 @@ test("a connection that is lost after the stop is no news", async () => {
   assert.deepEqual(names(), ["started", "interrupted", "acknowledged"]);
 });
 
+test("a connection that is lost before the rest of a complete answer came is no news either", async () => {
+  const { names, service, socket } = makeTalk();
+  const sent = service.sendTextMessage("a");
+  service.interruptCurrentRequest();
+  socket.ack(sent.requestId, "ALREADY_DONE");
+  socket.lose(1006);
+  assert.equal((await sent.promise).state, "interrupted");
+  assert.deepEqual(names(), ["started", "interrupted"]);
+});
+
 test("without a connection nothing is sent, and nothing changes", () => {
   const { events, service, socket } = makeTalk();
   socket.lose(1006);
@@ -185,12 +195,13 @@ test("a signal interrupts its own message only", async () => {
   assert.equal(service.isReceivingResponse, false);
 });
 
-test("voice is played, and silenced by what comes next", () => {
+test("voice is played, and silenced by what comes next", async () => {
   const { audio, service, socket } = makeTalk();
   const { requestId } = service.sendTextMessage("a");
   socket.say("RESPONSE", { request_id: requestId, text_stream_seq: 0, content: { voice: "AAAA" } });
   assert.deepEqual(audio.played, ["AAAA"]);
   socket.end(requestId);
+  await settled();
   const { stops } = audio;
   service.sendTextMessage("b");
   assert.ok(audio.stops > stops); // speech outlasts text

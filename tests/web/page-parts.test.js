@@ -81,6 +81,7 @@ test("what is frozen draws nothing, until it is finished or discarded", (context
     assert.equal(element.textContent, "shown");
     assert.equal(text.drawnChars, 5);
     text[how]();
+    text.finish();
     frame();
     assert.equal(element.textContent, expected);
     assert.equal(text.drawnChars, expected.length);

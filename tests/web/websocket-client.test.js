@@ -124,6 +124,16 @@ test("the loss says why: restarting, expired, or lost", () => {
   }
 });
 
+test("what one server said before it closed says nothing about the next", () => {
+  const { client, socket, sockets, time } = makeStand();
+  socket.say("SHUTDOWN", { reason: "SERVER_SHUTDOWN" });
+  socket.lose(1012);
+  time.pass(1_000);
+  sockets[1].accept();
+  sockets[1].lose(1006);
+  assert.equal(client.state.cause, "lost");
+});
+
 test("an expired session registers anew at once", () => {
   const { client, socket, sockets, time } = makeStand();
   time.pass(6_000);
@@ -133,6 +143,7 @@ test("an expired session registers anew at once", () => {
   assert.equal(client.state.name, "ready");
   assert.equal(client.state.isAgain, true);
   assert.equal(client.sessionId, "sess_2");
+  assert.equal(sockets[1].sent[0].session_id, null);
 });
 
 test("SESSION_INVALID without a request is an expired session", () => {
@@ -408,10 +419,11 @@ test("an ack may overtake the rest of an answer that had ended", async () => {
   socket.text(got.requestId, 0, "one ");
   socket.ack(got.requestId, "ALREADY_DONE");
   socket.text(got.requestId, 1, "two");
+  assert.equal(got.text, "one two");
   socket.end(got.requestId);
   await settled();
   assert.equal(got.answer.outcome, "COMPLETED");
-  assert.equal(got.text, "one two");
+  assert.equal(got.answer.text, "one two");
 });
 
 test("sound that was silenced does not come back with the text", async () => {
@@ -487,6 +499,29 @@ test("two interrupts of one request get an ack each, in their order", async () =
     [[2, "STOPPED"], [1, "ALREADY_DONE"]],
   );
   assert.equal((await got.promise).interruptReason, "USER_STOP");
+});
+
+test("acks of different requests are told apart by their ids", async () => {
+  const { client, socket } = makeStand();
+  const [one, two] = [ask(client), ask(client, "b", { requestId: "req_2" })];
+  const acks = [client.sendInterrupt(one.requestId), client.sendInterrupt("req_2")];
+  socket.ack("req_2", "STOPPED");
+  await settled();
+  assert.deepEqual([one.answer, two.answer.outcome], [undefined, "INTERRUPTED"]);
+  socket.ack(one.requestId, "STOPPED");
+  assert.deepEqual((await Promise.all(acks)).map(({ requestId }) => requestId), [one.requestId, "req_2"]);
+});
+
+test("an answer that ends between an interrupt of all and its ack waits for it", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  void client.sendInterrupt(null);
+  socket.text(got.requestId, 0, "all");
+  socket.end(got.requestId);
+  assert.equal(got.text, "");
+  const results = [{ request_id: got.requestId, outcome: "ALREADY_DONE", stream_closed_ms: null }];
+  socket.say("INTERRUPT_ACK", { status: "FAILED", results, interrupt_request_id: null });
+  assert.equal((await got.promise).text, "all");
 });
 
 test("an interrupt of all is matched by its missing id, and stops all", async () => {
