@@ -1,0 +1,258 @@
+"""A real Chromium, and the gateway's page in it, as a test or a measurement drives them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+
+PROBE = Path(__file__).with_name("browser_probe.js").read_text(encoding="utf-8")
+
+SCRIPT_SECONDS = 40.0
+"""Longer than any wait in the page, so that the wait says what it waited for."""
+
+_ARGUMENTS = (
+    "--headless=new",
+    "--no-sandbox",  # root has none
+    "--disable-gpu",
+    "--disable-dev-shm-usage",  # a container's is small
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--autoplay-policy=no-user-gesture-required",
+    "--window-size=1100,800",
+    "--lang=en-US",
+)
+
+
+class PageWaitTimeout(AssertionError):
+    """What was waited for did not come in time."""
+
+
+@contextlib.contextmanager
+def run_browser(chromium: str, chromedriver: str, profile: Path) -> Iterator[webdriver.Chrome]:
+    """Start a browser with nothing in it, and end it on leaving.
+
+    Args:
+        chromium, chromedriver: the programs; nothing is looked for, and nothing downloaded.
+        profile: empty directory for what it keeps.
+    """
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in (*_ARGUMENTS, f"--user-data-dir={profile}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    try:
+        driver.set_script_timeout(SCRIPT_SECONDS)
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Page:
+    """A fresh tab, with nothing remembered, for the gateway's page.
+
+    Args:
+        driver: its browser; the tab that was there before is closed.
+        timeout: seconds that any wait may take when it is not told otherwise.
+    """
+
+    def __init__(self, driver: webdriver.Chrome, *, timeout: float = 10.0) -> None:
+        self.driver = driver
+        self.timeout = timeout
+        before = driver.window_handles
+        driver.switch_to.new_window("tab")
+        here = driver.current_window_handle
+        for handle in before:
+            driver.switch_to.window(handle)
+            driver.close()
+        driver.switch_to.window(here)
+        self.cdp("Page.addScriptToEvaluateOnNewDocument", source=PROBE)
+        self._console: list[dict[str, Any]] = []
+        self.console().clear()  # the last one's is not this one's
+
+    def cdp(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Have the browser do what no page and no user can (Chrome DevTools Protocol)."""
+        answer: dict[str, Any] = self.driver.execute_cdp_cmd(command, arguments)
+        return answer
+
+    # What kind of browser it is: before `open`.
+
+    def speak(self, *languages: str) -> None:
+        """Set the languages that the user prefers."""
+        agent = self.js("return navigator.userAgent")
+        self.cdp(
+            "Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=",".join(languages)
+        )
+
+    def darken(self) -> None:
+        """Have the user prefer dark pages."""
+        features = [{"name": "prefers-color-scheme", "value": "dark"}]
+        self.cdp("Emulation.setEmulatedMedia", features=features)
+
+    def be_phone(self, width: int = 360, height: int = 740) -> None:
+        """Have a small screen, and fingers."""
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2,
+            mobile=True,
+        )
+        self.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
+
+    # The page.
+
+    def open(self, port: int, *, ready: bool = True) -> None:
+        """Load the page of the gateway on `port`, and wait until its session stands."""
+        origin = f"http://127.0.0.1:{port}"
+        self.cdp("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
+        self.driver.get(f"{origin}/")
+        if ready:
+            self.wait_connection("ready")
+
+    def wait_connection(self, state: str) -> None:
+        """Wait until the page says that its connection is in this state."""
+        self.wait(f"probe.connection() === {json.dumps(state)}", f"the connection is {state}")
+
+    def js(self, script: str, *arguments: Any) -> Any:
+        """Run a script's body in the page; what it returns."""
+        return self.driver.execute_script(script, *arguments)
+
+    def js_async(self, script: str, *arguments: Any) -> Any:
+        """Run the body of an async function in the page; what it resolves to.
+
+        Raises:
+            AssertionError: it has thrown; its words.
+        """
+        ok, value = self.driver.execute_async_script(
+            f"""
+            const done = arguments[arguments.length - 1];
+            (async (...args) => {{ {script} }})(...[...arguments].slice(0, -1)).then(
+                (value) => done([true, value ?? null]),
+                (error) => done([false, String(error?.stack ?? error)]),
+            );
+            """,
+            *arguments,
+        )
+        if not ok:
+            raise AssertionError(value)
+        return value
+
+    def wait(self, expression: str, what: str, timeout: float | None = None) -> Any:
+        """Wait until an expression is true in the page; its value.
+
+        Raises:
+            PageWaitTimeout: the time is up; the message shows the answers as they are.
+        """
+        seconds = self.timeout if timeout is None else timeout
+        value = self.js_async(
+            f"return await probe.until(() => ({expression}), {seconds * 1000}) || null"
+        )
+        if value is None:
+            raise PageWaitTimeout(
+                f"{seconds} s are over, waiting until {what}.\n"
+                f"Notice: {self.js('return probe.notice()')}\n"
+                f"Answers: {json.dumps(self.answers(), ensure_ascii=False, indent=1)}"
+            )
+        return value
+
+    # The user's hands.
+
+    def type(self, *keys: str) -> None:
+        """Press keys, one after the other, wherever the focus is."""
+        ActionChains(self.driver, duration=0).send_keys(*keys).perform()
+
+    def ask(self, text: str) -> None:
+        """Type a text into the input, and press Enter."""
+        self.driver.find_element(By.ID, "input").send_keys(text, Keys.ENTER)
+
+    def click(self, selector: str) -> None:
+        """Click on an element that can be seen."""
+        self.driver.find_element(By.CSS_SELECTOR, selector).click()
+
+    def write(self, selector: str, text: str) -> None:
+        """Type a text into a field, in place of what was there."""
+        field = self.driver.find_element(By.CSS_SELECTOR, selector)
+        field.clear()
+        field.send_keys(text)
+
+    # What the user sees.
+
+    def answers(self) -> list[dict[str, Any]]:
+        """The answers: their data attributes, `text`, `status`, and more."""
+        answers: list[dict[str, Any]] = self.js("return probe.answers()")
+        return answers
+
+    def answer(self, number: int = -1) -> dict[str, Any]:
+        """One of the answers; the latest."""
+        return self.answers()[number]
+
+    def wait_answer(
+        self,
+        condition: str,
+        number: int = -1,
+        timeout: float | None = None,
+    ) -> dict[str, Any]:
+        """Wait until there is an answer `it` of which a condition holds; the answer then."""
+        found: dict[str, Any] = self.wait(
+            f"probe.answers().slice({number})[0] && probe.answers().slice({number})"
+            f".filter((it, index) => index === 0 && ({condition}))[0]",
+            f"answer {number}: {condition}",
+            timeout,
+        )
+        return found
+
+    def wait_text(self, chars: int = 20, number: int = -1) -> dict[str, Any]:
+        """Wait until an answer streams, and has so much text."""
+        return self.wait_answer(f"it.state === 'streaming' && it.text.length >= {chars}", number)
+
+    def wait_state(self, state: str, number: int = -1) -> dict[str, Any]:
+        """Wait until an answer has this state."""
+        return self.wait_answer(f"it.state === {json.dumps(state)}", number)
+
+    def shows(self, selector: str) -> bool:
+        """Whether an element is there to be seen."""
+        found = self.driver.find_elements(By.CSS_SELECTOR, selector)
+        return bool(found) and found[0].is_displayed()
+
+    def notice(self) -> str:
+        """What the page says at the moment; empty where it says nothing."""
+        words: str = self.js("return probe.notice()")
+        return words
+
+    # What goes over the wire.
+
+    def sent(self, msg_type: str | None = None) -> list[dict[str, Any]]:
+        """Frames that the page has sent since it was loaded."""
+        frames: list[dict[str, Any]] = self.js("return probe.sent")
+        return [frame for frame in frames if msg_type in (None, frame["msg_type"])]
+
+    def received(self, msg_type: str | None = None) -> list[dict[str, Any]]:
+        """Frames that the page has been handed since it was loaded."""
+        frames: list[dict[str, Any]] = self.js("return probe.received")
+        return [frame for frame in frames if msg_type in (None, frame["msg_type"])]
+
+    # What a developer sees.
+
+    def console(self) -> list[dict[str, Any]]:
+        """Entries of the browser's log since the tab was opened: `level`, `message`."""
+        self._console += self.driver.get_log("browser")  # type: ignore[no-untyped-call]
+        return self._console
+
+    def faults(self) -> list[str]:
+        """What has gone wrong in the page: errors in the log, exceptions, alerts."""
+        logged = [entry["message"] for entry in self.console() if entry["level"] == "SEVERE"]
+        thrown: list[str] = self.js("return globalThis.probe ? [...probe.errors] : []")
+        return logged + thrown

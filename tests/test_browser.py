@@ -1,0 +1,884 @@
+"""The page in a real Chromium, against a real gateway and the demo provider."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.keys import Keys
+
+from llm.stories import answer, stop_answer
+from run import Gateway
+from tests.browser import Page, run_browser
+from tests.harness import RunningGateway, run_gateway
+from tests.tools import find_tool
+
+pytestmark = pytest.mark.timeout(120)
+
+WINDOW_MS = 2_000
+"""So long it is looked whether an answer that was stopped still grows: as issue 6 says."""
+
+INTERRUPTED = "it.state === 'interrupted' && it.roundTripMs"
+"""The page has said so, and the ack has come."""
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """One for the whole run."""
+    chromium = find_tool("chromium", "chromium")
+    chromedriver = find_tool("chromedriver", "chromium-driver")
+    with run_browser(chromium, chromedriver, tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+class CheckedPage(Page):
+    """A tab in which nothing may go wrong but what the test says."""
+
+    expected_faults = "(?!)"
+    """Regular expression of errors that belong to the test; none."""
+
+
+@pytest.fixture
+def page(browser: webdriver.Chrome) -> Iterator[CheckedPage]:
+    """A fresh tab; at the end of the test its console holds no error."""
+    page = CheckedPage(browser)
+    yield page
+    faults = [fault for fault in page.faults() if not re.search(page.expected_faults, fault)]
+    assert faults == []
+
+
+@pytest.fixture(scope="session")
+def long_story() -> Iterator[RunningGateway]:
+    """A gateway and a demo provider as processes; stories that nobody hears to the end."""
+    with run_gateway(model="long-story") as gateway:
+        yield gateway
+
+
+Playing = Callable[..., int]
+
+
+@pytest.fixture
+def playing(make_gateway: Callable[..., Gateway], long_story: RunningGateway) -> Playing:
+    """Starts a gateway in front of a scenario of the demo provider; returns its port."""
+
+    def play(scenario: str, **fields: Any) -> int:
+        base_url = fields.pop("base_url", long_story.provider.base_url)
+        return make_gateway(base_url=base_url, model=scenario, **fields).server.port
+
+    return play
+
+
+# Interrupting ---------------------------------------------------------------------------------
+
+
+def changes_since_the_act(
+    page: Page, number: int, key: str, act: Callable[[], None]
+) -> list[float]:
+    """Act while an answer streams; the changes of its text after that, within the window, in ms.
+
+    Args:
+        number: of the answer, from 0.
+        key: what the act presses, or "" for a click.
+    """
+    page.js(
+        f"probe.changes = probe.watch(probe.elements()[{number}].querySelector('.text'));"
+        "probe.acts.length = 0;"
+    )
+    page.wait("probe.changes.length > 2", "the text grows")
+    act()
+    late: list[float] = page.js_async(
+        f"""
+        const act = probe.acts.find((one) => one.key === {json.dumps(key)});
+        await probe.until(() => performance.now() > act.at + {WINDOW_MS}, {WINDOW_MS} + 5000);
+        return probe.changes.filter((at) => at > act.at).map((at) => at - act.at);
+        """
+    )
+    return late
+
+
+def test_a_new_message_stops_the_old_answer_at_once_and_is_answered(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    long_story.provider.forget_requests()
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+
+    late = changes_since_the_act(page, 0, "Enter", lambda: page.ask("停止"))
+
+    assert late == []
+    new = page.wait_state("complete")
+    assert new["text"] == stop_answer("停止")
+    old = page.answer(0)
+    assert old["state"] == "interrupted"
+    assert old["text"] and answer("Please tell me a very long story").startswith(old["text"])
+    assert len(page.answers()) == 2
+    assert long_story.provider.wait_ended(1).ended == "client_closed"
+    assert [one.model for one in long_story.provider.requests()] == ["long-story"] * 2
+
+
+def test_the_stop_button_stops_and_the_time_that_it_took_is_shown(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    assert not page.shows("#stop")
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    assert page.shows("#stop")
+
+    late = changes_since_the_act(page, 0, "", lambda: page.click("#stop"))
+
+    assert late == []
+    it = page.wait_answer(INTERRUPTED)
+    ms = float(it["streamClosedMs"])
+    assert f"stopped in {ms:.1f} ms" in it["status"]
+    assert not page.shows("#stop")
+    assert [one["payload"]["reason"] for one in page.sent("INTERRUPT")] == ["USER_STOP"]
+
+
+def test_escape_stops_and_the_next_question_is_answered(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    page.type(Keys.ESCAPE)
+    assert "stopped in" in page.wait_answer(INTERRUPTED)["status"]
+    page.ask("stop")
+    assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
+def test_what_is_said_to_have_been_delivered_is_what_the_screen_shows(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("𝔘𝔫𝔢 histoire 👩‍🚀, s'il vous plaît")  # outside of UTF-16's first plane
+    page.wait_text(40)
+    page.type(Keys.ESCAPE)
+    it = page.wait_answer(INTERRUPTED)
+    assert "👩‍🚀" in it["text"]
+    [interrupt] = page.sent("INTERRUPT")
+    assert interrupt["payload"]["delivered_text_chars"] == len(it["text"])
+
+
+@pytest.mark.parametrize(
+    ("language", "words"),
+    [("en-GB", "no request in progress"), ("zh-CN", "没有正在进行的请求")],
+)
+def test_to_stop_with_nothing_running_says_so_and_sends_nothing(
+    page: CheckedPage, long_story: RunningGateway, language: str, words: str
+) -> None:
+    page.speak(language)
+    page.open(long_story.port)
+    page.type(Keys.ESCAPE)
+    page.wait(f"probe.notice() === {json.dumps(words)}", "it says so")
+
+    page.ask("stop")
+    page.wait_state("complete")
+    page.type(Keys.ESCAPE)
+    page.wait(f"probe.notice() === {json.dumps(words)}", "it says so after an answer, too")
+
+    assert [frame["msg_type"] for frame in page.sent()] == ["REGISTER", "REQUEST"]
+    assert page.answer()["state"] == "complete"
+
+
+def test_a_stop_at_the_moment_of_completion_leaves_no_answer_failed_or_hanging(
+    page: CheckedPage, playing: Playing
+) -> None:
+    whole = stop_answer("stop") or ""
+    page.open(playing("story:500"))
+    rounds = 30
+    page.js_async(
+        """
+        const [rounds] = args;
+        const { client } = bargein;
+        const stop = () => document.dispatchEvent(
+            new KeyboardEvent("keydown", { key: "Escape", bubbles: true, cancelable: true }),
+        );
+        for (let round = 0; round < rounds; round += 1) {
+            // By turns: at the end's frame before the page knows it; a moment before and after it.
+            const [at, ms] = [["terminal", null], ["terminal", 0], ["text", 0], ["text", 1],
+                ["text", 2], ["text", 4]][round % 6];
+            let isArmed = true;
+            let isStopped = false;
+            let text = "";
+            const off = client.on("frame", ({ direction, msgType, payload }) => {
+                if (direction !== "in" || msgType !== "RESPONSE" || !isArmed) return;
+                text += payload.content?.text ?? "";
+                const isNear = at === "terminal"
+                    ? payload.text_stream_seq === -1
+                    : text.length > 60 + round / 3;
+                if (!isNear) return;
+                isArmed = false;
+                const act = () => {
+                    stop();
+                    isStopped = true;
+                };
+                if (ms === null) act();
+                else setTimeout(act, ms);
+            });
+            const before = probe.elements().length;
+            document.getElementById("input").value = "stop";
+            document.getElementById("composer").requestSubmit();
+            const ended = await probe.until(() => {
+                const it = probe.answers()[before];
+                if (!isStopped || !it) return false;
+                return it.state === "complete" || (it.state === "interrupted" && it.roundTripMs);
+            }, 5000);
+            off();
+            if (!ended) {
+                const it = JSON.stringify(probe.answers()[before]);
+                throw new Error(`round ${round} (${at}, ${ms}) hangs: ${it}`);
+            }
+        }
+        """,
+        rounds,
+    )
+    answers = page.answers()
+    assert len(answers) == rounds
+    states = [it["state"] for it in answers]
+    assert set(states) <= {"complete", "interrupted"}
+    for it in answers:
+        if it["state"] == "complete":
+            assert it["text"] == whole
+        else:
+            assert whole.startswith(it["text"])
+    assert states.count("complete") >= rounds / 6  # where the terminal frame was there before
+    assert not page.shows("#stop")
+
+
+def test_ten_interrupts_in_a_row_leave_one_answer_and_one_stream(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    long_story.provider.forget_requests()
+    page.open(long_story.port)
+    for number in range(11):
+        page.type(f"Story {number}, please", Keys.ENTER)
+    last = page.wait_text()
+    for number in range(10):
+        page.wait_answer(INTERRUPTED, number)
+    answers = page.answers()
+    assert [it["state"] for it in answers] == ["interrupted"] * 10 + ["streaming"]
+    assert answers[-1]["text"].startswith("“Story 10, please”: that reminds")
+    for number, it in enumerate(answers[:-1]):
+        assert f"“Story {number}, please”".startswith(
+            it["text"][: len(f"“Story {number}, please”")]
+        )
+    assert {frame["payload"]["interrupt_request_id"] for frame in page.sent("INTERRUPT")} == {
+        it["requestId"] for it in answers[:-1]
+    }
+    assert len(page.sent("INTERRUPT")) == 10
+    live = [one for one in long_story.provider.requests() if one.ended is None]
+    assert len(live) == 1
+    grown = page.wait_text(len(last["text"]) + 1)
+    assert grown["messageId"] == last["messageId"]
+
+
+def test_nothing_is_waited_for_not_even_the_ack(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    # From here on the page hears nothing.
+    page.js("probe.holds = () => true")
+    page.ask("stop")
+    old, new = page.answers()
+    assert (old["state"], new["state"]) == ("interrupted", "streaming")
+    assert [frame["msg_type"] for frame in page.sent()[-2:]] == ["INTERRUPT", "REQUEST"]
+    assert page.sent()[-2]["payload"]["reason"] == "USER_NEW_INPUT"
+    assert page.js("return bargein.service.currentRequestId") == new["requestId"]
+    page.wait("probe.held.length > 3", "ack and answer are held back")
+
+    page.js("probe.release()")
+
+    assert page.wait_state("complete")["text"] == stop_answer("stop")
+    after = page.wait_answer(INTERRUPTED, 0)
+    assert after["text"] == old["text"]
+
+
+def test_late_frames_of_an_interrupted_answer_are_not_shown(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    page.js("probe.holds = () => true")
+    page.type(Keys.ESCAPE)
+    before = page.answer()["text"]
+    late = {"request_id": request_id, "text_stream_seq": 900, "content": {"text": "TOO LATE"}}
+    page.js("probe.inject('RESPONSE', arguments[0])", late)
+    assert page.answer()["text"] == before
+    page.js("probe.release()")
+    page.wait_answer(INTERRUPTED)
+    page.js("probe.inject('RESPONSE', arguments[0])", late)
+    page.js_async("await new Promise((painted) => requestAnimationFrame(painted))")
+    assert page.answer()["text"] == before
+    assert page.answer()["state"] == "interrupted"
+
+
+def test_an_answer_that_was_complete_before_stop_came_ends_complete_with_all_its_text(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("story:500"))
+    # The network is slow: the page is behind the gateway, which has long sent the end.
+    page.js("probe.holds = ({ payload }) => payload.text_stream_seq >= 3")
+    page.ask("stop")
+    page.wait_answer("it.text.length > 5")
+    page.wait("probe.held.length >= 10", "the rest is on its way")
+    page.ask("stop please")
+    old = page.answer(0)
+    assert old["state"] == "interrupted"
+    assert len(old["text"]) < len(stop_answer("stop") or "")
+
+    page.wait("probe.held.length >= 20", "the ack is on its way, too")
+    page.js("probe.release()")
+
+    first = page.wait_state("complete", 0)
+    assert first["text"] == stop_answer("stop")
+    assert "stopped" not in first["status"]
+    second = page.wait_state("complete", 1)
+    assert second["text"] == stop_answer("stop please")
+    [ack] = page.received("INTERRUPT_ACK")
+    assert ack["payload"]["results"][0]["outcome"] == "ALREADY_DONE"
+
+
+def test_ids_of_requests_and_of_messages_are_never_mixed_up(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    state = """
+        const { isReceivingResponse, currentRequestId, currentMessageId } = bargein.service;
+        return [isReceivingResponse, currentRequestId, currentMessageId];
+    """
+    assert page.js(state) == [False, None, None]
+    for text in ("First story, please", "Second story, please"):
+        page.ask(text)
+        it = page.wait_text()
+        assert page.js(state) == [True, it["requestId"], it["messageId"]]
+    page.type(Keys.ESCAPE)
+    page.wait_answer(INTERRUPTED)
+    assert page.js(state) == [False, None, None]
+
+    answers = page.answers()
+    assert all(re.fullmatch(r"req_\d{13}_[0-9a-z]{9}", it["requestId"]) for it in answers)
+    assert all(re.fullmatch(r"msg_\d{13}_[0-9a-z]{9}", it["messageId"]) for it in answers)
+    assert len({it["requestId"] for it in answers} | {it["messageId"] for it in answers}) == 4
+    on_the_wire = [frame["payload"]["request_id"] for frame in page.sent("REQUEST")]
+    assert on_the_wire == [it["requestId"] for it in answers]
+    stopped = [frame["payload"]["interrupt_request_id"] for frame in page.sent("INTERRUPT")]
+    assert stopped == on_the_wire
+    assert re.search(r"msg_\d", json.dumps(page.sent())) is None
+
+
+def test_the_console_tells_of_an_interrupt_in_these_words(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    page.ask("stop")
+    page.wait_answer(INTERRUPTED, 0)
+    old, new = page.answers()
+    page.wait_state("complete")
+    lines = [
+        found.group(1)
+        for entry in page.console()
+        if (found := re.search(r'"(\[(?:MessageService|WebSocket)\] .*)"$', entry["message"]))
+    ]
+    told = [line for line in lines if "连接" not in line]
+    assert told == [
+        f"[MessageService] 开始接收响应 - 请求ID: {old['requestId']}",
+        "[MessageService] 检测到新输入，打断当前响应",
+        f"[MessageService] 发送打断信号 - 请求ID: {old['requestId']}",
+        f"[WebSocket] 发送打断请求: {old['requestId']}",
+        f"[MessageService] 开始接收响应 - 请求ID: {new['requestId']}",
+        f"[WebSocket] 收到打断确认: {old['requestId']}",
+    ]
+    [ack] = [entry for entry in page.console() if "收到打断确认" in entry["message"]]
+    assert ack["level"] == "DEBUG"
+
+
+# Connections ----------------------------------------------------------------------------------
+
+
+def test_a_reload_in_the_middle_of_an_answer_stops_it_and_begins_anew(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    long_story.provider.forget_requests()
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    page.driver.refresh()
+    page.wait_connection("ready")
+    assert page.answers() == []
+    assert long_story.provider.wait_ended(1).ended == "client_closed"
+    page.ask("stop")
+    assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
+@pytest.mark.parametrize("is_killed", [True, False], ids=["killed", "in order"])
+def test_when_the_server_restarts_the_page_says_so_and_connects_again(
+    page: CheckedPage, long_story: RunningGateway, is_killed: bool
+) -> None:
+    page.expected_faults = "WebSocket connection to .* failed"  # while there is no server
+    url = long_story.provider.base_url
+    with ExitStack() as stack:
+        first = stack.enter_context(
+            run_gateway("--drain-timeout", "0", model="long-story", llm_url=url)
+        )
+        page.open(first.port)
+        page.ask("Please tell me a very long story")
+        page.wait_text()
+
+        if is_killed:
+            first.kill()
+        else:
+            first.terminate()
+
+        it = page.wait_state("failed")
+        assert it["code"] == ("CONNECTION_LOST" if is_killed else "SERVER_SHUTDOWN")
+        assert it["status"].startswith("Broken off: ")
+        assert it["text"]  # what was shown stays
+        page.wait_connection("waiting")
+        words = "The connection is lost." if is_killed else "The server is restarting."
+        assert page.notice() == f"{words} Connecting again."
+        assert not page.shows("#stop")
+
+        page.write("#input", "stop")
+        page.type(Keys.ENTER)
+        assert "Not connected yet" in page.notice()
+        assert page.js("return document.getElementById('input').value") == "stop"
+
+        first.kill()  # if it has not ended by itself
+        stack.enter_context(run_gateway(model="long-story", llm_url=url, port=first.port))
+        page.wait_connection("ready")
+        assert page.notice().startswith("Connected again.")
+        page.type(Keys.ENTER)
+        assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
+# Faults ---------------------------------------------------------------------------------------
+
+BROKEN = "Something went wrong with this answer. Please try again."
+SLOW = "The answer took too long. Please try again."
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words", "has_text"),
+    [
+        ("http-401", BROKEN, False),
+        ("http-429", "", False),
+        ("http-500", BROKEN, False),
+        ("not-sse", BROKEN, False),
+        ("no-answer", BROKEN, False),
+        ("cut", BROKEN, True),
+        ("reset", BROKEN, True),
+        ("malformed-json", BROKEN, True),
+        ("error-in-stream", BROKEN, True),
+        ("stall-headers", SLOW, False),
+        ("stall-first-event", SLOW, False),
+        ("stall-mid-stream", SLOW, True),
+        ("nobody there", BROKEN, False),
+    ],
+)
+def test_a_fault_of_the_provider_is_a_readable_message(
+    page: CheckedPage, playing: Playing, scenario: str, words: str, has_text: bool
+) -> None:
+    url = {"base_url": "http://127.0.0.1:1/v1"} if scenario == "nobody there" else {}
+    limits = {"retries": 0, "first_token_timeout": 0.6, "idle_timeout": 0.6}
+    page.open(playing(scenario, **url, **limits))
+    page.ask("Tell me a story")
+    it = page.wait_state("failed")
+    assert it["status"].startswith(words)
+    assert len(it["status"]) > 20
+    assert re.search(r"[{}<>]|Traceback|Error\(|object at", it["status"]) is None
+    assert (it["text"] != "") == has_text
+    assert page.js("return probe.answers()[0].retry") == "Ask again"
+    assert not page.shows("#stop")
+    assert page.js("return document.activeElement.id") == "input"
+    assert page.js("return probe.connection()") == "ready"
+
+
+def test_ask_again_asks_the_same_question(page: CheckedPage, playing: Playing) -> None:
+    page.open(playing("http-500:1", retries=0))
+    page.ask("stop")
+    page.wait_state("failed")
+    page.click(".retry")
+    assert page.wait_state("complete")["text"] == stop_answer("stop")
+    asked = [frame["payload"]["content"]["text"] for frame in page.sent("REQUEST")]
+    assert asked == ["stop", "stop"]
+    assert page.answer(0)["retry"] == ""
+
+
+def test_an_answer_without_any_text_is_said_to_be_empty(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("empty"))
+    page.ask("Tell me a story")
+    assert page.wait_state("complete")["status"] == "No answer came: it was empty."
+
+
+# What a model says ----------------------------------------------------------------------------
+
+NASTY = (
+    "<img src=x onerror=\"alert('one')\"><script>alert('two')</script>"
+    "<svg onload=alert(3)> <a href='javascript:alert(4)'>here</a> &lt;b&gt; </p></li> ${alert(5)}"
+)
+
+
+def test_script_in_question_and_answer_is_shown_as_text_and_never_runs(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("echo"))
+    page.ask(NASTY)
+    assert page.wait_state("complete")["text"] == NASTY
+    asked = page.js("return document.querySelector('[data-role=user] .text').textContent")
+    assert asked == NASTY
+    found = page.js("return document.querySelectorAll('#messages :is(img, script, svg, a)').length")
+    assert found == 0
+    assert page.js("return document.getElementById('announcer').children.length") > 0
+    assert page.js("return document.querySelectorAll('#announcer :not(p)').length") == 0
+
+
+def test_script_in_a_function_call_and_in_an_error_is_text_as_well(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    call = {"name": NASTY, "parameters": {NASTY: NASTY}, "call_id": "call_1"}
+    page.js(
+        "probe.inject('RESPONSE', arguments[0])",
+        {"request_id": request_id, "text_stream_seq": 900, "function_call": call, "content": {}},
+    )
+    page.js(
+        "probe.inject('ERROR', arguments[0])",
+        {"request_id": request_id, "error_code": NASTY, "error_msg": NASTY, "error_detail": NASTY},
+    )
+    it = page.wait_state("failed")
+    assert it["calls"][0]["name"] == NASTY
+    assert json.loads(it["calls"][0]["parameters"]) == {NASTY: NASTY}
+    assert NASTY in it["status"]
+    found = page.js("return document.querySelectorAll('#messages :is(img, script, svg, a)').length")
+    assert found == 0
+
+
+def test_the_policy_forbids_inline_script_and_html_from_strings(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", long_story.port, timeout=5)
+    connection.request("GET", "/")
+    with connection.getresponse() as response:
+        policy = response.headers["Content-Security-Policy"]
+        html = response.read().decode()
+    connection.close()
+    assert "unsafe-" not in policy
+    assert {"default-src 'none'", "script-src 'self'"} <= set(policy.split("; "))
+    assert re.findall(r"<script(?![^>]*\bsrc=)|\son\w+=|\sstyle=|javascript:", html) == []
+
+    page.expected_faults = "Content Security Policy|Trusted(HTML|Script)|trusted-types"
+    page.open(long_story.port)
+    tried = page.js_async(
+        """
+        const tries = {
+            html: () => { document.createElement("p").innerHTML = "<b>bold</b>"; },
+            eval: () => (0, eval)("probe.errors.push('eval')"),
+            handler: () => {
+                const button = document.createElement("button");
+                button.setAttribute("onclick", "probe.errors.push('handler')");
+                button.click();
+            },
+            script: () => {
+                const script = document.createElement("script");
+                script.append("probe.errors.push('script')");
+                document.head.append(script);
+            },
+            foreign: async () => {
+                const script = document.createElement("script");
+                script.setAttribute("src", "data:text/javascript,probe.errors.push('foreign')");
+                document.head.append(script);
+            },
+        };
+        const violated = [];
+        document.addEventListener("securitypolicyviolation", (event) =>
+            violated.push(event.effectiveDirective),
+        );
+        // From here on as the page itself: what DevTools calls may evaluate strings.
+        await new Promise((resolve) => setTimeout(resolve));
+        const thrown = [];
+        for (const [name, attempt] of Object.entries(tries)) {
+            try { await attempt(); } catch { thrown.push(name); }
+        }
+        await probe.until(() => violated.length >= 5, 2000);
+        return [thrown, violated];
+        """
+    )
+    thrown, violated = tried
+    assert {"html", "eval"} <= set(thrown)
+    assert len(violated) >= 5
+    assert page.js("return probe.errors.filter((one) => !one.includes(' '))") == []
+
+
+# Functions ------------------------------------------------------------------------------------
+
+
+def set_example_functions(page: Page) -> None:
+    """As a user does in the settings."""
+    page.click("#open-settings")
+    page.click("#functions-example")
+    page.click("#save-settings")
+    page.wait("!document.getElementById('settings').open", "the settings are closed")
+
+
+def test_a_function_call_is_a_card_and_its_result_goes_back(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("tool-call"))
+    set_example_functions(page)
+    page.ask("Where is hall 3?")
+    it = page.wait_state("complete", 0)
+    [card] = it["calls"]
+    assert card["name"] == "open_map"
+    assert isinstance(json.loads(card["parameters"])["hall"], int)
+    assert card["state"] == "waiting"
+
+    page.write(".call textarea", "no json at all")
+    page.click(".call button")
+    assert page.shows(".call .fault")
+    assert page.js("return document.querySelector('.call textarea').ariaInvalid") == "true"
+    assert page.sent("FUNCTION_RESULT") == []
+
+    page.write(".call textarea", '{"shown": true}')
+    page.click(".call button")
+    page.wait("probe.answers().length === 2", "the model goes on")
+    after = page.wait_state("complete", 1)
+    assert after["text"]
+    [frame] = page.sent("FUNCTION_RESULT")
+    assert frame["payload"] == {
+        "call_id": card["callId"],
+        "request_id": after["requestId"],
+        "result": {"shown": True},
+    }
+    assert page.answer(0)["calls"][0]["state"] == "answered"
+    assert page.js("return document.activeElement.id") == "input"
+
+
+def test_of_two_calls_the_model_goes_on_with_the_second_result(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("tool-call-parallel:2"))
+    set_example_functions(page)
+    page.ask("Where are halls 3 and 4?")
+    it = page.wait_state("complete", 0)
+    assert len(it["calls"]) == 2
+    page.click(".call:nth-of-type(1) button")
+    page.wait("probe.notice().includes('The others are waited for')", "it says that it waits")
+    assert len(page.answers()) == 1
+    page.click(".call:nth-of-type(2) button")
+    assert page.wait_answer("it.state === 'complete'", 1)["text"]
+    results = [frame["payload"] for frame in page.sent("FUNCTION_RESULT")]
+    assert [payload["call_id"] for payload in results] == [one["callId"] for one in it["calls"]]
+    assert ["request_id" in payload for payload in results] == [False, True]
+
+
+# Settings -------------------------------------------------------------------------------------
+
+
+def test_settings_are_in_effect_at_once_and_after_a_reload(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    before = page.wait_text()
+
+    page.click("#open-settings")
+    page.write("#setting-role", "A keeper of lamps")
+    page.write("#setting-scene", "The lamp room")
+    page.click("#functions-example")
+    page.click("#setting-speech")
+    page.click("#save-settings")
+    page.wait("probe.notice() === 'Settings are in effect.'", "it says so")
+
+    [update] = [
+        frame["payload"]["update_session"]
+        for frame in page.sent("REQUEST")
+        if "update_session" in frame["payload"]
+    ]
+    assert update["system_prompt"] == {"role_description": "A keeper of lamps"}
+    assert update["scene_context"] == {"scene_description": "The lamp room"}
+    assert update["require_tts"] is True
+    assert [one["name"] for one in update["function_calling"]] == ["open_map"]
+    page.wait_text(len(before["text"]) + 1)  # no setting interrupts
+    assert page.sent("INTERRUPT") == []
+
+    page.driver.refresh()
+    page.wait_connection("ready")
+    [register] = page.sent("REGISTER")
+    assert {name: register["payload"][name] for name in update} == update
+    page.ask("stop")  # with speech, although this gateway has no voice
+    assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("#setting-functions", "[{", "This is no JSON"),
+        ("#setting-functions", '{"name": "one"}', "must be a list"),
+        ("#setting-functions", '[{"name": "no good name"}]', "did not understand"),
+        ("#setting-server", "http://example.com", "begins with ws:// or wss://"),
+    ],
+)
+def test_settings_that_cannot_be_are_told_and_not_kept(
+    page: CheckedPage, long_story: RunningGateway, field: str, value: str, words: str
+) -> None:
+    page.open(long_story.port)
+    page.click("#open-settings")
+    page.js("document.querySelector('#settings details').open = true")
+    page.write(field, value)
+    page.click("#save-settings")
+    page.wait(
+        f"document.getElementById('settings-error').textContent.includes({json.dumps(words)})",
+        "the fault is told",
+    )
+    assert page.shows("#settings-error")
+    page.type(Keys.ESCAPE)
+    page.wait("!document.getElementById('settings').open", "the settings are closed")
+    page.ask("stop")
+    page.wait_state("complete")
+    page.driver.refresh()
+    page.wait_connection("ready")
+    page.click("#open-settings")
+    kept = page.js("return document.querySelector(arguments[0]).value", field)
+    assert kept != value
+
+
+def test_escape_closes_the_settings_and_the_answer_goes_on(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    page.click("#open-settings")
+    page.type(Keys.ESCAPE)
+    page.wait("!document.getElementById('settings').open", "the settings are closed")
+    length = len(page.answer()["text"])
+    page.wait_text(length + 1)
+    assert page.sent("INTERRUPT") == []
+    assert page.js("return document.activeElement.id") == "input"
+
+
+@pytest.mark.parametrize(
+    ("preferred", "lang", "send", "connected"),
+    [
+        (["zh-CN", "en"], "zh-CN", "发送", "已连接"),
+        (["zh-TW"], "zh-CN", "发送", "已连接"),
+        (["en-US", "zh"], "en", "Send", "Connected"),
+        (["fr", "zh", "en"], "zh-CN", "发送", "已连接"),
+        (["sw"], "en", "Send", "Connected"),
+    ],
+)
+def test_the_page_speaks_the_language_of_the_browser(
+    page: CheckedPage,
+    long_story: RunningGateway,
+    preferred: list[str],
+    lang: str,
+    send: str,
+    connected: str,
+) -> None:
+    page.speak(*preferred)
+    page.open(long_story.port)
+    assert page.js("return document.documentElement.lang") == lang
+    assert page.js("return document.getElementById('send').ariaLabel") == send
+    assert page.js("return document.getElementById('connection-text').textContent") == connected
+    if lang == "zh-CN":
+        # Nothing of the page is left in the other language, but names and keys.
+        words = page.js("return document.querySelector('main').innerText")
+        assert re.findall(r"[A-Za-z]{3,}", words) == []
+
+
+# Hands and eyes -------------------------------------------------------------------------------
+
+
+def test_everything_is_done_with_the_keyboard_alone(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    focus = "return document.activeElement.id || document.activeElement.className"
+    assert page.js(focus) == "input"
+    order = []
+    for _ in range(8):
+        page.type(Keys.TAB)
+        order.append(page.js(focus))
+        if order[-1] not in ("input", "scroller") and page.js(
+            "return document.activeElement !== document.body"
+        ):
+            assert page.js(
+                """
+                const style = getComputedStyle(document.activeElement);
+                return style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 1;
+                """
+            ), f"no focus is to be seen on {order[-1]}"
+    assert order[0] == "send"
+    after = order[order.index("open-settings") :]
+    assert after[:5] == ["open-settings", "scroller", "idea", "idea", "input"]
+
+    page.js("document.getElementById('input').focus()")
+    page.type("Please tell me a very long story", Keys.ENTER)
+    page.wait_text()
+    assert page.js(focus) == "input"
+    page.type(Keys.TAB)
+    assert page.js(focus) == "stop"
+    page.type(Keys.ENTER)
+    page.wait_answer(INTERRUPTED)
+    assert page.js(focus) == "input"  # the button has gone, the focus has not
+
+    page.write("#input", f"one line{Keys.SHIFT}{Keys.ENTER}{Keys.NULL}stop, please")
+    page.type(Keys.ENTER)
+    page.wait_answer("it.state !== 'interrupted'")
+    assert page.sent("REQUEST")[-1]["payload"]["content"]["text"] == "one line\nstop, please"
+    page.type(Keys.ESCAPE)
+    assert page.js(focus) == "input"
+
+
+def test_a_screen_reader_hears_sentences_and_that_it_was_stopped(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    region = "return [...document.querySelectorAll('#announcer p')].map((p) => p.textContent)"
+    page.ask("Please tell me a very long story")
+    page.wait("document.querySelector('#announcer p')", "the first sentence")
+    assert page.js(region)[0] == "“Please tell me a very long story”: that reminds me of a story."
+    assert page.js("return document.getElementById('announcer').ariaLive") == "polite"
+    assert page.answer()["isBusy"]
+    page.type(Keys.ESCAPE)
+    page.wait_answer(INTERRUPTED)
+    assert page.js(region) == ["Stopped"]
+    assert not page.answer()["isBusy"]
+
+
+def test_the_scroll_follows_the_text_until_the_user_looks_back(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("story:200"))
+    page.ask("Tell me a story")
+    page.wait("document.getElementById('scroller').scrollTop > 60", "the text is long")
+    at_end = """
+        const { scrollHeight, scrollTop, clientHeight } = document.getElementById("scroller");
+        return scrollHeight - scrollTop - clientHeight < 30;
+    """
+    assert page.js(at_end)
+    page.js("document.getElementById('scroller').scrollTop = 0")
+    page.wait("!document.getElementById('to-bottom').hidden", "a way back is shown")
+    page.wait_text(len(page.answer()["text"]) + 100)
+    assert page.js("return document.getElementById('scroller').scrollTop") == 0
+    page.click("#to-bottom")
+    page.wait_text(len(page.answer()["text"]) + 100)
+    assert page.js(at_end)
+    page.type(Keys.ESCAPE)
