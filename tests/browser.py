@@ -232,6 +232,11 @@ class Page:
         words: str = self.js("return probe.notice()")
         return words
 
+    def screenshot(self, path: Path) -> Path:
+        """Write what the window shows as a PNG; its path."""
+        assert self.driver.save_screenshot(str(path))
+        return path
+
     # What goes over the wire.
 
     def sent(self, msg_type: str | None = None) -> list[dict[str, Any]]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,7 +59,7 @@ def page(browser: webdriver.Chrome) -> Iterator[CheckedPage]:
 @pytest.fixture(scope="session")
 def long_story() -> Iterator[RunningGateway]:
     """A gateway and a demo provider as processes; stories that nobody hears to the end."""
-    with run_gateway(model="long-story") as gateway:
+    with run_gateway(model="long-story", tokens_per_second=30) as gateway:
         yield gateway
 
 
@@ -476,6 +479,7 @@ SLOW = "The answer took too long. Please try again."
         ("http-401", BROKEN, False),
         ("http-429", "", False),
         ("http-500", BROKEN, False),
+        ("http-502", BROKEN, False),
         ("not-sse", BROKEN, False),
         ("no-answer", BROKEN, False),
         ("cut", BROKEN, True),
@@ -498,7 +502,8 @@ def test_a_fault_of_the_provider_is_a_readable_message(
     it = page.wait_state("failed")
     assert it["status"].startswith(words)
     assert len(it["status"]) > 20
-    assert re.search(r"[{}<>]|Traceback|Error\(|object at", it["status"]) is None
+    markup = "" if scenario == "http-502" else "<>"  # it is a web page, which the gateway quotes
+    assert re.search(rf"[{{}}{markup}]|Traceback|Error\(|object at", it["status"]) is None
     assert (it["text"] != "") == has_text
     assert page.js("return probe.answers()[0].retry") == "Ask again"
     assert not page.shows("#stop")
@@ -778,7 +783,6 @@ def test_escape_closes_the_settings_and_the_answer_goes_on(
     ("preferred", "lang", "send", "connected"),
     [
         (["zh-CN", "en"], "zh-CN", "发送", "已连接"),
-        (["zh-TW"], "zh-CN", "发送", "已连接"),
         (["en-US", "zh"], "en", "Send", "Connected"),
         (["fr", "zh", "en"], "zh-CN", "发送", "已连接"),
         (["sw"], "en", "Send", "Connected"),
@@ -816,9 +820,7 @@ def test_everything_is_done_with_the_keyboard_alone(
     for _ in range(8):
         page.type(Keys.TAB)
         order.append(page.js(focus))
-        if order[-1] not in ("input", "scroller") and page.js(
-            "return document.activeElement !== document.body"
-        ):
+        if order[-1] != "input" and page.js("return document.activeElement !== document.body"):
             assert page.js(
                 """
                 const style = getComputedStyle(document.activeElement);
@@ -845,6 +847,38 @@ def test_everything_is_done_with_the_keyboard_alone(
     assert page.sent("REQUEST")[-1]["payload"]["content"]["text"] == "one line\nstop, please"
     page.type(Keys.ESCAPE)
     assert page.js(focus) == "input"
+
+
+def test_what_an_input_method_composes_is_not_sent_by_its_own_enter(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.cdp("Input.imeSetComposition", text="ting", selectionStart=4, selectionEnd=4)
+    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229}
+    page.cdp("Input.dispatchKeyEvent", type="rawKeyDown", **enter)
+    page.cdp("Input.dispatchKeyEvent", type="keyUp", **enter)
+    assert page.js("return probe.acts.map(({ key }) => key)") == ["Enter"]
+    page.cdp("Input.insertText", text="停止")
+    assert page.sent("REQUEST") == []
+    page.type(Keys.ENTER)
+    assert page.wait_state("complete")["text"] == stop_answer("停止")
+    [request] = page.sent("REQUEST")
+    assert request["payload"]["content"]["text"] == "停止"
+
+
+def test_a_click_on_an_idea_asks_it_and_a_click_on_send_interrupts(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.click(".idea")
+    page.wait_text()
+    assert not page.shows("#welcome")
+    assert page.js("return document.activeElement.id") == "input"
+    page.write("#input", "stop")
+    page.click("#send")
+    assert page.wait_state("complete")["text"] == stop_answer("stop")
+    assert page.wait_answer(INTERRUPTED, 0)["text"]
+    assert page.js("return document.activeElement.id") == "input"
 
 
 def test_a_screen_reader_hears_sentences_and_that_it_was_stopped(
@@ -882,3 +916,327 @@ def test_the_scroll_follows_the_text_until_the_user_looks_back(
     page.wait_text(len(page.answer()["text"]) + 100)
     assert page.js(at_end)
     page.type(Keys.ESCAPE)
+
+
+# Sound ----------------------------------------------------------------------------------------
+
+SOUND = """
+    const { AudioService } = await import(`${location.origin}/audio-service.js`);
+    const audio = new AudioService();
+    await audio.unlock();
+    const { context, output } = audio;
+    const analyser = new AnalyserNode(context, { fftSize: 64 });  // 4 ms
+    output.connect(analyser);
+    const samples = new Float32Array(analyser.fftSize);
+    const peak = () => {
+        analyser.getFloatTimeDomainData(samples);
+        return Math.max(...samples.map(Math.abs));
+    };
+    /** 440 Hz in pieces of 50 ms, 16 kHz 16-bit mono. */
+    const play = (pieces) => {
+        for (let piece = 0; piece < pieces; piece += 1) {
+            const pcm = Int16Array.from({ length: 800 }, (_, index) =>
+                16000 * Math.sin((2 * Math.PI * 440 * (800 * piece + index)) / 16000),
+            );
+            audio.play(pcm);
+        }
+    };
+    const turn = () => new Promise((resolve) => {
+        const { port1, port2 } = new MessageChannel();
+        port1.onmessage = () => { port1.close(); resolve(); };
+        port2.postMessage(null);
+    });
+    const loud = async (ms) => {
+        const end = performance.now() + ms;
+        while (peak() < 0.3 && performance.now() < end) await turn();
+        return peak() >= 0.3;
+    };
+    const silentAfter = async () => {
+        const [wall, clock] = [performance.now(), context.currentTime];
+        audio.stopAllPlayback();
+        while (peak() > 0.0001 && performance.now() < wall + 2000) await turn();
+        return [performance.now() - wall, (context.currentTime - clock) * 1000];
+    };
+    const loudestOf = async (ms) => {
+        const end = context.currentTime + ms / 1000;
+        let loudest = 0;
+        while (context.currentTime < end) { loudest = Math.max(loudest, peak()); await turn(); }
+        return loudest;
+    };
+"""
+
+
+def test_to_stop_playback_silences_it_within_50_ms_and_forgets_what_was_queued(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    rounds: list[dict[str, Any]] = page.js_async(
+        SOUND
+        + """
+        const rounds = [];
+        for (let round = 0; round < 5; round += 1) {
+            play(60);  // 3 s of it
+            const wasLoud = await loud(2000);
+            const [wallMs, clockMs] = await silentAfter();
+            rounds.push({ wasLoud, wallMs, clockMs, isPlaying: audio.isPlaying,
+                afterwards: await loudestOf(250) });
+        }
+        return rounds;
+        """
+    )
+    assert all(one["wasLoud"] for one in rounds)
+    assert not any(one["isPlaying"] for one in rounds)
+    assert [one["afterwards"] for one in rounds] == [0] * 5
+    # By the median: a machine that is busy elsewhere is late now and then.
+    for clock in ("wallMs", "clockMs"):
+        assert sorted(one[clock] for one in rounds)[2] < 50, rounds
+
+
+def test_what_is_played_after_a_stop_is_heard_at_once_and_whole(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    was_loud, heard_seconds, is_playing = page.js_async(
+        SOUND
+        + """
+        play(60);
+        await loud(2000);
+        audio.stopAllPlayback();
+        const began = context.currentTime;
+        play(6);  // 300 ms, and not the rest of what was before
+        const wasLoud = await loud(1000);
+        let last = began;
+        await probe.until(() => {
+            if (peak() > 0.01) last = context.currentTime;
+            return !audio.isPlaying && context.currentTime > last + 0.2;
+        }, 3000);
+        return [wasLoud, last - began, audio.isPlaying];
+        """
+    )
+    assert was_loud
+    assert 0.25 < heard_seconds < 0.6
+    assert not is_playing
+
+
+def test_an_interrupt_silences_the_voice_of_the_answer(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    peak: dict[str, float] = page.js_async(
+        """
+        const [requestId] = args;
+        const { audio } = bargein;
+        await audio.unlock();
+        const analyser = new AnalyserNode(audio.context, { fftSize: 64 });
+        audio.output.connect(analyser);
+        const samples = new Float32Array(64);
+        probe.peak = () => {
+            analyser.getFloatTimeDomainData(samples);
+            return Math.max(...samples.map(Math.abs));
+        };
+        // Two seconds, as a gateway with a voice sends them.
+        const bytes = new Uint8Array(Int16Array.from({ length: 32000 }, (_, index) =>
+            16000 * Math.sin((2 * Math.PI * 440 * index) / 16000)).buffer);
+        let binary = "";
+        for (const byte of bytes) binary += String.fromCharCode(byte);
+        probe.voice = btoa(binary);
+        probe.inject("RESPONSE", { request_id: requestId, text_stream_seq: 900, voice_stream_seq: 0,
+            content: { voice: probe.voice } });
+        const before = await probe.until(() => probe.peak() > 0.3 && probe.peak(), 3000);
+        return { before };
+        """,
+        request_id,
+    )
+    assert peak["before"]
+    page.type(Keys.ESCAPE)
+    page.wait("probe.peak() === 0", "it is silent")
+    assert page.js("return bargein.audio.isPlaying") is False
+    # What comes late is not heard.
+    page.js(
+        """
+        probe.inject("RESPONSE", { request_id: arguments[0], text_stream_seq: 901,
+            voice_stream_seq: 1, content: { voice: probe.voice } });
+        """,
+        request_id,
+    )
+    assert page.js("return bargein.audio.isPlaying") is False
+    page.wait_answer(INTERRUPTED)
+
+
+# Looks ----------------------------------------------------------------------------------------
+
+
+FLUENT = "story:150"
+"""Nobody has to wait for a picture of it, and yet it is long enough to be stopped."""
+
+
+def fill(page: Page) -> None:
+    """One of everything: an answer that was stopped, a call, a fault, a short answer, a notice."""
+    page.ask("Please tell me a very long story")
+    page.wait_text(60)
+    page.type(Keys.ESCAPE)
+    page.wait_answer(INTERRUPTED)
+    page.ask("Where is hall 3? " + "x" * 120)
+    request_id = page.wait_text()["requestId"]
+    call = {"name": "open_map", "parameters": {"hall": 3}, "call_id": "call_1"}
+    frame = {"request_id": request_id, "text_stream_seq": 900, "content": {}}
+    page.js("probe.inject('RESPONSE', arguments[0])", frame | {"function_call": call})
+    error = {"error_code": "INTERNAL_ERROR", "error_detail": "the provider answered 500: sorry"}
+    page.js("probe.inject('ERROR', arguments[0])", error | frame | {"retryable": True})
+    page.wait_state("failed")
+    page.ask("stop")
+    page.wait_state("complete")
+    page.type(Keys.ESCAPE)
+    page.wait("probe.notice()", "a notice")
+
+
+@pytest.mark.parametrize("width", [320, 360, 412])
+def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_touched(
+    page: CheckedPage, playing: Playing, width: int
+) -> None:
+    page.be_phone(width, 640)
+    page.open(playing(FLUENT))
+    too_wide = """
+        const wide = [...document.querySelectorAll("body *")].filter((element) => {
+            const { left, right, width } = element.getBoundingClientRect();
+            return width > 1 && (right > innerWidth + 0.5 || left < -0.5)
+                && !element.closest(".unseen");
+        });
+        const { scrollWidth } = document.scrollingElement;
+        const names = wide.map((one) => one.id || one.className || one.tagName);
+        return [scrollWidth > innerWidth, ...names];
+    """
+    too_small = """
+        return [...document.querySelectorAll("button, select, input, textarea, summary")]
+            .filter((element) => element.checkVisibility())
+            .map((element) => {
+                // A checkbox is also switched by its label.
+                const box = element.type === "checkbox" ? element.parentElement : element;
+                const { width, height } = box.getBoundingClientRect();
+                return [element.id || element.className || element.tagName, width, height];
+            })
+            .filter(([, width, height]) => width < 44 || height < 44);
+    """
+    assert page.js(too_wide) == [False]
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    for selector in ("#input", "#send", "#stop", "#open-settings", "#connection"):
+        assert page.shows(selector)
+        inside = page.js(
+            """
+            const { top, bottom } = document.querySelector(arguments[0]).getBoundingClientRect();
+            return top >= 0 && bottom <= innerHeight;
+            """,
+            selector,
+        )
+        assert inside, selector
+    assert page.js(too_small) == []
+    page.click("#stop")
+    page.wait_answer(INTERRUPTED)
+    fill(page)
+    assert page.js(too_wide) == [False]
+    assert page.js(too_small) == []
+    page.click("#open-settings")
+    page.js("document.querySelector('#settings details').open = true")
+    assert page.js(too_wide) == [False]
+    assert page.js(too_small) == []
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The source of axe-core, or of the one that the variable AXE names."""
+    path = os.environ.get("AXE")
+    found = Path(path) if path else files("axe_core_python") / "axe.min.js"
+    return found.read_text(encoding="utf-8")
+
+
+def violations(page: Page, axe: str) -> list[str]:
+    """What axe finds: rule, impact, the elements."""
+    page.js(f"if (!globalThis.axe) {{ {axe} }}")
+    found: list[str] = page.js_async(
+        """
+        const { violations } = await axe.run(document, { resultTypes: ["violations"] });
+        return violations.map(({ id, impact, nodes }) =>
+            `${impact}: ${id}: ${nodes.map(({ target }) => target.join(" ")).join(", ")}`);
+        """
+    )
+    return found
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("is_phone", [False, True], ids=["desktop", "phone"])
+def test_axe_finds_no_fault_of_accessibility(
+    page: CheckedPage, playing: Playing, axe: str, is_dark: bool, is_phone: bool
+) -> None:
+    if is_dark:
+        page.darken()
+    if is_phone:
+        page.be_phone()
+    page.open(playing(FLUENT))
+    found = {"empty": violations(page, axe)}
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    found["streaming"] = violations(page, axe)
+    page.type(Keys.ESCAPE)
+    page.wait_answer(INTERRUPTED)
+    fill(page)
+    found["filled"] = violations(page, axe)
+    page.click("#open-settings")
+    page.js("document.querySelector('#settings details').open = true")
+    page.write("#setting-functions", "[{")
+    page.click("#save-settings")
+    page.wait("!document.getElementById('settings-error').hidden", "a fault in the settings")
+    found["settings"] = violations(page, axe)
+    assert {where: what for where, what in found.items() if what} == {}
+
+
+@pytest.fixture
+def screenshots(tmp_path: Path) -> Path:
+    """Where they go: the directory that the variable SCREENSHOTS names, which keeps them."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["desktop", "dark", "phone", "phone-dark-zh"])
+def test_screenshots_are_made(
+    page: CheckedPage, playing: Playing, screenshots: Path, name: str
+) -> None:
+    size = (1100, 800)
+    if "dark" in name:
+        page.darken()
+    if "phone" in name:
+        size = (390, 844)
+        page.be_phone(*size)
+    else:
+        page.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=size[0],
+            height=size[1],
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+    chinese = name.endswith("-zh")
+    if chinese:
+        page.speak("zh-CN")
+    page.open(playing(FLUENT))
+    scenes = ["empty", "chat", "streaming", "everything", "settings"]
+    pictures = [page.screenshot(screenshots / f"{name}-{scenes[0]}.png")]
+    page.ask("给我讲一个很长的故事" if chinese else "Please tell me a very long story")
+    page.wait_text(120 if chinese else 260)
+    page.ask("停止" if chinese else "Stop, please")
+    page.wait_answer("it.lastPaintMs", 0)
+    page.wait_state("complete")
+    pictures.append(page.screenshot(screenshots / f"{name}-{scenes[1]}.png"))
+    page.ask("后来呢？" if chinese else "And then?")
+    page.wait_text(60)
+    pictures.append(page.screenshot(screenshots / f"{name}-{scenes[2]}.png"))
+    fill(page)
+    pictures.append(page.screenshot(screenshots / f"{name}-{scenes[3]}.png"))
+    page.click("#open-settings")
+    pictures.append(page.screenshot(screenshots / f"{name}-{scenes[4]}.png"))
+    for picture in pictures:
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert len({picture.read_bytes() for picture in pictures}) == len(scenes)

@@ -234,7 +234,8 @@ for (const button of [stopButton, sendButton]) {
 for (const idea of document.querySelectorAll(".idea")) {
   idea.addEventListener("click", (event) => {
     actedAt = event.timeStamp;
-    if (ask(idea.textContent ?? "") && matchMedia("(pointer: fine)").matches) input.focus();
+    // The focus would be lost with the button. Only under a finger, it would bring up a keyboard.
+    if (ask(idea.textContent ?? "") && !matchMedia("(pointer: coarse)").matches) input.focus();
   });
 }
 byId("close-notice", HTMLButtonElement).addEventListener("click", () => {
