@@ -38,11 +38,13 @@ from actors.picture import keep_in_picture, log_picture
 from actors.session import SessionActor, SessionHandle
 from actors.supervisor import Supervision
 from gateway import doctor
+from gateway.config import Config, add_flags, default_config
+from gateway.given import Given
 from gateway.outbox import Outbox
 from gateway.protocol import HealthStatus, InterruptReason
 from gateway.server import Server
-from gateway.settings import Config, Given, SettingsError, add_flags, default_config
 from gateway.settings import Settings as Settings
+from gateway.settings import SettingsError
 from llm import demo
 from llm.lanes import lanes
 from llm.provider import Provider
@@ -319,7 +321,7 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
         return
     need_restart = given.need_restart(running)
     try:
-        settings = given.settings()
+        settings = Settings.of(given)
         if "llm_url" not in need_restart:
             gateway.reload(settings)
     except SettingsError as error:
@@ -475,7 +477,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warning in given.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
-        settings = given.settings()
+        settings = Settings.of(given)
     except SettingsError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

@@ -15,7 +15,7 @@ import trustme
 from structlog.testing import capture_logs
 
 import run
-from gateway.settings import Given
+from gateway.given import Given
 from llm.provider import Provider
 from llm.stream import GenerationSettings, LlmClient
 from run import Gateway

@@ -16,14 +16,9 @@ import certifi
 import msgspec
 import pytest
 
-from gateway.settings import (
-    SETTINGS,
-    Config,
-    Given,
-    Settings,
-    SettingsError,
-    default_config,
-)
+from gateway.config import SETTINGS, Config, default_config
+from gateway.given import Given
+from gateway.settings import Settings, SettingsError
 from llm.provider import StopsOnClose
 from run import make_parser
 from tests.harness.client import Client
@@ -96,7 +91,7 @@ class Bench:
         return str(path)
 
     def settings(self) -> Settings:
-        return self.read().settings()
+        return Settings.of(self.read())
 
 
 @pytest.fixture
@@ -112,7 +107,7 @@ def given(*arguments: str, environ: dict[str, str] | None = None) -> Given:
 
 def faults(given: Given) -> list[str]:
     try:
-        given.settings()
+        Settings.of(given)
     except SettingsError as error:
         return error.faults
     return []
@@ -313,7 +308,7 @@ def test_every_setting_reaches_the_program(bench: Bench, key: str) -> None:
 
 
 def test_defaults_are_those_of_the_parts() -> None:
-    settings = given().settings()
+    settings = Settings.of(given())
     parts = Settings()
     assert settings.provider is settings.fallback is None
     assert settings.demo == parts.demo
@@ -361,7 +356,7 @@ def test_a_variable_that_is_set_to_nothing_is_not_set(empty: str) -> None:
     read = given(environ=environ)
     assert read.config == Config()
     assert read.warnings == []
-    read.settings()
+    Settings.of(read)
 
 
 @pytest.mark.parametrize(
@@ -718,7 +713,7 @@ def test_a_header_takes_what_the_environment_has() -> None:
         ),
         environ={"ONE": "1\n", "TWO": "${ONE}"},
     )
-    provider = read.settings().provider
+    provider = Settings.of(read).provider
     assert provider is not None
     assert provider.headers == {"X-Two": "1 and ${ONE}", "Authorization": "Basic 1"}
 
@@ -823,8 +818,8 @@ def test_the_variable_of_the_key_has_to_be_there_if_it_is_named() -> None:
     (line,) = provider_faults("--llm-api-key-env", "MY_KEY")
     assert line == "--llm-api-key-env is not the name of an environment variable that is set"
     provider = given(*PROVIDER, "--llm-api-key-env", "MY_KEY", environ={"MY_KEY": " sk-1\n"})
-    assert provider.settings().provider.api_key == "sk-1"  # type: ignore[union-attr]
-    assert given(*PROVIDER).settings().provider.api_key is None  # type: ignore[union-attr]
+    assert Settings.of(provider).provider.api_key == "sk-1"  # type: ignore[union-attr]
+    assert Settings.of(given(*PROVIDER)).provider.api_key is None  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("key", [f"{SECRET}\nagain", f"{SECRET} again", f"中{SECRET}"])
@@ -933,13 +928,13 @@ def test_certificates_are_looked_at(tmp_path: Path) -> None:
 
 def test_a_model_without_a_provider_is_a_scenario_of_the_demo_one() -> None:
     read = given("--llm-model", "stall-headers:8", "--llm-idle-timeout", "3", "--llm-retries", "0")
-    settings = read.settings()
+    settings = Settings.of(read)
     assert settings.provider is None
     assert settings.demo.model == "stall-headers:8"
     assert (settings.demo.idle_timeout, settings.demo.retries) == (3, 0)
     assert settings.demo.stops_on_close is StopsOnClose.YES
-    assert given().settings().demo.model == "demo"
-    assert given("--llm-model", "demo-story").settings().demo.model == "demo-story"
+    assert Settings.of(given()).demo.model == "demo"
+    assert Settings.of(given("--llm-model", "demo-story")).demo.model == "demo-story"
 
 
 @pytest.mark.parametrize(
@@ -1035,7 +1030,7 @@ def test_a_report_says_what_is_not_the_default_as_a_file_has_it(bench: Bench) ->
     bench.flags += ["--session-timeout", "0.5", "--llm-stops-on-close", "no", "--on-new-request"]
     bench.flags += ["parallel", "--no-llm-include-usage", "--allow-origin", "https://中.example"]
     given = bench.read()
-    given.settings()
+    Settings.of(given)
     assert given.report() == [
         'allow_origin = ["https://中.example"]  # --allow-origin',
         f"insecure_no_auth = true  # {bench.path}: insecure_no_auth",
