@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from actors.history import Ending as TurnEnding
 from actors.history import History, Turn
 from actors.lifetime import Due, Lifetime
 from actors.live import Live, Outlet, PendingInterrupt, completed, interrupted
+from actors.memory import Memory
 from actors.messages import (
     BadFrameReceived,
     CallWritten,
@@ -46,7 +46,7 @@ from actors.messages import (
 )
 from actors.profile import Profile, UpdateError
 from actors.request import RequestActor, StreamSource
-from actors.voice import VoiceError, VoiceIntake
+from actors.voice import VoiceError, VoiceRequests
 from gateway.protocol import (
     ClientFrame,
     ErrorCode,
@@ -82,18 +82,6 @@ from llm.lanes import lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics, exemplar
 from metrics.logs import get_logger
-
-MAX_REMEMBERED_IDS = 1000
-"""Ids of ended requests that a session remembers, so that none is used twice."""
-
-MAX_DROPPED_VOICES = 100
-"""VOICE requests of one session of which frames may still come that nobody wants."""
-
-MAX_EARLY_INTERRUPTS = 100
-"""INTERRUPTs of one session that may wait for their request."""
-
-EARLY_INTERRUPT_SECONDS = 30.0
-"""How long they wait."""
 
 _CLOSE_NORMAL = 1000
 _CLOSE_EXPIRED = 1008
@@ -176,16 +164,8 @@ class SessionActor(GreenletActor):
         self._history = History(settings.history_messages, settings.history_chars)
         self._live: dict[str, Live] = {}
         self._interrupts: list[PendingInterrupt] = []
-        self._early: OrderedDict[str, tuple[float, InterruptReason]] = OrderedDict()
-        """INTERRUPTs whose request has not come: when they were read, and why."""
-        self._voice: VoiceIntake | None = None
-        """The VOICE request whose frames are still coming."""
-        self._dropped_voice: OrderedDict[str, None] = OrderedDict()
-        """VOICE requests that are over for us, but not for the client: their rest is ignored."""
-        self._refused: OrderedDict[str, None] = OrderedDict()
-        """Ids of requests that were refused, and may come again."""
-        self._ended: OrderedDict[str, int] = OrderedDict()
-        """Ids of ended requests, with what was delivered of each, in code points."""
+        self._memory = Memory()
+        self._voices = VoiceRequests(settings.max_voice_bytes)
         self._farewell: Callable[[], None] | None = None
         """What is done when the last request has ended; set when the session is ending."""
         self._takes_requests = takes_requests
@@ -199,7 +179,7 @@ class SessionActor(GreenletActor):
             "session_id": self._session_id,
             "peer": self._peer,
             "live": list(self._live),
-            "voice": self._voice.request_id if self._voice else None,
+            "voice": self._voices.open_id,
             "interrupts_to_answer": len(self._interrupts),
             "remaining_seconds": self._lifetime.remaining_seconds(now),
             "takes_requests": self._takes_requests,
@@ -341,7 +321,8 @@ class SessionActor(GreenletActor):
             self._text_request(request_id, request)
 
     def _text_request(self, request_id: str, request: Request) -> None:
-        text, reason = request.content.text, self._take_early(request_id)
+        text = request.content.text
+        reason = self._memory.take_early(request_id, time.monotonic())
         try:
             profile = self._profile.updated(request.updates)
         except UpdateError as failure:
@@ -354,7 +335,7 @@ class SessionActor(GreenletActor):
             self._answer_early(request_id, text, reason)
         elif not text:
             self._profile = profile
-            self._remember(request_id, 0)
+            self._memory.end(request_id, 0)
             self._count(Outcome.COMPLETED)
             self._send(completed(request_id, self._voice_stream_seq))
         elif self._make_way(request_id):
@@ -365,15 +346,16 @@ class SessionActor(GreenletActor):
     def _is_leaving(self, request_id: str) -> bool:
         """Whether this request comes too late. One that was interrupted before it came does not:
         no ERROR may tell of it."""
-        return not self._takes_requests and self._early_reason(request_id) is None
+        if self._takes_requests:
+            return False
+        return self._memory.early_reason(request_id, time.monotonic()) is None
 
     def _is_used(self, request_id: str) -> bool:
         return (
-            self._is_open_voice(request_id) or request_id in self._live or request_id in self._ended
+            request_id == self._voices.open_id
+            or request_id in self._live
+            or self._memory.has_ended(request_id)
         )
-
-    def _is_open_voice(self, request_id: str | None) -> bool:
-        return self._voice is not None and self._voice.request_id == request_id
 
     def _refuse_used(self, request_id: str) -> None:
         # Without the id as a field: it would end the live request for the client.
@@ -486,7 +468,7 @@ class SessionActor(GreenletActor):
         elif waiting is not None:
             detail = f"this answer goes on as {waiting.request_id!r} already"
             self._refuse_request(ErrorCode.MALFORMED_PAYLOAD, detail, request_id)
-        elif (reason := self._take_early(request_id)) is not None:
+        elif (reason := self._memory.take_early(request_id, time.monotonic())) is not None:
             self._answer_early(request_id, None, reason)
         elif self._make_way(request_id, beside=turn):
             self._lifetime.renew(time.monotonic())
@@ -497,12 +479,9 @@ class SessionActor(GreenletActor):
 
     def _voice_request(self, request_id: str, request: Request) -> None:
         """One frame of a VOICE request, whether its first or another."""
-        is_all = request.content.voice_mode == "BASE64" and not request.stream_flag
-        is_last = is_all or request.stream_seq == -1
-        voice = self._voice
-        if voice is not None and voice.request_id == request_id:
-            self._take_voice(voice, request)
-        elif request_id in self._dropped_voice and not is_all:
+        if request_id == self._voices.open_id:
+            self._take_voice(request)
+        elif self._voices.ignores(request):
             pass
         elif self._is_used(request_id):
             self._refuse_used(request_id)
@@ -512,16 +491,14 @@ class SessionActor(GreenletActor):
             self._fail_voice(request_id, VoiceError(ErrorCode.SERVER_BUSY, _LEAVING))
         else:
             self._begin_voice(request_id, request)
-        if is_last:
-            self._dropped_voice.pop(request_id, None)  # no more of it will come
+        self._voices.came(request)
 
     def _begin_voice(self, request_id: str, request: Request) -> None:
-        if self._voice is not None:
+        if self._voices.open_id is not None:
             detail = f"the voice of {request_id!r} began before the last frame of this one"
             failure = VoiceError(ErrorCode.STREAM_SEQ_ERROR, detail)
-            self._fail_voice(self._voice.request_id, failure)
-        mode, reason = request.content.voice_mode, self._take_early(request_id)
-        assert mode is not None  # `decode` sees to it
+            self._fail_voice(self._voices.open_id, failure)
+        reason = self._memory.take_early(request_id, time.monotonic())
         try:
             self._profile = self._profile.updated(request.updates)
         except UpdateError as failure:
@@ -534,31 +511,28 @@ class SessionActor(GreenletActor):
             self._count(Outcome.INTERRUPTED)
             self._send(interrupted(request_id, reason, self._voice_stream_seq))
             return
-        self._voice = VoiceIntake(request_id, mode, self._settings.max_voice_bytes)
-        self._take_voice(self._voice, request)
+        self._voices.begin(request)
+        self._take_voice(request)
 
-    def _take_voice(self, voice: VoiceIntake, request: Request) -> None:
-        content = request.content
-        assert content.voice_mode is not None
+    def _take_voice(self, request: Request) -> None:
         try:
-            voice.add_frame(
-                content.voice_mode, request.stream_flag, request.stream_seq, content.voice
-            )
+            is_complete = self._voices.add_frame(request)
         except VoiceError as failure:
-            self._fail_voice(voice.request_id, failure)
-        if voice.complete:
+            self._fail_voice(request.request_id, failure)
+            return
+        if is_complete:
             detail = "no speech recognition is configured"
-            self._fail_voice(voice.request_id, VoiceError(ErrorCode.INTERNAL_ERROR, detail))
+            self._fail_voice(request.request_id, VoiceError(ErrorCode.INTERNAL_ERROR, detail))
 
     def _on_voice(self, data: bytes) -> None:
-        if self._voice is not None:
+        if self._voices.open_id is not None:
             try:
-                self._voice.add_binary(data)
+                self._voices.add_binary(data)
             except VoiceError as failure:
-                self._fail_voice(self._voice.request_id, failure)
+                self._fail_voice(self._voices.open_id, failure)
         elif self._session_id is None:
             self._refuse(ErrorCode.SESSION_INVALID, "the first message must be REGISTER")
-        elif not self._dropped_voice:
+        elif not self._voices.ignores_binary:
             self._refuse(ErrorCode.MALFORMED_PAYLOAD, "a binary frame outside of a request")
 
     def _fail_voice(self, request_id: str, failure: VoiceError) -> None:
@@ -568,12 +542,9 @@ class SessionActor(GreenletActor):
 
     def _drop_voice(self, request_id: str) -> None:
         """Take nothing more of a VOICE request, and say nothing to what still comes of it."""
-        if self._is_open_voice(request_id):
-            self._voice = None
+        self._voices.drop(request_id)
         if request_id not in self._live:
-            self._ended.setdefault(request_id, 0)
-        self._dropped_voice[request_id] = None
-        _bound(self._dropped_voice, MAX_DROPPED_VOICES)
+            self._memory.use_up(request_id)
 
     # Interrupts.
 
@@ -586,20 +557,21 @@ class SessionActor(GreenletActor):
                 live.heard(interrupt.delivered_text_chars)
             if live is not None and self._stop_request(live, interrupt.known_reason):
                 pending.targets[request_id] = live
-            elif target is not None and not self._is_open_voice(target):
+            elif target is not None and target != self._voices.open_id:
                 pending.targets[request_id] = self._missed(request_id, interrupt, read_at)
         if target is None and not self._live and interrupt.delivered_text_chars is not None:
             # Nothing runs, but speech outlasts text: what was not heard was of the last answer.
             self._history.trim(None, interrupt.delivered_text_chars)
-        if self._voice is not None and target in (None, self._voice.request_id):
-            self._interrupt_voice(self._voice, pending)
+        voice_id = self._voices.open_id
+        if voice_id is not None and target in (None, voice_id):
+            self._interrupt_voice(voice_id, pending)
         pending.active_requests = list(self._live)
         self._interrupts.append(pending)
         if pending.ready:
             self._settle()
 
-    def _interrupt_voice(self, voice: VoiceIntake, pending: PendingInterrupt) -> None:
-        request_id, reason = voice.request_id, pending.frame.known_reason
+    def _interrupt_voice(self, request_id: str, pending: PendingInterrupt) -> None:
+        reason = pending.frame.known_reason
         pending.targets[request_id] = InterruptResult(request_id, InterruptOutcome.STOPPED, 0, None)
         pending.terminals.append(interrupted(request_id, reason, self._voice_stream_seq))
         self._count(Outcome.INTERRUPTED)
@@ -629,31 +601,17 @@ class SessionActor(GreenletActor):
     def _missed(self, request_id: str, interrupt: Interrupt, read_at: float) -> InterruptResult:
         """An INTERRUPT found nothing to stop: what it was for has ended, or is still to come."""
         live = self._live.get(request_id)
-        delivered = live.outlet.delivered_text_chars if live else self._ended.get(request_id)
-        if delivered is None and request_id in self._refused:
-            delivered = 0
+        memory = self._memory
+        delivered = live.outlet.delivered_text_chars if live else memory.delivered(request_id)
         if delivered is None:
-            self._early[request_id] = (read_at, interrupt.known_reason)
-            self._early.move_to_end(request_id)
-            _bound(self._early, MAX_EARLY_INTERRUPTS)
+            memory.interrupt_early(request_id, interrupt.known_reason, read_at)
             return InterruptResult(request_id, InterruptOutcome.UNKNOWN, 0, None)
         if interrupt.delivered_text_chars is not None:
             self._history.trim(request_id, interrupt.delivered_text_chars)
         return InterruptResult(request_id, InterruptOutcome.ALREADY_DONE, delivered, None)
 
-    def _take_early(self, request_id: str) -> InterruptReason | None:
-        """`_early_reason`, which holds for the one request that comes now."""
-        reason = self._early_reason(request_id)
-        self._early.pop(request_id, None)
-        return reason
-
-    def _early_reason(self, request_id: str) -> InterruptReason | None:
-        """Why a request that comes now was interrupted before it came; None when it was not."""
-        read_at, reason = self._early.get(request_id, (-math.inf, None))
-        return reason if time.monotonic() - read_at <= EARLY_INTERRUPT_SECONDS else None
-
     def _answer_early(self, request_id: str, text: str | None, reason: InterruptReason) -> None:
-        self._remember(request_id, 0)
+        self._memory.end(request_id, 0)
         if text:
             turn = self._history.begin(request_id, text)
             self._history.end(turn, "", TurnEnding.INTERRUPTED)
@@ -730,7 +688,7 @@ class SessionActor(GreenletActor):
             self._is_over = True
             self._farewell()
             self.stop()
-        elif self._may_leave and self._voice is None:
+        elif self._may_leave and self._voices.open_id is None:
             self._end_for_restart(InterruptReason.SERVER_SHUTDOWN)
 
     def _is_awaited(self, live: Live) -> bool:
@@ -768,7 +726,7 @@ class SessionActor(GreenletActor):
 
     def _forget(self, live: Live, outcome: Outcome) -> None:
         del self._live[live.request_id]
-        self._remember(live.request_id, live.outlet.delivered_text_chars)
+        self._memory.end(live.request_id, live.outlet.delivered_text_chars)
         self._note_calls(live)
         self._history.end(live.turn, *live.as_heard(outcome))
         self._lanes.call_later(self._release, live, outcome)
@@ -788,10 +746,6 @@ class SessionActor(GreenletActor):
     def _count(self, outcome: Outcome) -> None:
         """A request has ended: what its terminal frame says is what is counted."""
         self._metrics.requests.labels(outcome.value.lower()).inc()
-
-    def _remember(self, request_id: str, delivered: int) -> None:
-        self._ended[request_id] = delivered
-        _bound(self._ended, MAX_REMEMBERED_IDS)
 
     # The session's own time.
 
@@ -825,8 +779,8 @@ class SessionActor(GreenletActor):
         """Stop everything that is live; when it has ended, do the farewell and stop."""
         self._farewell = farewell
         self._takes_requests = False
-        if self._voice is not None:
-            request_id = self._voice.request_id
+        request_id = self._voices.open_id
+        if request_id is not None:
             self._drop_voice(request_id)
             self._count(Outcome.INTERRUPTED)
             self._send(interrupted(request_id, reason, self._voice_stream_seq))
@@ -851,16 +805,16 @@ class SessionActor(GreenletActor):
         code, detail = frame_error.code, frame_error.detail
         if request_id is None:
             self._refuse(code, detail)
-        elif frame_error.of_voice and request_id in self._dropped_voice:
+        elif frame_error.of_voice and self._voices.is_dropped(request_id):
             pass
-        elif self._is_open_voice(request_id):
+        elif request_id == self._voices.open_id:
             self._fail_voice(request_id, VoiceError(code, detail))
         elif self._is_used(request_id):
             self._refuse(code, detail)
-        elif (reason := self._take_early(request_id)) is not None:
+        elif (reason := self._memory.take_early(request_id, time.monotonic())) is not None:
             if frame_error.of_voice:
                 self._drop_voice(request_id)
-            self._remember(request_id, 0)
+            self._memory.end(request_id, 0)
             self._count(Outcome.INTERRUPTED)
             self._send(interrupted(request_id, reason, self._voice_stream_seq))
         elif frame_error.of_voice:
@@ -871,7 +825,7 @@ class SessionActor(GreenletActor):
     def _refuse_request(self, code: ErrorCode, detail: str, request_id: str | None) -> None:
         """Refuse a frame that would have begun a request, for good."""
         if request_id is not None:
-            self._remember(request_id, 0)
+            self._memory.end(request_id, 0)
         self._refuse(code, detail, request_id)
 
     def _refuse_busy(self, reason: str, detail: str, request_id: str | None = None) -> None:
@@ -882,8 +836,7 @@ class SessionActor(GreenletActor):
         if request_id is None:
             self._send(error(code, detail))
         else:
-            self._refused[request_id] = None
-            _bound(self._refused, MAX_REMEMBERED_IDS)
+            self._memory.refuse(request_id)
             outcome = Outcome.FAILED  # to the client, this is the end of that request
             self._count(outcome)
             self._send(
@@ -933,11 +886,6 @@ def _only(data: _S, fields: Collection[str] | None) -> _S:
         return data
     asked = {name: getattr(data, name) for name in data.__struct_fields__ if name in fields}
     return type(data)(**asked)
-
-
-def _bound(remembered: OrderedDict[str, Any], most: int) -> None:
-    if len(remembered) > most:
-        remembered.popitem(last=False)
 
 
 def _now_ms() -> int:

@@ -1,4 +1,5 @@
-"""A VOICE request while its frames come: their order and size. Pure: no I/O, no clock.
+"""VOICE requests while their frames come: order, size, and what nobody wants any more. Pure: no
+I/O, no clock.
 
 BASE64, stream_flag false    one frame, which is all
 BASE64, stream_flag true     stream_seq 0, 1, 2, … and -1 on the last, each with voice
@@ -7,7 +8,12 @@ BINARY                       stream_seq 0, binary frames, stream_seq -1
 
 from __future__ import annotations
 
-from gateway.protocol import ErrorCode, VoiceMode
+from collections import OrderedDict
+
+from gateway.protocol import ErrorCode, Request, VoiceMode
+
+MAX_DROPPED_VOICES = 100
+"""VOICE requests of one session of which frames may still come that nobody wants."""
 
 _DIGITS = 20
 """So much of a number is quoted in an error."""
@@ -125,6 +131,80 @@ class VoiceIntake:
                 f"{size} bytes of voice; the limit is {self._max_bytes}",
             )
         self.size = size
+
+
+class VoiceRequests:
+    """Those of one session: at most one is open, its frames are coming; others are dropped, over
+    for us but not for the client, and their rest is ignored.
+
+    Args:
+        max_bytes: how much voice each may have, decoded.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._intake: VoiceIntake | None = None
+        self.open_id: str | None = None
+        """The id of the open one."""
+        self._dropped: OrderedDict[str, None] = OrderedDict()
+
+    def begin(self, request: Request) -> None:
+        """Open a request in place of the one before. Its first frame is still to be added."""
+        mode = request.content.voice_mode
+        assert mode is not None  # `decode` sees to it
+        self._intake = VoiceIntake(request.request_id, mode, self._max_bytes)
+        self.open_id = request.request_id
+
+    def add_frame(self, request: Request) -> bool:
+        """A frame of the open request has come; True when its voice is complete.
+
+        Raises:
+            VoiceError: as of `VoiceIntake.add_frame`.
+        """
+        intake, content = self._intake, request.content
+        assert intake is not None
+        assert content.voice_mode is not None
+        intake.add_frame(content.voice_mode, request.stream_flag, request.stream_seq, content.voice)
+        return intake.complete
+
+    def add_binary(self, data: bytes) -> None:
+        """A binary frame has come while a request is open.
+
+        Raises:
+            VoiceError: as of `VoiceIntake.add_binary`.
+        """
+        assert self._intake is not None
+        self._intake.add_binary(data)
+
+    def drop(self, request_id: str) -> None:
+        """Take nothing more of a request, open or not."""
+        if request_id == self.open_id:
+            self._intake = self.open_id = None
+        self._dropped[request_id] = None
+        if len(self._dropped) > MAX_DROPPED_VOICES:
+            self._dropped.popitem(last=False)
+
+    def is_dropped(self, request_id: str) -> bool:
+        """Whether frames of this request may still come that nobody wants."""
+        return request_id in self._dropped
+
+    def ignores(self, request: Request) -> bool:
+        """Whether a frame is of the rest of a dropped request. One that is all is no rest."""
+        return request.request_id in self._dropped and not _is_all(request)
+
+    @property
+    def ignores_binary(self) -> bool:
+        """Whether a binary frame may be of the rest of a dropped request."""
+        return bool(self._dropped)
+
+    def came(self, request: Request) -> None:
+        """A frame has come, and was dealt with: after a last one, no more of it will come."""
+        if _is_all(request) or request.stream_seq == _LAST:
+            self._dropped.pop(request.request_id, None)
+
+
+def _is_all(request: Request) -> bool:
+    return request.content.voice_mode == "BASE64" and not request.stream_flag
 
 
 def _out_of_order(expected: str, came: str) -> VoiceError:

@@ -23,6 +23,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from actors.greenlet import GreenletActor, tell
+from actors.memory import EARLY_INTERRUPT_SECONDS
 from actors.messages import (
     Census,
     ConnectionLost,
@@ -37,7 +38,7 @@ from actors.messages import (
     ShutDown,
     VoiceReceived,
 )
-from actors.session import EARLY_INTERRUPT_SECONDS, SessionActor
+from actors.session import SessionActor
 from gateway.protocol import (
     ApiKeyAuth,
     FunctionResult,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from actors.memory import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS
 from actors.messages import FrameReceived
-from actors.session import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS
 from gateway.protocol import (
     ClientFrame,
     FunctionDefinition,

@@ -15,12 +15,8 @@ from msgspec import UNSET
 from msgspec import inspect as shapes
 
 import actors.lifetime
-from actors.session import (
-    EARLY_INTERRUPT_SECONDS,
-    MAX_EARLY_INTERRUPTS,
-    MAX_REMEMBERED_IDS,
-    SessionSettings,
-)
+from actors.memory import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS, MAX_REMEMBERED_IDS
+from actors.session import SessionSettings
 from gateway import protocol
 from gateway.outbox import MAX_FRAME_CHARS
 from gateway.protocol import (

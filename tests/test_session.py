@@ -16,6 +16,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from actors.greenlet import tell
+from actors.memory import MAX_REMEMBERED_IDS
 from actors.messages import (
     BadFrameReceived,
     ConnectionLost,
@@ -33,12 +34,7 @@ from actors.messages import (
     SupervisorMessage,
 )
 from actors.request import RequestActor
-from actors.session import (
-    MAX_REMEMBERED_IDS,
-    SessionActor,
-    SessionHandle,
-    SessionSettings,
-)
+from actors.session import SessionActor, SessionHandle, SessionSettings
 from gateway.protocol import (
     AccountAuth,
     ApiKeyAuth,

@@ -70,6 +70,7 @@ import run  # first of all: it patches
 import time
 import gevent
 from actors.live import Live
+from actors.memory import Memory
 from actors.request import RequestActor
 from actors.session import SessionActor
 from gateway.outbox import Outbox, Outlet
@@ -118,7 +119,7 @@ SessionActor._forget = forget_and_repeat
         """
 interrupt = SessionActor._interrupt
 def interrupt_what_runs(session, frame, read_at):
-    if frame.target in session._ended:
+    if session._memory.has_ended(frame.target):
         for live in list(session._live.values()):
             session._stop_request(live, frame.known_reason)
     interrupt(session, frame, read_at)
@@ -145,7 +146,7 @@ Live.heard = lambda live, chars: None
     "interrupt ahead of its request is forgotten": (
         {Promise.RIGHT_TARGET},
         """
-SessionActor._take_early = lambda session, request_id: None
+Memory.take_early = lambda memory, request_id, now: None
 """,
     ),
     "long text is cut": (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from actors.voice import VoiceError, VoiceIntake
-from gateway.protocol import ErrorCode, VoiceMode
+from actors.voice import MAX_DROPPED_VOICES, VoiceError, VoiceIntake, VoiceRequests
+from gateway.protocol import ErrorCode, Request, RequestContent, VoiceMode
 
 
 def intake(mode: VoiceMode = "BASE64", max_bytes: int = 100) -> VoiceIntake:
@@ -252,3 +252,94 @@ def test_binary_voice_over_the_limit_is_refused() -> None:
 def test_the_order_is_judged_before_the_size() -> None:
     voice = intake(max_bytes=1)
     assert refused(voice, "BASE64", True, 1, b"abc").code is ErrorCode.STREAM_SEQ_ERROR
+
+
+# The requests of one session ---------------------------------------------------------------------
+
+
+def frame(
+    request_id: str = "r1", seq: int = 0, mode: VoiceMode = "BASE64", flag: bool = True
+) -> Request:
+    voice = b"ab" if mode == "BASE64" else None
+    return Request(request_id, "VOICE", RequestContent(None, mode, voice), flag, seq)
+
+
+def opened(mode: VoiceMode = "BASE64") -> VoiceRequests:
+    """One of which the first frame has come."""
+    voices = VoiceRequests(100)
+    voices.begin(frame(mode=mode))
+    assert not voices.add_frame(frame(mode=mode))
+    return voices
+
+
+def test_nothing_is_open_or_ignored_at_first() -> None:
+    voices = VoiceRequests(100)
+    assert voices.open_id is None
+    assert not (voices.ignores(frame()) or voices.ignores_binary or voices.is_dropped("r1"))
+
+
+def test_a_request_is_open_from_its_first_frame_to_its_end() -> None:
+    voices = opened()
+    assert voices.open_id == "r1"
+    assert not voices.ignores(frame(seq=1))
+    assert voices.add_frame(frame(seq=-1))
+    assert voices.open_id == "r1"
+    voices.drop("r1")
+    assert voices.open_id is None
+
+
+def test_binary_frames_are_of_the_open_request() -> None:
+    voices = opened("BINARY")
+    voices.add_binary(b"a" * 100)
+    with pytest.raises(VoiceError, match="101 bytes of voice; the limit is 100"):
+        voices.add_binary(b"a")
+    assert voices.add_frame(frame(seq=-1, mode="BINARY"))
+
+
+def test_the_one_that_begins_is_open_in_place_of_the_one_before() -> None:
+    voices = opened()
+    voices.drop("r1")
+    voices.begin(frame("r2"))
+    assert not voices.add_frame(frame("r2"))
+    assert voices.open_id == "r2"
+    assert voices.ignores(frame("r1", 1))
+    assert not voices.ignores(frame("r2", 1))
+
+
+def test_another_one_may_be_dropped_while_one_is_open() -> None:
+    voices = opened()
+    voices.drop("r2")
+    assert voices.open_id == "r1"
+    assert voices.ignores(frame("r2", 1))
+    assert not voices.add_frame(frame(seq=1))
+
+
+@pytest.mark.parametrize("mode", ["BASE64", "BINARY"])
+def test_the_rest_of_a_dropped_request_is_ignored_up_to_its_last_frame(mode: VoiceMode) -> None:
+    voices = opened(mode)
+    voices.drop("r1")
+    for seq in (1, 7, -1):
+        assert voices.ignores(frame(seq=seq, mode=mode))
+        assert voices.ignores_binary
+        assert voices.is_dropped("r1")
+        voices.came(frame(seq=seq, mode=mode))
+    assert not (voices.ignores(frame(seq=1, mode=mode)) or voices.ignores_binary)
+    assert not voices.is_dropped("r1")
+
+
+def test_a_frame_that_is_all_is_no_rest_and_ends_it() -> None:
+    voices = opened()
+    voices.drop("r1")
+    assert not voices.ignores(frame(flag=False))
+    assert voices.ignores(frame(mode="BINARY", flag=False))  # which it never is in this mode
+    voices.came(frame(mode="BINARY", flag=False))
+    assert voices.ignores_binary
+    voices.came(frame(flag=False))
+    assert not voices.ignores_binary
+
+
+def test_the_last_hundred_that_were_dropped_are_ignored() -> None:
+    voices = VoiceRequests(100)
+    for number in range(MAX_DROPPED_VOICES + 1):
+        voices.drop(f"r{number}")
+    assert [voices.is_dropped(f"r{number}") for number in range(2)] == [False, True]
