@@ -6,6 +6,7 @@ not chunked arrives in lumps), has no bound on a line, and cuts a CRLF that two 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 
 import gevent
@@ -165,25 +166,15 @@ class Lines:
             self._on_bytes()
         return data
 
-    def drain(self, max_bytes: int) -> bool:
+    def drain(self, max_bytes: int) -> None:
         """Read to the end of the body, which gives the connection back to its pool.
 
-        Returns:
-            True when the end came within max_bytes.
+        Reads no more than max_bytes (and what came along with the last of them), and raises nothing
+        of what may be wrong with the rest.
         """
-        while max_bytes > 0:
-            try:
-                data = self._read()
-            except (BodyEnded, MalformedStreamError):
-                return False
-            if not data:
-                return True
-            max_bytes -= len(data)
-        return False
-
-    def close(self) -> None:
-        """Close the connection, unless the body was read to its end and it went to the pool."""
-        self._raw.close()
+        with contextlib.suppress(BodyEnded, MalformedStreamError):
+            while max_bytes > 0 and (data := self._read()):
+                max_bytes -= len(data)
 
 
 def _too_long(event_bytes: int) -> MalformedStreamError:

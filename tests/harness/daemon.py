@@ -50,11 +50,6 @@ class Daemon(Process):
             raise
         self.host, self.port = found["host"], int(found["port"])
 
-    def wait_for_output(self, words: str) -> None:
-        """Wait until it prints a line with these words on standard output."""
-        while words not in self.read_line():
-            pass
-
 
 def _program(launcher: str | None) -> list[str]:
     return ["-c", launcher] if launcher else ["run.py"]
