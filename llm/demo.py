@@ -4,7 +4,8 @@ It is reached through exactly the code that reaches a real provider. From the ou
 
     DemoProvider       life, routes, the books on what was asked for
     _Player            one HTTP response: acts the steps out on the client's socket
-    llm/scenarios.py   what can be played: pure generators of steps, and the table of them
+    llm/scenarios.py   what can be played: the table, and pure generators of steps
+    llm/steps.py       what can be done to a client, and what was asked for
 
 gevent.pywsgi reads the requests and keeps connections alive; what it would write is written here,
 since it could not say half a chunk or HTTP/1.0.
@@ -37,14 +38,12 @@ from gevent.pywsgi import Input, WSGIHandler, WSGIServer
 from gevent.socket import wait_read
 
 from llm import scenarios
-from llm.scenarios import (
-    ALIASES,
-    SCENARIOS,
+from llm.scenarios import ALIASES, SCENARIOS, NoScenarioError, choose
+from llm.steps import (
     ChatRequest,
     Close,
     Completion,
     Head,
-    NoScenarioError,
     Pause,
     Raw,
     Reset,
@@ -52,7 +51,6 @@ from llm.scenarios import (
     Stall,
     Step,
     Tool,
-    choose,
     error_object,
     json_answer,
 )

@@ -2,33 +2,56 @@
 
 No I/O and no clock. In the order in which one is made of the other:
 
-    Step         what can be done to a client: a head, bytes, silence, a reset
-    ChatRequest  what was asked; Completion, the answer in the making
-    chunk …      the objects of OpenAI's API, as steps
-    play         one generator per scenario: the steps of its answer
-    SCENARIOS    the one table; a scenario is chosen by model name, `NAME` or `NAME:PARAMETER`
+    llm/steps.py           what they are made of: steps, the request, the parts of an answer
+    play                   one generator per scenario: the steps of its answer
+    llm/tool_scenarios.py  those that call functions
+    SCENARIOS              the one table; a scenario is chosen by model name, `NAME` or
+                           `NAME:PARAMETER`
 
 A further scenario is one more generator, one more row in the table, and its row in `README.md`.
-What no step can say is one more kind of `Step`, acted out in `llm/demo.py`, which holds the socket.
 
-Sources: OpenAI API reference, "Chat" > "Create chat completion" and "The chat completion chunk
-object", and the guide "Error codes"; WHATWG HTML §9.2 "Server-sent events"
-(https://html.spec.whatwg.org/multipage/server-sent-events.html); RFC 9112 for what is done to HTTP.
+Sources: WHATWG HTML §9.2 "Server-sent events"
+(https://html.spec.whatwg.org/multipage/server-sent-events.html); RFC 9112 for what is done to HTTP;
+and those of `llm/steps.py`.
 """
 
 import difflib
-import itertools
-import json
 import math
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http import HTTPStatus
-from types import MappingProxyType
-from typing import Any
 
+from llm.steps import (
+    SSE_HEADERS,
+    TOKENS_BEFORE_FAULT,
+    Close,
+    Completion,
+    Head,
+    Pause,
+    Play,
+    Raw,
+    Reset,
+    Send,
+    Stall,
+    Step,
+    chunk_event,
+    encode,
+    ending,
+    error_object,
+    event,
+    finish,
+    json_answer,
+    opening,
+    plain_answer,
+    stream_text,
+    telling,
+    whole_completion,
+    whole_text,
+    within,
+)
 from llm.stories import (
     CHINESE_STORY,
     ENGLISH_STORY,
@@ -38,291 +61,26 @@ from llm.stories import (
     story_for,
     tokens,
 )
+from llm.tool_scenarios import (
+    bad_call,
+    call_in_pieces,
+    call_with_empty_names,
+    calling,
+    legacy_call,
+    parallel_calls,
+    plain_call,
+    text_and_call,
+    whole_calls,
+    whole_legacy_call,
+    whole_parallel_calls,
+)
 
 DEFAULT = "story"
 
-_TOKENS_BEFORE_FAULT = 12  # enough to be seen and heard, little enough not to be waited for
 _COMMENT_SECONDS = 0.5  # between two comments: under any idle limit, which is what they are to test
 _RETRY_AFTER_SECONDS = 1
 _FLOOD_EVENTS_PER_WRITE = 64  # some 16 KiB: a flood, and yet nobody waits long for their turn
 _LONG_LINE_PIECE_BYTES = 64 * 1024
-_SCHEMA_DEPTH = 8  # a JSON Schema may refer to itself
-
-
-# --------------------------------------------------------------------------------------- the steps
-
-
-SSE_HEADERS: Mapping[str, str] = MappingProxyType(
-    # A charset would do no harm, and no good: "event streams are always UTF-8" (§9.2.5).
-    {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """Write status line and headers now. Without this step, the first `Send` brings this default.
-
-    With a `Content-Length` the body is as long as that says; without, it is chunked, or, where one
-    side speaks HTTP/1.0, it ends with the connection.
-    """
-
-    status: HTTPStatus = HTTPStatus.OK
-    headers: Mapping[str, str] = field(default_factory=lambda: SSE_HEADERS)
-    version: str = "HTTP/1.1"
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    """Write `data`, a part of the body: one chunk, where the body is chunked. b"" does nothing.
-
-    There is a turn of the event loop between any two of them, so that no scenario can starve the
-    process.
-    """
-
-    data: bytes
-    halt: "Stall | None" = None
-    """Silence in the middle of it, its framing included."""
-
-
-@dataclass(frozen=True, slots=True)
-class Raw:
-    """Write `data` as it is, whatever HTTP has to say about it."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """Let `seconds` pass since the previous pause was over: for an even pace."""
-
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stall:
-    """Do nothing for `seconds`, counted from now; None: until the client goes."""
-
-    seconds: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Close:
-    """End the connection here and now, in order (FIN) but without the end of the body."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reset:
-    """End the connection here and now, by a reset (RST)."""
-
-
-Step = Head | Send | Raw | Pause | Stall | Close | Reset
-"""The client's going ends every one of them at once; after the last one, the body ends in order."""
-
-
-# ------------------------------------------------------------------------------ what was asked for
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may call."""
-
-    name: str
-    parameters: Mapping[str, Any]
-    """JSON Schema of type object."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
-    """The part of a request body that a scenario acts on."""
-
-    model: str
-    user_text: str
-    """Text of the last message of role `user`, "" where there is none."""
-    prompt_tokens: int
-    stream: bool = True
-    include_usage: bool = False
-    max_tokens: int | None = None
-    """Bound on the tokens of the answer, at least 1; None: no bound."""
-    has_stream_options: bool = False
-    tools: Sequence[Tool] = ()
-    """Of `tools`, then of the legacy `functions`."""
-    tool_result: str | None = None
-    """Text of the last message, where that is what a tool has answered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One answer in the making: what a scenario has to work with."""
-
-    request: ChatRequest
-    completion_id: str
-    created: int
-    """Seconds since the epoch, the same on every chunk."""
-    seconds_per_token: float
-    parameter: float | None = None
-    """What followed the colon, or the scenario's default; None where there is neither."""
-    attempt: int = 1
-    """Which POST for this very model name it is, where the scenario counts them; from 1."""
-
-    @property
-    def count(self) -> int:
-        """The parameter of a scenario that always has one, as a whole number."""
-        assert self.parameter is not None
-        return int(self.parameter)
-
-
-Play = Callable[[Completion], Iterator[Step]]
-
-
-# ------------------------------------------------------------------------------------- the objects
-
-
-def encode(value: object) -> bytes:
-    r"""JSON in UTF-8; lone surrogates, which JSON can smuggle in ("\ud800"), become "?"."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
-
-
-def event(data: bytes) -> bytes:
-    """One server-sent event with `data` (no line break in it), ended by its empty line (§9.2.5)."""
-    return b"data: %s\n\n" % data
-
-
-DONE = Send(event(b"[DONE]"))
-
-
-def chunk_event(
-    completion: Completion,
-    delta: Mapping[str, object] | None,
-    finish_reason: str | None = None,
-    usage: Mapping[str, int] | None = None,
-) -> bytes:
-    """One "chat completion chunk object" as an event; without a delta, its `choices` are empty.
-
-    Where usage was asked for, "all other chunks will also include a `usage` field, but with a null
-    value" (parameter `stream_options.include_usage`).
-    """
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-    body = _object(completion, "chat.completion.chunk")
-    body["choices"] = [] if delta is None else [choice]
-    if completion.request.include_usage:
-        body["usage"] = usage
-    return event(encode(body))
-
-
-def chunk(
-    completion: Completion, delta: Mapping[str, object], finish_reason: str | None = None
-) -> Send:
-    """A chunk with a delta, sent."""
-    return Send(chunk_event(completion, delta, finish_reason))
-
-
-def json_answer(
-    status: HTTPStatus, body: object, headers: Mapping[str, str] | None = None
-) -> Iterator[Step]:
-    """A whole answer: `body` as JSON."""
-    return plain_answer(status, encode(body), "application/json", headers)
-
-
-def plain_answer(
-    status: HTTPStatus, body: bytes, content_type: str, headers: Mapping[str, str] | None = None
-) -> Iterator[Step]:
-    """A whole answer of any type."""
-    own = {"Content-Type": content_type, "Content-Length": str(len(body))}
-    yield Head(status, own | dict(headers or {}))
-    yield Send(body)
-
-
-def error_object(
-    message: str, kind: str, *, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
-    """The body of an error (guide "Error codes")."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def _object(completion: Completion, kind: str) -> dict[str, Any]:
-    return {
-        "id": completion.completion_id,
-        "object": kind,
-        "created": completion.created,
-        "model": completion.request.model,
-    }
-
-
-def _usage(request: ChatRequest, completion_tokens: int) -> dict[str, int]:
-    return {
-        "prompt_tokens": request.prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": request.prompt_tokens + completion_tokens,
-    }
-
-
-# ------------------------------------------------------------------------------ parts of an answer
-
-
-def _within(request: ChatRequest, said: list[str]) -> tuple[list[str], str]:
-    """So many of the tokens as the request allows, and the finish reason."""
-    if request.max_tokens is None or len(said) <= request.max_tokens:
-        return said, "stop"
-    return said[: request.max_tokens], "length"
-
-
-def _opening(completion: Completion) -> Iterator[Step]:
-    yield chunk(completion, {"role": "assistant", "content": ""})
-
-
-def _telling(
-    completion: Completion, said: Iterable[str], member: str = "content"
-) -> Iterator[Step]:
-    for token in said:
-        yield Pause(completion.seconds_per_token)
-        yield chunk(completion, {member: token})
-
-
-def _finish(completion: Completion, finish_reason: str, completion_tokens: int) -> Iterator[Step]:
-    yield chunk(completion, {}, finish_reason)
-    if completion.request.include_usage:
-        usage = _usage(completion.request, completion_tokens)
-        yield Send(chunk_event(completion, None, usage=usage))
-
-
-def _ending(completion: Completion, finish_reason: str, completion_tokens: int) -> Iterator[Step]:
-    yield from _finish(completion, finish_reason, completion_tokens)
-    yield DONE
-
-
-def _stream(completion: Completion, text: str, between: Iterable[Step] = ()) -> Iterator[Step]:
-    """`text` as a well-behaved provider streams it, but for what comes after its first tokens."""
-    said, finish_reason = _within(completion.request, tokens(text))
-    yield from _opening(completion)
-    yield from _telling(completion, said[:_TOKENS_BEFORE_FAULT])
-    yield from between
-    yield from _telling(completion, said[_TOKENS_BEFORE_FAULT:])
-    yield from _ending(completion, finish_reason, len(said))
-
-
-def _first_tokens(completion: Completion, number: int) -> Iterator[Step]:
-    """A story up to where something is going to happen to it."""
-    said, _ = _within(completion.request, tokens(answer(completion.request.user_text)))
-    yield from _opening(completion)
-    yield from _telling(completion, said[:number])
-
-
-def _whole(
-    completion: Completion, message: Mapping[str, object], finish_reason: str, said: int
-) -> Iterator[Step]:
-    """The "chat completion object", for `stream: false`."""
-    full = {"role": "assistant", "content": None, "refusal": None} | dict(message)
-    choice = {"index": 0, "message": full, "logprobs": None, "finish_reason": finish_reason}
-    body = _object(completion, "chat.completion")
-    return json_answer(
-        HTTPStatus.OK, body | {"choices": [choice], "usage": _usage(completion.request, said)}
-    )
-
-
-def _whole_text(completion: Completion, text: str) -> Iterator[Step]:
-    said, finish_reason = _within(completion.request, tokens(text))
-    return _whole(completion, {"content": "".join(said)}, finish_reason, len(said))
 
 
 # ------------------------------------------------------------------------------------ good answers
@@ -330,16 +88,23 @@ def _whole_text(completion: Completion, text: str) -> Iterator[Step]:
 
 def story(completion: Completion) -> Iterator[Step]:
     """The well-behaved provider: role, one event per token, finish reason, usage, `[DONE]`."""
-    return _stream(completion, answer(completion.request.user_text))
+    return stream_text(completion, answer(completion.request.user_text))
 
 
 def whole_story(completion: Completion) -> Iterator[Step]:
     """For `stream: false`: a short text, since it comes at once."""
-    return _whole_text(completion, short_answer(completion.request.user_text))
+    return whole_text(completion, short_answer(completion.request.user_text))
 
 
 def _any_story(completion: Completion) -> Iterator[Step]:
     return (story if completion.request.stream else whole_story)(completion)
+
+
+def _first_tokens(completion: Completion, number: int) -> Iterator[Step]:
+    """A story up to where something is going to happen to it."""
+    said, _ = within(completion.request, tokens(answer(completion.request.user_text)))
+    yield from opening(completion)
+    yield from telling(completion, said[:number])
 
 
 def _at_pace(completion: Completion) -> Iterator[Step]:
@@ -352,7 +117,7 @@ def _in_language(text: str, completion: Completion) -> Iterator[Step]:
     said = stop_answer(completion.request.user_text) or text
     if completion.parameter is not None:
         completion = replace(completion, seconds_per_token=1 / completion.parameter)
-    return _stream(completion, said)
+    return stream_text(completion, said)
 
 
 def _long_story(completion: Completion) -> Iterator[Step]:
@@ -360,18 +125,18 @@ def _long_story(completion: Completion) -> Iterator[Step]:
     again = tokens(f"\n\n{story_for(user_text)}") * (completion.count - 1)
     if stop_answer(user_text):
         again = []
-    said, finish_reason = _within(completion.request, tokens(answer(user_text)) + again)
-    yield from _opening(completion)
-    yield from _telling(completion, said)
-    yield from _ending(completion, finish_reason, len(said))
+    said, finish_reason = within(completion.request, tokens(answer(user_text)) + again)
+    yield from opening(completion)
+    yield from telling(completion, said)
+    yield from ending(completion, finish_reason, len(said))
 
 
 def _echo(completion: Completion) -> Iterator[Step]:
-    return _stream(completion, completion.request.user_text)
+    return stream_text(completion, completion.request.user_text)
 
 
 def _whole_echo(completion: Completion) -> Iterator[Step]:
-    return _whole_text(completion, completion.request.user_text)
+    return whole_text(completion, completion.request.user_text)
 
 
 def _fast(completion: Completion) -> Iterator[Step]:
@@ -391,18 +156,18 @@ _THOUGHTS = tokens(
 def _reasoning(completion: Completion) -> Iterator[Step]:
     """Reasoning as DeepSeek and vLLM stream it: deltas of `reasoning_content`, then the text."""
     text = answer(completion.request.user_text)
-    said, finish_reason = _within(completion.request, tokens(text))
-    yield from _opening(completion)
-    yield from _telling(completion, _THOUGHTS, "reasoning_content")
-    yield from _telling(completion, said)
-    yield from _ending(completion, finish_reason, len(_THOUGHTS) + len(said))
+    said, finish_reason = within(completion.request, tokens(text))
+    yield from opening(completion)
+    yield from telling(completion, _THOUGHTS, "reasoning_content")
+    yield from telling(completion, said)
+    yield from ending(completion, finish_reason, len(_THOUGHTS) + len(said))
 
 
 def _whole_reasoning(completion: Completion) -> Iterator[Step]:
     text = short_answer(completion.request.user_text)
-    said, finish_reason = _within(completion.request, tokens(text))
+    said, finish_reason = within(completion.request, tokens(text))
     message = {"content": "".join(said), "reasoning_content": "".join(_THOUGHTS)}
-    return _whole(completion, message, finish_reason, len(_THOUGHTS) + len(said))
+    return whole_completion(completion, message, finish_reason, len(_THOUGHTS) + len(said))
 
 
 def _no_usage(completion: Completion) -> Iterator[Step]:
@@ -423,247 +188,16 @@ def _usage_refused(completion: Completion) -> Iterator[Step]:
 
 
 def _empty(completion: Completion) -> Iterator[Step]:
-    return _stream(completion, "")
+    return stream_text(completion, "")
 
 
 def _whole_empty(completion: Completion) -> Iterator[Step]:
-    return _whole_text(completion, "")
+    return whole_text(completion, "")
 
 
 def _content_filter(completion: Completion) -> Iterator[Step]:
     yield from _first_tokens(completion, completion.count)
-    yield from _ending(completion, "content_filter", completion.count)
-
-
-# ------------------------------------------------------------------------------------------- tools
-
-_MADE_UP_TOOLS = tuple(
-    Tool(name, {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]})
-    for name in ("get_weather", "get_local_time")
-)
-_EXAMPLE_STRINGS = {
-    "date": "2026-01-31",
-    "date-time": "2026-01-31T12:00:00Z",
-    "time": "12:00:00",
-    "email": "ines@example.com",
-    "uri": "https://example.com/",
-    "uuid": "123e4567-e89b-42d3-a456-426614174000",
-    "city": "Lisbon",
-    "location": "Lisbon",
-    "place": "Lisbon",
-    "country": "Portugal",
-    "name": "Ines",
-    "query": "the light that paused",
-}
-"""By `format`, and by property name."""
-
-
-def example(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that fit a function's `parameters`, a JSON Schema, where that is simple enough.
-
-    Only what is required is filled in; patterns and lengths are not looked at.
-    """
-    value = _example(schema, "", schema, _SCHEMA_DEPTH)
-    return value if isinstance(value, dict) else {}
-
-
-def _example(schema: object, name: str, root: Mapping[str, Any], depth: int) -> Any:
-    if not isinstance(schema, Mapping) or depth == 0:
-        return None
-    if "const" in schema:
-        return schema["const"]
-    for key in ("enum", "examples"):
-        match schema.get(key):
-            case [first, *_]:
-                return first
-    if "default" in schema:
-        return schema["default"]
-    for key in ("anyOf", "oneOf", "allOf"):
-        match schema.get(key):
-            case [first, *_]:
-                return _example(first, name, root, depth - 1)
-    match schema.get("$ref"):
-        case str(reference):
-            return _example(_referred(reference, root), name, root, depth - 1)
-    kind = schema.get("type")
-    if isinstance(kind, list):
-        kind = next((one for one in kind if one != "null"), "null")
-    match kind:
-        case "string":
-            by_format = _EXAMPLE_STRINGS.get(str(schema.get("format")))
-            return by_format or _EXAMPLE_STRINGS.get(name, f"some {name or 'text'}")
-        case "integer" | "number":
-            return schema.get("minimum", 1)
-        case "boolean":
-            return True
-        case "array":
-            return [_example(schema.get("items"), name, root, depth - 1)]
-        case "object" | None:
-            return _example_object(schema, root, depth)
-    return None
-
-
-def _example_object(
-    schema: Mapping[str, Any], root: Mapping[str, Any], depth: int
-) -> dict[str, Any]:
-    match schema:
-        case {"properties": Mapping() as properties, "required": [*required]}:
-            return {
-                name: _example(properties[name], name, root, depth - 1)
-                for name in required
-                if isinstance(name, str) and name in properties
-            }
-    return {}
-
-
-def _referred(reference: str, root: Mapping[str, Any]) -> object:
-    found: object = root
-    for part in filter(None, reference.removeprefix("#").split("/")):
-        found = found.get(part) if isinstance(found, Mapping) else None
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    index: int
-    call_id: str
-    name: str
-    arguments: str
-
-    @property
-    def whole(self) -> dict[str, Any]:
-        function = {"name": self.name, "arguments": self.arguments}
-        return {"id": self.call_id, "type": "function", "function": function}
-
-    @property
-    def first_piece(self) -> dict[str, Any]:
-        function = {"name": self.name, "arguments": ""}
-        return {"index": self.index} | self.whole | {"function": function}
-
-    def piece(self, arguments: str, more: Mapping[str, object] | None = None) -> dict[str, Any]:
-        return {"index": self.index, "function": dict(more or {}) | {"arguments": arguments}}
-
-
-def _calls(completion: Completion, number: int) -> list[_Call]:
-    """Calls of the request's tools in turn, or of made-up ones where it has none."""
-    tools = itertools.cycle(completion.request.tools or _MADE_UP_TOOLS)
-    stem = completion.completion_id.removeprefix("chatcmpl-")[-20:]
-    return [
-        _Call(index, f"call_{stem}_{index}", tool.name, encode(example(tool.parameters)).decode())
-        for index, tool in enumerate(itertools.islice(tools, number))
-    ]
-
-
-def _pieces(text: str, piece_chars: int) -> list[str]:
-    return [text[start : start + piece_chars] for start in range(0, len(text), piece_chars)]
-
-
-def _result_text(result: str) -> str:
-    return f"The tool says: “{result}”. That is what I was waiting for."
-
-
-def _calling(
-    make: Callable[[Completion], Iterable[Mapping[str, object]]],
-    completion: Completion,
-    reason: str = "tool_calls",
-) -> Iterator[Step]:
-    """An answer of the deltas that `make` gives; of text, once the result of a call is there."""
-    request = completion.request
-    if request.tool_result is not None:
-        yield from _stream(completion, _result_text(request.tool_result))
-        return
-    said = 0
-    first: dict[str, object] = {"role": "assistant", "content": None}
-    for delta in make(completion):
-        yield Pause(completion.seconds_per_token)
-        yield chunk(completion, first | dict(delta))
-        first = {}
-        said += 1
-    yield from _ending(completion, reason, said)
-
-
-_Delta = dict[str, object]
-
-
-def _deltas(*pieces: Mapping[str, object]) -> Iterator[_Delta]:
-    return ({"tool_calls": [piece]} for piece in pieces)
-
-
-def _plain_call(completion: Completion) -> Iterator[_Delta]:
-    (call,) = _calls(completion, 1)
-    return _deltas(call.first_piece, call.piece(call.arguments))
-
-
-def _call_in_pieces(completion: Completion) -> Iterator[_Delta]:
-    (call,) = _calls(completion, 1)
-    pieces = _pieces(call.arguments, completion.count)
-    return _deltas(call.first_piece, *map(call.piece, pieces))
-
-
-def _call_with_empty_names(completion: Completion) -> Iterator[_Delta]:
-    """As some servers do it: every later piece has an id and a name, and they are empty."""
-    (call,) = _calls(completion, 1)
-    pieces = _pieces(call.arguments, 8)
-    return _deltas(
-        call.first_piece,
-        *({"id": "", "type": "function"} | call.piece(one, {"name": ""}) for one in pieces),
-    )
-
-
-def _parallel_calls(completion: Completion) -> Iterator[_Delta]:
-    """All begin, and then their arguments come by turns: only `index` tells them apart."""
-    calls = _calls(completion, completion.count)
-    rounds = itertools.zip_longest(*(_pieces(call.arguments, 8) for call in calls))
-    yield from _deltas(*(call.first_piece for call in calls))
-    for pieces in rounds:
-        for call, piece in zip(calls, pieces, strict=True):
-            if piece is not None:
-                yield from _deltas(call.piece(piece))
-
-
-def _legacy_call(completion: Completion) -> Iterator[_Delta]:
-    (call,) = _calls(completion, 1)
-    yield {"function_call": {"name": call.name, "arguments": ""}}
-    for piece in _pieces(call.arguments, 8):
-        yield {"function_call": {"arguments": piece}}
-
-
-def _bad_call(completion: Completion) -> Iterator[_Delta]:
-    (call,) = _calls(completion, 1)
-    return _deltas(call.first_piece, call.piece(call.arguments[:-1]))
-
-
-def _text_and_call(completion: Completion) -> Iterator[_Delta]:
-    for token in tokens("Let me look that up for you."):
-        yield {"content": token}
-    yield from _plain_call(completion)
-
-
-def _whole_calls(completion: Completion) -> Iterator[Step]:
-    request = completion.request
-    if request.tool_result is not None:
-        return _whole_text(completion, _result_text(request.tool_result))
-    calls = _calls(completion, 1)
-    message = {"tool_calls": [call.whole for call in calls]}
-    return _whole(completion, message, "tool_calls", len(calls))
-
-
-def _whole_parallel_calls(completion: Completion) -> Iterator[Step]:
-    request = completion.request
-    if request.tool_result is not None:
-        return _whole_text(completion, _result_text(request.tool_result))
-    calls = _calls(completion, completion.count)
-    message = {"tool_calls": [call.whole for call in calls]}
-    return _whole(completion, message, "tool_calls", len(calls))
-
-
-def _whole_legacy_call(completion: Completion) -> Iterator[Step]:
-    request = completion.request
-    if request.tool_result is not None:
-        return _whole_text(completion, _result_text(request.tool_result))
-    (call,) = _calls(completion, 1)
-    message = {"function_call": call.whole["function"]}
-    return _whole(completion, message, "function_call", 1)
+    yield from ending(completion, "content_filter", completion.count)
 
 
 # ----------------------------------------------------------------------------------------- silence
@@ -682,12 +216,12 @@ def _stall_first_event(completion: Completion) -> Iterator[Step]:
 
 def _stall_mid_stream(completion: Completion) -> Iterator[Step]:
     text = answer(completion.request.user_text)
-    return _stream(completion, text, [Stall(completion.parameter)])
+    return stream_text(completion, text, [Stall(completion.parameter)])
 
 
 def _stall_in_chunk(completion: Completion) -> Iterator[Step]:
-    said, _ = _within(completion.request, tokens(answer(completion.request.user_text)))
-    sends_before = min(_TOKENS_BEFORE_FAULT, len(said)) + 1  # the role comes first
+    said, _ = within(completion.request, tokens(answer(completion.request.user_text)))
+    sends_before = min(TOKENS_BEFORE_FAULT, len(said)) + 1  # the role comes first
     for step in story(completion):
         if isinstance(step, Send):
             if sends_before == 0:
@@ -707,7 +241,7 @@ def _comments(completion: Completion) -> Iterator[Step]:
 
 
 def _done_but_open(completion: Completion) -> Iterator[Step]:
-    yield from _stream(completion, short_answer(completion.request.user_text))
+    yield from stream_text(completion, short_answer(completion.request.user_text))
     yield Stall(completion.parameter)
 
 
@@ -728,10 +262,10 @@ def _whole_halved(fault: Step | None, completion: Completion) -> Iterator[Step]:
 
 def _no_done(completion: Completion) -> Iterator[Step]:
     text = short_answer(completion.request.user_text)
-    said, finish_reason = _within(completion.request, tokens(text))
-    yield from _opening(completion)
-    yield from _telling(completion, said)
-    yield from _finish(completion, finish_reason, len(said))
+    said, finish_reason = within(completion.request, tokens(text))
+    yield from opening(completion)
+    yield from telling(completion, said)
+    yield from finish(completion, finish_reason, len(said))
 
 
 def _broken_off(step: Step | None, completion: Completion) -> Iterator[Step]:
@@ -797,13 +331,13 @@ def _not_sse(_completion: Completion) -> Iterator[Step]:
 
 def _malformed_json(completion: Completion) -> Iterator[Step]:
     text = answer(completion.request.user_text)
-    return _stream(completion, text, [Send(event(b'{"choices":[{"index":0,"delta":{"conte'))])
+    return stream_text(completion, text, [Send(event(b'{"choices":[{"index":0,"delta":{"conte'))])
 
 
 def _bad_utf8(completion: Completion) -> Iterator[Step]:
     """0xFF is in no UTF-8 text."""
     broken = chunk_event(completion, {"content": "?!"}).replace(b"?!", b" \xff")
-    return _stream(completion, answer(completion.request.user_text), [Send(broken)])
+    return stream_text(completion, answer(completion.request.user_text), [Send(broken)])
 
 
 def _split_utf8(completion: Completion) -> Iterator[Step]:
@@ -834,26 +368,26 @@ def _long_line(completion: Completion) -> Iterator[Step]:
     around = chunk_event(completion, {"content": "*"})
     before, _, after = around.partition(b"*")
     letters = completion.count - len(around.removesuffix(b"\n\n")) + len(b"*")
-    yield from _opening(completion)
+    yield from opening(completion)
     yield Send(before)
     for start in range(0, letters, _LONG_LINE_PIECE_BYTES):
         yield Send(b"a" * min(_LONG_LINE_PIECE_BYTES, letters - start))
     yield Send(after)
-    yield from _ending(completion, "stop", 1)
+    yield from ending(completion, "stop", 1)
 
 
 def _flood(completion: Completion) -> Iterator[Step]:
     one = chunk_event(completion, {"content": "flood "})
     left = completion.parameter
     number = 0
-    yield from _opening(completion)
+    yield from opening(completion)
     while left is None or number < left:
         now = _FLOOD_EVENTS_PER_WRITE
         if left is not None:
             now = min(now, int(left) - number)
         number += now
         yield Send(one * now)
-    yield from _ending(completion, "stop", number)
+    yield from ending(completion, "stop", number)
 
 
 def _gzip(completion: Completion) -> Iterator[Step]:
@@ -971,7 +505,7 @@ def _silent(name: str, plays: str, play: Play, whole: Play = whole_story) -> Sce
 
 
 def _faulty(name: str, plays: str, play: Play, whole: Play = whole_story) -> Scenario:
-    default = _TOKENS_BEFORE_FAULT
+    default = TOKENS_BEFORE_FAULT
     return Scenario(name, plays, play, whole, _TOKENS, default, without=f"{default}")
 
 
@@ -1006,31 +540,31 @@ _ROWS = (
     Scenario("reasoning", "reasoning_content, then the story", _reasoning, _whole_reasoning),
     Scenario(
         "tool-call", "a call of the first of your tools; a text, once its result is there",
-        partial(_calling, _plain_call), _whole_calls,
+        partial(calling, plain_call), whole_calls,
     ),
     Scenario(
         "tool-call-legacy", "the same as function_call, as before there were tools",
-        partial(_calling, _legacy_call, reason="function_call"), _whole_legacy_call,
+        partial(calling, legacy_call, reason="function_call"), whole_legacy_call,
     ),
     Scenario(
         "tool-call-parallel", "so many calls at once, their pieces by turns",
-        partial(_calling, _parallel_calls), _whole_parallel_calls, _CALLS, 2, without="2",
+        partial(calling, parallel_calls), whole_parallel_calls, _CALLS, 2, without="2",
     ),
     Scenario(
         "tool-call-empty-names", "later pieces repeat id and name, both empty",
-        partial(_calling, _call_with_empty_names), _whole_calls,
+        partial(calling, call_with_empty_names), whole_calls,
     ),
     Scenario(
         "tool-call-pieces", "arguments in pieces of so many characters",
-        partial(_calling, _call_in_pieces), _whole_calls, _CHARS, 1, without="1",
+        partial(calling, call_in_pieces), whole_calls, _CHARS, 1, without="1",
     ),
     Scenario(
         "tool-call-text", "a sentence, then the call",
-        partial(_calling, _text_and_call), _whole_calls,
+        partial(calling, text_and_call), whole_calls,
     ),
     Scenario(
         "tool-call-bad-json", "a call whose arguments are no JSON",
-        partial(_calling, _bad_call), _whole_calls,
+        partial(calling, bad_call), whole_calls,
     ),
     _silent(
         "stall-headers", "silence before the headers, then the story",

@@ -18,7 +18,8 @@ import requests
 
 from llm import demo
 from llm.demo import DemoProvider
-from llm.scenarios import DONE, SCENARIOS, Completion, Pause, Scenario, Send, Step
+from llm.scenarios import SCENARIOS, Scenario
+from llm.steps import DONE, Completion, Pause, Send, Step
 from llm.stories import CHINESE_STORY, ENGLISH_STORY, answer, tokens
 
 HAN = re.compile("[\u4e00-\u9fff]")

@@ -19,19 +19,10 @@ import requests
 
 from llm import demo, scenarios
 from llm.demo import DemoProvider, Ended, ReceivedPost
-from llm.scenarios import (
-    ALIASES,
-    SCENARIOS,
-    ChatRequest,
-    Completion,
-    NoScenarioError,
-    Scenario,
-    Send,
-    Step,
-    choose,
-    example,
-)
+from llm.scenarios import ALIASES, SCENARIOS, NoScenarioError, Scenario, choose
+from llm.steps import ChatRequest, Completion, Pause, Send, Step
 from llm.stories import CHINESE_STORY, ENGLISH_STORY, answer, short_answer, tokens
+from llm.tool_scenarios import example
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 STORY = answer("Tell me a story")
@@ -696,13 +687,13 @@ def test_comments_go_on_and_are_all_that_comes() -> None:
                 break
             assert step.data.endswith(b"\n\n")
         else:
-            assert isinstance(step, scenarios.Pause)
+            assert isinstance(step, Pause)
             pauses.append(step.seconds)
     assert sum(pauses) == pytest.approx(1.2)
     assert len(pauses) == 3
     for_ever = SCENARIOS["comments"].play(completion())
     assert all(
-        isinstance(step, scenarios.Pause) or step == Send(b": still waiting\n\n")
+        isinstance(step, Pause) or step == Send(b": still waiting\n\n")
         for step in itertools.islice(for_ever, 5000)
     )
 
