@@ -7,6 +7,8 @@ and nothing escapes.
 
 from __future__ import annotations
 
+import contextlib
+import time
 import weakref
 from collections import deque
 from types import TracebackType
@@ -143,12 +145,20 @@ class GreenletActor(pykka.Actor):
         self._is_closed = True
         self.alive.discard(self)
         if error is not None:
-            _log.error("Actor failed", actor=type(self).__name__, error=repr(error))
+            name = type(self).__name__
+            _log.error("Actor failed", actor=name, error=repr(error), exc_info=error, **self._ids())
             self.stop()  # Pykka lets an actor live on that failed while it was asked
         try:
             self.closed(error)
         except BaseException as second:
             _log.error("Actor failed to close", actor=type(self).__name__, error=repr(second))
+
+    def _ids(self) -> dict[str, Any]:
+        """Whose actor it was, as far as one that is broken can say."""
+        with contextlib.suppress(Exception):
+            told = self.describe(time.monotonic())
+            return {name: told[name] for name in ("session_id", "request_id") if name in told}
+        return {}
 
 
 def queued_messages() -> int:

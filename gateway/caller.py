@@ -154,7 +154,7 @@ def websocket_url(text: str) -> SplitResult:
     Raises:
         UsageError: it is none.
     """
-    url = _split_url(text, "ws", _SCHEMES)
+    url = _split_url("--url", text, "ws", _SCHEMES)
     path = PATH if url.path in ("", "/") else url.path
     return url._replace(scheme=_SCHEMES[url.scheme], path=path, fragment="")
 
@@ -165,11 +165,11 @@ def ops_url(text: str) -> SplitResult:
     Raises:
         UsageError: it is none.
     """
-    url = _split_url(text, "http", ("http", "https"))
+    url = _split_url("--ops-url", text, "http", ("http", "https"))
     return url._replace(path="/metrics" if url.path in ("", "/") else url.path, fragment="")
 
 
-def _split_url(text: str, scheme: str, schemes: Iterable[str]) -> SplitResult:
+def _split_url(flag: str, text: str, scheme: str, schemes: Iterable[str]) -> SplitResult:
     text = text.strip()
     try:
         url = urlsplit(text if "://" in text else f"{scheme}://{text}")
@@ -179,9 +179,9 @@ def _split_url(text: str, scheme: str, schemes: Iterable[str]) -> SplitResult:
     except ValueError:
         is_url = has_credentials = False
     if has_credentials:
-        raise UsageError(f"a URL with credentials: they come from {KEY_VARIABLE} only")
+        raise UsageError(f"{flag} holds credentials: they come from the environment only")
     if not is_url:
-        raise UsageError(f"{text!r} is not a URL as {scheme}://host:port/path")
+        raise UsageError(f"{flag} {text!r} is not a URL as {scheme}://host:port/path")
     return url
 
 
@@ -710,6 +710,8 @@ class Talk:
 
 def _advice_on_status(page: Page, target: Target) -> str:
     match page.status:
+        case 404 if b"/metrics" in page.body:
+            return "That is the port of bargein's metrics (--ops-port): --url needs that of --port."
         case 404 if not target.is_usual:
             return f"The WebSocket of bargein is at {PATH}: --url {target.usual}"
         case 401 | 407:

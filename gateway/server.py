@@ -34,8 +34,11 @@ from gateway.protocol import (
     MAX_FRAME_BYTES,
     ClientFrame,
     FrameError,
+    FunctionResult,
+    Interrupt,
     decode,
 )
+from gateway.protocol import Request as RequestPayload
 from llm.lanes import lanes
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
@@ -50,6 +53,9 @@ _READ_BYTES = 16 * 1024
 _HANDSHAKE_SECONDS = 10.0
 _CLOSE_SECONDS = 5.0
 """How long a client may take to answer a close frame."""
+
+_MAX_LOGGED_CHARS = 64
+"""Of a `session_id`, which is whatever the client says."""
 
 _BACKLOG = 1024
 _NOTSENT_BYTES = 16 * 1024
@@ -415,7 +421,13 @@ class _Connection:
 
 
 def _log_received(frame: ClientFrame) -> None:
-    _log.info("Received message", session_id=frame.session_id, msg_type=frame.payload.msg_type)
+    payload = frame.payload
+    fields = {"session_id": frame.session_id and frame.session_id[:_MAX_LOGGED_CHARS]}
+    if isinstance(payload, RequestPayload | FunctionResult):
+        fields["request_id"] = payload.request_id
+    elif isinstance(payload, Interrupt):
+        fields["request_id"] = payload.target
+    _log.info("Received message", msg_type=payload.msg_type, **fields)
 
 
 def _tune(sock: gevent.socket.socket) -> None:

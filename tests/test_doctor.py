@@ -449,6 +449,13 @@ def test_a_wrong_path_is_named_and_the_right_one_too() -> None:
     assert named(report, Status.OK) == ["connect", "health"]
 
 
+def test_the_port_of_the_metrics_is_told_from_another_program_s() -> None:
+    port = free_port()
+    with Daemon("--ops-port", str(port)):
+        failed = only_failed(examined(port), "websocket")
+    assert "--ops-port" in failed.advice
+
+
 def test_a_wrong_port_is_named() -> None:
     port = free_port()
     report = examined(port)
@@ -1219,7 +1226,7 @@ def test_what_is_no_url_is_refused(given: str, capsys: pytest.CaptureFixture[str
     assert doctor.main(arguments("--url", given), {}) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("error: ")
+    assert err.startswith(f"error: --url {given!r} is not a URL")
     assert err.count("\n") == 1
 
 

@@ -9,6 +9,7 @@ import gevent.event
 import gevent.queue
 import pykka
 import pytest
+from structlog.testing import capture_logs
 
 from actors.greenlet import ActorFailedError, GreenletActor, Timer, tell
 
@@ -117,6 +118,28 @@ def test_an_error_in_handle_closes_the_actor_with_that_error(error: BaseExceptio
     assert not tell(running.ref, "later still")
     assert not running.is_registered
     assert running.rest() == []
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_an_actor_that_fails_is_logged_with_where_it_failed_and_whose_it_was(
+    is_broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def describe(_probe: Probe, _now: float) -> dict[str, Any]:
+        if is_broken:
+            raise RuntimeError
+        return {"session_id": "sess_1", "request_id": "req_1", "state": "streaming"}
+
+    monkeypatch.setattr(Probe, "describe", describe)
+    error = ValueError("broken")
+    with capture_logs() as lines:
+        running = Running()
+        tell(running.ref, error)
+        assert [running.next(), running.next()] == ["opened", ("closed", error)]
+    (line,) = lines
+    assert line["event"] == "Actor failed"
+    assert line["exc_info"] is error
+    ids = {} if is_broken else {"session_id": "sess_1", "request_id": "req_1"}
+    assert {name: line[name] for name in ("session_id", "request_id") if name in line} == ids
 
 
 @any_error

@@ -361,6 +361,27 @@ def test_every_line_of_the_log_has_the_text_form(provider: ProviderProcess) -> N
     assert events["Received message"]["session_id"] == session_id
 
 
+def test_what_was_received_is_logged_with_its_request_and_no_more_of_a_client_s_words() -> None:
+    with Daemon("--llm-model", "fast") as daemon:
+        with Client(daemon.port) as client:
+            request_id = client.request("Tell me a story")
+            client.wait_terminal(request_id)
+            client.interrupt(request_id)
+            client.wait_ack()
+            envelope = {"version": "1.0", "session_id": "s" * 200_000, "timestamp": 0}
+            query = {**envelope, "msg_type": "SESSION_QUERY", "payload": {}}
+            client.send_text(json.dumps(query).encode())
+            client.wait_for(lambda frame: frame.msg_type == "ERROR")
+            client.close()
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        lines = [json.loads(line) for line in daemon.log.splitlines()]
+    received = {line["msg_type"]: line for line in lines if line["event"] == "Received message"}
+    assert received["REQUEST"]["request_id"] == request_id
+    assert received["INTERRUPT"]["request_id"] == request_id
+    assert received["SESSION_QUERY"]["session_id"] == "s" * 64
+
+
 def test_the_log_is_json_where_nobody_looks_at_it() -> None:
     with Daemon() as daemon:
         with Client(daemon.port) as client:
