@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPException
 from typing import Any, Protocol, TypeVar
 
 import gevent
@@ -85,6 +86,7 @@ class Attempt:
         prompt: what it is asked.
         sink: gets what comes.
         on_first_token: called when the first token of any kind came.
+        include_usage: whether it is asked for the usage, too.
     """
 
     def __init__(
@@ -93,8 +95,11 @@ class Attempt:
         prompt: Prompt,
         sink: Sink,
         on_first_token: Callable[[], None],
+        *,
+        include_usage: bool,
     ) -> None:
         self.client = client
+        self._include_usage = include_usage
         self._prompt = prompt
         self._sink = sink
         self._on_first_token: Callable[[], None] | None = on_first_token
@@ -138,7 +143,9 @@ class Attempt:
         """
         try:
             self._watchdog.start()
-            raw = self._raw = self.client.post(self._prompt, self._sent)
+            raw = self._raw = self.client.post(
+                self._prompt, self._sent, include_usage=self._include_usage
+            )
             if not self._is_sent:  # it answered before it had read all
                 self._sent()
             if raw.status != 200:
@@ -184,9 +191,12 @@ class Attempt:
         except NotEventsError:
             self._is_refused = True
             content_type = self.client.quote(raw.headers.get("Content-Type") or "missing")
+            is_json = content_type.startswith("application/json")
+            said = error_message(self._read_error_body(raw)) if is_json else None
             raise NotAStreamError(
                 "the provider's answer is not a stream: its content type is "
                 f"{content_type}, not text/event-stream"
+                + (f" ({self.client.quote(said)})" if said else "")
             ) from None
         self._lines = events.lines
         self._sink.opened()
@@ -282,7 +292,8 @@ class Attempt:
         bare = self._bare_error()
         if bare:
             return bare
-        how = f" ({self.client.quote(_root_cause(cause))})" if cause else ""
+        root = None if cause is None else _root_cause(cause)
+        how = f" ({self.client.quote(_in_words(root))})" if isinstance(root, OSError) else ""
         return IncompleteAnswerError(
             f"incomplete answer: the provider's stream ended before it said it was done{how}"
         )
@@ -322,12 +333,17 @@ class Attempt:
         return b"".join(parts)
 
     def _connection_error(self, error: HTTPError) -> StreamError:
-        cause = self.client.quote(_root_cause(error))
+        root = _root_cause(error)
+        cause = self.client.quote(_in_words(root))
         match error:
             case NewConnectionError():  # to urllib3, one kind of ConnectTimeoutError
                 return ConnectFailedError(f"no connection to the provider: {cause}")
             case ConnectTimeoutError():
                 return LimitPassedError("connect", self.client.provider.connect_timeout)
+            case ProtocolError() if isinstance(root, HTTPException | ValueError) and not (
+                isinstance(root, ConnectionError)
+            ):
+                return NotAStreamError("the provider's answer is not HTTP")
             case ProtocolError():
                 return IncompleteAnswerError(
                     f"the provider closed the connection unanswered: {cause}"
@@ -418,6 +434,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = inner if isinstance(inner, BaseException) else current.__cause__
 
 
-def _root_cause(error: BaseException) -> str:
+def _root_cause(error: BaseException) -> BaseException:
     *_, root = _chain(error)
-    return (root.strerror if isinstance(root, OSError) else None) or str(root)
+    return root
+
+
+def _in_words(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

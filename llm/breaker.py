@@ -54,17 +54,28 @@ class Breaker:
         max_failures: so many in a row open it; 0 never does.
         open_seconds: for how long it stays open before one generation may try.
         now: the clock, in seconds.
+        on_change: called with each new state.
     """
 
     def __init__(
-        self, max_failures: int, open_seconds: float, now: Callable[[], float] = time.monotonic
+        self,
+        max_failures: int,
+        open_seconds: float,
+        now: Callable[[], float] = time.monotonic,
+        on_change: Callable[[BreakerState], None] = lambda state: None,
     ) -> None:
         self._max_failures = max_failures
         self._open_seconds = open_seconds
         self._now = now
+        self._on_change = on_change
         self._failures = 0
         self._opened_at = 0.0
         self.state = BreakerState.CLOSED
+
+    def _enter(self, state: BreakerState) -> None:
+        if state is not self.state:
+            self.state = state
+            self._on_change(state)
 
     def trial(self) -> Trial | None:
         """Leave to ask the provider now, or None while it is left alone."""
@@ -72,21 +83,21 @@ class Breaker:
             return Trial(self, is_probe=False)
         is_time = self._now() - self._opened_at >= self._open_seconds
         if self.state is BreakerState.OPEN and is_time:
-            self.state = BreakerState.HALF_OPEN
+            self._enter(BreakerState.HALF_OPEN)
             return Trial(self, is_probe=True)
         return None
 
     def _close(self) -> None:
         self._failures = 0
-        self.state = BreakerState.CLOSED
+        self._enter(BreakerState.CLOSED)
 
     def _count_failure(self, *, is_probe: bool) -> None:
         self._failures += 1
         too_many = 0 < self._max_failures <= self._failures
         # While it is open or tried, those that were let in before have nothing to say.
         if is_probe or (too_many and self.state is BreakerState.CLOSED):
-            self.state = BreakerState.OPEN
             self._opened_at = self._now()
+            self._enter(BreakerState.OPEN)
 
     def _probe_again(self) -> None:
-        self.state = BreakerState.OPEN  # and its time is up still: the next one tries
+        self._enter(BreakerState.OPEN)  # and its time is up still: the next one tries

@@ -8,7 +8,6 @@ import urllib3
 
 from llm.chat import Prompt, encode_body
 from llm.connections import Connections
-from llm.errors import BadStatusError
 from llm.provider import Provider, check_header_values, completions_url
 
 _QUOTED_CHARS = 500
@@ -36,6 +35,7 @@ class ProviderClient:
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "text/event-stream",
+            "User-Agent": "bargein",
             "Cache-Control": "no-cache",
             # Compression on the way would hold events back until a block is full.
             "Accept-Encoding": "identity",
@@ -52,11 +52,14 @@ class ProviderClient:
         self.asks_for_usage = provider.include_usage
         """Whether requests ask for the usage: some servers do not know of that."""
 
-    def post(self, prompt: Prompt, on_sent: Callable[[], None]) -> urllib3.BaseHTTPResponse:
+    def post(
+        self, prompt: Prompt, on_sent: Callable[[], None], *, include_usage: bool
+    ) -> urllib3.BaseHTTPResponse:
         """POST once, and return when the headers of the answer are there.
 
         Args:
             prompt: what it is asked.
+            include_usage: whether it is asked for the usage, too.
             on_sent: called when all of it was handed to the kernel.
 
         Raises:
@@ -65,18 +68,10 @@ class ProviderClient:
         body = encode_body(
             self.provider.model,
             prompt,
-            include_usage=self.asks_for_usage,
+            include_usage=include_usage,
             extra=self.provider.extra_body,
         )
         return self._connections.post(body, self._headers, on_sent)
-
-    def refuses_usage(self, error: BadStatusError) -> bool:
-        """Whether a request was refused for asking for the usage: then no other one does."""
-        is_about_it = "stream_options" in error.body or "include_usage" in error.body
-        if not (error.status in (400, 422) and is_about_it):
-            return False
-        self.asks_for_usage = False
-        return True
 
     def quote(self, text: str) -> str:
         """What a provider said, within a bound and with our secrets blotted out: some echo them."""

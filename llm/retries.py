@@ -44,6 +44,14 @@ def is_requests_fault(error: StreamError) -> bool:
     return isinstance(error, BadStatusError) and error.status in _REQUESTS_FAULT
 
 
+def is_about_usage(error: StreamError) -> bool:
+    """Whether a provider says that it does not know of being asked for the usage. Some repeat the
+    request in every refusal, so it may be about something else."""
+    if not isinstance(error, BadStatusError) or error.status not in (400, 422):
+        return False
+    return "stream_options" in error.body or "include_usage" in error.body
+
+
 def pause_seconds(number: int, error: StreamError, retry_after_cap: float) -> float:
     """How long to wait before asking again.
 

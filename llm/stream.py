@@ -25,14 +25,14 @@ import gevent
 
 from llm.attempt import Attempt
 from llm.attempt import Sink as AttemptSink
-from llm.breaker import Breaker, Trial
+from llm.breaker import Breaker, BreakerState, Trial
 from llm.chat import Prompt, Usage
 from llm.client import ProviderClient
 from llm.connections import Stopped
-from llm.errors import BadStatusError, LimitPassedError, StreamError
+from llm.errors import LimitPassedError, StreamError
 from llm.lanes import lanes
 from llm.provider import Provider, StopsOnClose
-from llm.retries import is_requests_fault, may_retry, pause_seconds
+from llm.retries import is_about_usage, is_requests_fault, may_retry, pause_seconds
 from metrics.logs import get_logger
 
 _log = get_logger("LLM")
@@ -119,7 +119,21 @@ class LlmClient:
         self.settings = settings or GenerationSettings()
         self.first = ProviderClient(provider)
         self.fallback = None if fallback is None else ProviderClient(fallback)
-        self.breaker = Breaker(self.settings.breaker_failures, self.settings.breaker_seconds)
+        self.breaker = self._new_breaker()
+
+    def _new_breaker(self) -> Breaker:
+        settings = self.settings
+        return Breaker(
+            settings.breaker_failures, settings.breaker_seconds, on_change=self._breaker_changed
+        )
+
+    def _breaker_changed(self, state: BreakerState) -> None:
+        provider = self.first.provider.name
+        if state is BreakerState.OPEN:
+            seconds = self.settings.breaker_seconds
+            _log.warning("Provider left alone", provider=provider, seconds=seconds)
+        elif state is BreakerState.CLOSED:
+            _log.info("Provider answers again", provider=provider)
 
     def generation(
         self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
@@ -146,7 +160,7 @@ class LlmClient:
         if self.fallback is not None:
             self.fallback.retire()
         self.first, self.fallback = first, second
-        self.breaker = Breaker(self.settings.breaker_failures, self.settings.breaker_seconds)
+        self.breaker = self._new_breaker()
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -171,6 +185,8 @@ class Generation:
         self._on_end: Callable[[Result], None] | None = on_end
         self._closing = False
         self._attempt: Attempt | None = None
+        self._without_usage: set[ProviderClient] = set()
+        """Those who did not like to be asked for the usage."""
         self._started_at = time.monotonic()
         self._too_long: LimitPassedError | None = None
         self._result: Result | None = None
@@ -309,23 +325,13 @@ class Generation:
             if is_requests_fault(error):
                 trial.succeeded()
             else:
-                self._count_failure(client, trial)
+                trial.failed()
             if self._is_final(error):
                 raise
             return _forget_how(error)
         finally:
             trial.abandoned()
         return None
-
-    def _count_failure(self, client: ProviderClient, trial: Trial) -> None:
-        before = self._llm.breaker.state
-        trial.failed()
-        if self._llm.breaker.state is not before:
-            _log.warning(
-                "Provider left alone",
-                provider=client.provider.name,
-                seconds=self._llm.settings.breaker_seconds,
-            )
 
     def _ask(self, client: ProviderClient, trial: Trial | None) -> None:
         """Ask one provider, again where that may help."""
@@ -338,14 +344,17 @@ class Generation:
     ) -> float | None:
         """Returns None at the end of the answer, else the seconds until another attempt."""
         on_first_token = _nothing if trial is None else trial.succeeded
-        asks_for_usage = client.asks_for_usage
-        self._attempt = Attempt(client, self._prompt, self._sink, on_first_token)
+        asks_for_usage = client.asks_for_usage and client not in self._without_usage
+        attempt = self._attempt = Attempt(
+            client, self._prompt, self._sink, on_first_token, include_usage=asks_for_usage
+        )
         try:
-            self._attempt.run()
+            attempt.run()
         except StreamError as error:
             if self._is_final(error):
                 raise
-            if asks_for_usage and isinstance(error, BadStatusError) and client.refuses_usage(error):
+            if asks_for_usage and is_about_usage(error):
+                self._without_usage.add(client)
                 return 0.0
             number = next(retries)
             if number >= client.provider.retries or not may_retry(error):
@@ -353,6 +362,9 @@ class Generation:
             pause = pause_seconds(number, error, client.provider.retry_after_cap)
             self._sink.retrying(client.provider.name, _forget_how(error), pause)
             return pause
+        finally:
+            if attempt.may_cost and client in self._without_usage:
+                client.asks_for_usage = False  # that was it, so no other request asks
         return None
 
     def _is_final(self, error: StreamError) -> bool:

@@ -116,8 +116,8 @@ def make_pair(
     breakers: list[Breaker] = []
     now = Now()
 
-    def make_breaker(max_failures: int, open_seconds: float) -> Breaker:
-        breakers.append(Breaker(max_failures, open_seconds, now))
+    def make_breaker(max_failures: int, open_seconds: float, **more: Any) -> Breaker:
+        breakers.append(Breaker(max_failures, open_seconds, now, **more))
         return breakers[-1]
 
     monkeypatch.setattr("llm.stream.Breaker", make_breaker)
@@ -363,6 +363,8 @@ def test_what_one_refuses_of_usage_is_not_remembered_of_the_other(pair: Pair) ->
     refused = refusal(400, "no stream_options")
     asked = pair.stand.posts(pair.falls_back(refused, refusal(503)))
     assert ["stream_options" in post.body for post in asked] == [True, False, True]
+    # Not yet: it may have repeated the request in a refusal of something else.
+    pair.stand.wait_completed(pair.stand.ask_in_turn(refused, scripts.answer([ANSWER])))
     asked = pair.stand.posts(pair.falls_back(refusal(503)))
     assert ["stream_options" in post.body for post in asked] == [False, True]
     request_id = pair.stand.ask_in_turn(

@@ -205,7 +205,7 @@ FAULTS: Mapping[str, Row] = {
         code="REQUEST_TIMEOUT",
         settings={"idle_timeout": SHORT_SECONDS},
     ),
-    "end with neither": Row(scripts.truncated([ANSWER]), rf"{INCOMPLETE} \(.+\)", text=ANSWER),
+    "end with neither": Row(scripts.truncated([ANSWER]), INCOMPLETE, text=ANSWER),
     "proper end with neither": Row(
         [*begun(), send(scripts.last_chunk())], INCOMPLETE, text=ANSWER, is_whole=True
     ),
@@ -215,7 +215,7 @@ FAULTS: Mapping[str, Row] = {
         is_whole=True,
     ),
     "end with a length that was not reached": Row(
-        plain(text_event(ANSWER), content_length=100_000), rf"{INCOMPLETE} \(.+\)", text=ANSWER
+        plain(text_event(ANSWER), content_length=100_000), INCOMPLETE, text=ANSWER
     ),
     "end of HTTP/1.0": Row(plain(text_event(ANSWER), http10=True), INCOMPLETE, text=ANSWER),
     "end inside an event": Row(
@@ -229,7 +229,7 @@ FAULTS: Mapping[str, Row] = {
             *map(send, map(chunk, scripts.gzip_pieces([text_event(ANSWER)]))),
             scripts.close(),
         ],
-        rf"{INCOMPLETE} \(.+\)",
+        INCOMPLETE,
         text=ANSWER,
     ),
     "close after the POST": Row(
@@ -240,11 +240,11 @@ FAULTS: Mapping[str, Row] = {
     ),
     "an answer that is not HTTP": Row(
         [send(f"{KEY} says hello\r\n\r\n".encode()), scripts.close()],
-        r"the provider closed the connection unanswered: .*\*\*\* says hello.*",
+        "the provider's answer is not HTTP",
     ),
     "a chunk that is none": Row(
         [*begun(), send(f"{KEY}\r\n".encode()), scripts.close()],
-        rf"{INCOMPLETE} \(.+\)",
+        INCOMPLETE,
         text=ANSWER,
     ),
     "error in the stream": Row(
@@ -320,6 +320,13 @@ FAULTS: Mapping[str, Row] = {
         scripts.http_error(200, {"choices": [{"message": {"content": ANSWER + KEY}}]}),
         re.escape(NOT_A_STREAM.format("application/json")),
         usage=False,
+        is_whole=True,
+    ),
+    "an error with status 200": Row(
+        scripts.http_error(200, {"error": {"message": f"model is loading {KEY}"}}),
+        re.escape(NOT_A_STREAM.format("application/json") + " (model is loading ***)"),
+        usage=False,
+        is_whole=True,
     ),
     "a content type with the key": Row(
         [send(scripts.sse_head(content_length=2, content_type=f"text/x; k={KEY}"), b"no")],
