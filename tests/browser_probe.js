@@ -35,8 +35,9 @@
     set(listener) {
       const mine = listener === null ? null : (event) => {
         // In the order of the wire: behind one that is held, all are.
-        if (probe.held.length > 0 || probe.holds(JSON.parse(event.data))) {
-          probe.held.push(() => hand(listener, event));
+        const frame = JSON.parse(event.data);
+        if (probe.held.length > 0 || probe.holds(frame)) {
+          probe.held.push({ frame, hand: () => hand(listener, event) });
         } else {
           hand(listener, event);
         }
@@ -49,8 +50,14 @@
   /** Hand on what was held back, and hold nothing more. */
   probe.release = () => {
     probe.holds = () => false;
-    for (const one of probe.held.splice(0)) one();
+    for (const one of probe.held.splice(0)) one.hand();
   };
+
+  /** How many frames of a type are held back, or how many ends of answers. */
+  probe.heldOf = (type) =>
+    probe.held.filter(({ frame }) =>
+      type === "end" ? frame.payload.text_stream_seq === -1 : frame.msg_type === type,
+    ).length;
 
   /** As if the server had sent it now. */
   probe.inject = (msgType, payload) => {
