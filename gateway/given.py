@@ -13,8 +13,16 @@ from typing import Any
 
 from gateway.config import CONFIG_VARIABLE, ENVIRONMENT, SETTINGS, Config, Setting, as_toml
 
-_NOT_SETTINGS = frozenset({CONFIG_VARIABLE, "BARGEIN_REAL_SERVERS"})
-"""Variables of ours that are none of a setting; the second is for the tests."""
+_NOT_SETTINGS = frozenset(
+    {
+        CONFIG_VARIABLE,
+        "BARGEIN_DOCTOR_ACCOUNT",
+        "BARGEIN_DOCTOR_API_KEY",
+        "BARGEIN_DOCTOR_PASSWORD",
+        "BARGEIN_REAL_SERVERS",
+    }
+)
+"""Variables of ours that are none of a setting; the last is for the tests."""
 
 _RESTART = frozenset(
     {"llm_total_timeout", "llm_breaker_failures", "llm_breaker_timeout"}
