@@ -156,6 +156,8 @@ class Stop:
     """Stop and close the stream."""
 
     reaped: bool = False
+    reason: str = ""
+    """Why, for the log."""
 
 
 @dataclass(frozen=True, slots=True)

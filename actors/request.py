@@ -287,8 +287,9 @@ class RequestActor(GreenletActor):
         self._books_kept = True
         self._metrics.requests_active.labels(self._active_state.value).dec()
         self._count(self._result)
-        if self._state is RequestState.INTERRUPTED:
-            _log.info("LLM stream cancelled by user", **self._log_fields)
+        if self._state is RequestState.INTERRUPTED and self._started_at is not None:
+            reason = self._told_to_stop.reason if self._told_to_stop else ""
+            _log.info("LLM stream cancelled by user", reason=reason, **self._log_fields)
         elif self._state is RequestState.FAILED:
             _log.warning(
                 "Generation failed",

@@ -168,6 +168,8 @@ class SessionActor(GreenletActor):
         self._voices = VoiceRequests(settings.max_voice_bytes)
         self._farewell: Callable[[], None] | None = None
         """What is done when the last request has ended; set when the session is ending."""
+        self._ended_by = ""
+        """Why it ends, for the log."""
         self._takes_requests = takes_requests
         self._may_leave = False
         """Whether it is to end as soon as nothing is live."""
@@ -210,7 +212,8 @@ class SessionActor(GreenletActor):
                 self._on_stop_overdue(request_id)
             case ReapRequest(request_id, detail):
                 self._on_reap(request_id, detail)
-            case ConnectionLost():
+            case ConnectionLost(why):
+                self._ended_by = why
                 self._end(InterruptReason.CONNECTION_LOST, lambda: None)
             case Leave(pause_seconds):
                 self._takes_requests = False
@@ -243,7 +246,12 @@ class SessionActor(GreenletActor):
             self._metrics.sessions_active.dec()
             self._metrics.sessions.labels("failed" if error else "ended").inc()
         self._tell_supervisor(SessionEnded(self.actor_urn))
-        _log.info("Session ended", session_id=self._session_id, peer=self._peer)
+        _log.info(
+            "Session ended",
+            session_id=self._session_id,
+            peer=self._peer,
+            reason=repr(error) if error is not None else self._ended_by,
+        )
 
     # Frames.
 
@@ -581,7 +589,7 @@ class SessionActor(GreenletActor):
         """Stop a request; False when its terminal frame is on its way already."""
         if live.outlet.done:
             return False
-        self._shut_down(live, Stop())
+        self._shut_down(live, Stop(reason=reason.value))
         live.interrupted_by = live.interrupted_by or reason
         return True
 
@@ -778,6 +786,7 @@ class SessionActor(GreenletActor):
     def _end(self, reason: InterruptReason, farewell: Callable[[], None]) -> None:
         """Stop everything that is live; when it has ended, do the farewell and stop."""
         self._farewell = farewell
+        self._ended_by = self._ended_by or reason.value
         self._takes_requests = False
         request_id = self._voices.open_id
         if request_id is not None:
@@ -833,6 +842,8 @@ class SessionActor(GreenletActor):
         self._refuse(ErrorCode.SERVER_BUSY, detail, request_id)
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
+        fields = {"session_id": self._session_id, "peer": self._peer, "request_id": request_id}
+        _log.info("Refused message", code=code.value, detail=detail, **fields)
         if request_id is None:
             self._send(error(code, detail))
         else:

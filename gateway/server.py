@@ -374,7 +374,6 @@ class _Connection:
         try:
             frame = decode(message)
         except FrameError as error:
-            _log.info("Refused message", session_id=None, code=error.code, detail=error.detail)
             session.bad_frame(error)
         else:
             session.frame(frame, read_at)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.harness import scripts
-from tests.harness.client import Client
+from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon, run_to_the_end
 from tests.harness.provider_process import ProviderProcess
 
@@ -329,6 +329,24 @@ def test_while_it_stops_it_takes_no_new_connections(provider: ProviderProcess) -
 
 
 # The log -----------------------------------------------------------------------------------------
+
+
+def test_the_log_says_why_a_session_ended_and_why_a_stream_was_cancelled(
+    provider: ProviderProcess,
+) -> None:
+    script = provider.fresh(scripts.idle_mid_stream(["once"]))
+    arguments = [*provider_arguments(provider), "--log-format", "json"]
+    with Daemon(*arguments) as daemon, Client(daemon.port) as client:
+        request_id = client.request(script)
+        client.wait_text(request_id)
+        client.send_text(b"no frame")
+        client.wait_for(lambda frame: frame.msg_type == "ERROR")
+        client.reset()
+        wait_until(lambda: "cancelled by user" in daemon.log, "the log has the cancelled stream")
+        lines = {line["event"]: line for line in map(json.loads, daemon.log.splitlines())}
+    assert lines["Refused message"]["session_id"] == client.session_id
+    assert lines["Session ended"]["reason"].startswith("connection lost")
+    assert lines["LLM stream cancelled by user"]["reason"] == "CONNECTION_LOST"
 
 
 def test_every_line_of_the_log_has_the_text_form(provider: ProviderProcess) -> None:
