@@ -320,12 +320,19 @@ def test_late_frames_of_an_interrupted_answer_are_not_shown(
     before = page.answer()["text"]
     late = {"request_id": request_id, "text_stream_seq": 900, "content": {"text": "TOO LATE"}}
     page.js("probe.inject('RESPONSE', arguments[0])", late)
+    call = {"name": "open_map", "parameters": {}, "call_id": "call_1"}
+    page.js(
+        "probe.inject('RESPONSE', arguments[0])",
+        {**late, "text_stream_seq": 901, "content": {}, "function_call": call},
+    )
     assert page.answer()["text"] == before
+    assert page.answer()["calls"] == []
     page.js("probe.release()")
     page.wait_answer(INTERRUPTED)
     page.js("probe.inject('RESPONSE', arguments[0])", late)
     page.js_async("await new Promise((painted) => requestAnimationFrame(painted))")
     assert page.answer()["text"] == before
+    assert page.answer()["calls"] == []
     assert page.answer()["state"] == "interrupted"
 
 
@@ -1037,8 +1044,8 @@ def test_an_interrupt_silences_the_voice_of_the_answer(
             analyser.getFloatTimeDomainData(samples);
             return Math.max(...samples.map(Math.abs));
         };
-        // Two seconds, as a gateway with a voice sends them.
-        const bytes = new Uint8Array(Int16Array.from({ length: 32000 }, (_, index) =>
+        // Twenty seconds, as a gateway with a voice sends them.
+        const bytes = new Uint8Array(Int16Array.from({ length: 320000 }, (_, index) =>
             16000 * Math.sin((2 * Math.PI * 440 * index) / 16000)).buffer);
         let binary = "";
         for (const byte of bytes) binary += String.fromCharCode(byte);
@@ -1051,9 +1058,10 @@ def test_an_interrupt_silences_the_voice_of_the_answer(
         request_id,
     )
     assert peak["before"]
+    page.js("probe.holds = () => true")  # also the ack
     page.type(Keys.ESCAPE)
-    page.wait("probe.peak() === 0", "it is silent")
     assert page.js("return bargein.audio.isPlaying") is False
+    page.wait("probe.peak() === 0", "it is silent", 2)
     # What comes late is not heard.
     page.js(
         """
@@ -1063,7 +1071,9 @@ def test_an_interrupt_silences_the_voice_of_the_answer(
         request_id,
     )
     assert page.js("return bargein.audio.isPlaying") is False
+    page.js("probe.release()")
     page.wait_answer(INTERRUPTED)
+    assert page.js("return bargein.audio.isPlaying") is False
 
 
 # Looks ----------------------------------------------------------------------------------------
