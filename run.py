@@ -280,7 +280,9 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
         gateway.start()
     except OSError as error:
         where = error.filename or where
-        why = os.strerror(error.errno) if error.errno else error
+        # gevent puts the address into its own words; the codes of getaddrinfo are negative.
+        is_system = error.errno is not None and error.errno > 0
+        why = os.strerror(error.errno) if is_system else error.strerror or error
         print(f"error: cannot listen on {where}: {why}", file=sys.stderr)
         return 1
     host = settings.server.host
@@ -288,11 +290,11 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     demo = " (embedded demo provider)" if settings.provider is None else ""
     _say(f"bargein {bargein_version()}")
     _say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
-    _say(f"provider {gateway.provider.base_url}{demo}, model {gateway.provider.model}")
+    _say(f"provider {_shown(gateway.provider)}{demo}, model {gateway.provider.model}")
     if gateway.ops is not None:
         _say(f"metrics on {gateway.ops.url}")
     if settings.fallback is not None:
-        _say(f"fallback {settings.fallback.base_url}, model {settings.fallback.model}")
+        _say(f"fallback {_shown(settings.fallback)}, model {settings.fallback.model}")
     # What stands now lives as long as the process: the collector need not look at it again and
     # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
     gc.collect()
@@ -343,6 +345,10 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
         )
 
 
+def _shown(provider: Provider) -> str:
+    return provider.base_url.partition("?")[0]  # some have the key in the query
+
+
 def notify(state: str) -> None:
     """Tell systemd, where it is there (sd_notify(3))."""
     path = os.environ.get("NOTIFY_SOCKET")
@@ -354,11 +360,11 @@ def notify(state: str) -> None:
         sock.send(state.encode())
 
 
-def serve_demo(host: str, port: int) -> int:
+def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
     """Run the demo provider until it is told to stop; returns the exit code, as `serve` does."""
     stop = _stopped_by_signals()
     try:
-        with demo.DemoProvider(host, port) as provider:
+        with demo.DemoProvider(host, port, tokens_per_second) as provider:
             _say(f"listening on {provider.base_url}")
             return stop.get() or 0
     except OSError as error:
@@ -439,6 +445,13 @@ def make_parser() -> argparse.ArgumentParser:
     add = demo_parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=_port, default=0, help="port to listen on (default: a free one)")
+    add(
+        "--tokens-per-second",
+        type=_pace,
+        default=demo.TOKENS_PER_SECOND,
+        metavar="N",
+        help="pace of an answer, above 0 (default: %(default)g)",
+    )
     return parser
 
 
@@ -452,6 +465,16 @@ def _port(text: str) -> int:
 _port.__name__ = "port"
 
 
+def _pace(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not value > 0:  # so written, it refuses NaN too
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -463,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.command} does not know {strays[0].partition('=')[0]}")
     if args.command == "demo-llm":
         configure("info", _log_format())
-        return serve_demo(args.host, args.port)
+        return serve_demo(args.host, args.port, args.tokens_per_second)
     if args.command == "doctor":
         return doctor.main(args)
     if args.command == "default-config":

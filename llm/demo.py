@@ -61,6 +61,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+TOKENS_PER_SECOND = 30.0  # a story takes half a minute: time enough to interrupt it by hand
 MAX_BODY_BYTES = 16 * 1024 * 1024  # a long history with room to spare, not a way to fill memory
 MAX_KEPT_REQUESTS = 1_000  # more than any test looks back on, and a few hundred KiB
 
@@ -420,7 +421,7 @@ class DemoProvider:
     """
 
     def __init__(
-        self, host: str = "127.0.0.1", port: int = 0, tokens_per_second: float = 30.0
+        self, host: str = "127.0.0.1", port: int = 0, tokens_per_second: float = TOKENS_PER_SECOND
     ) -> None:
         if not tokens_per_second > 0:  # so written, it refuses NaN too
             raise ValueError(f"tokens_per_second must be above 0, not {tokens_per_second}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import re
 import signal
 import subprocess
@@ -15,6 +17,8 @@ import pytest
 
 from gateway import protocol as gateway_protocol
 from gateway.protocol import Heartbeat
+from llm.scenarios import SCENARIOS, Scenario
+from llm.steps import ChatRequest, Completion, Pause, Stall
 from tests.harness import (
     AckStatus,
     AnswerEnded,
@@ -37,13 +41,15 @@ from tests.harness.client import wait_until
 from tests.harness.process import Process, ProcessFailed, environment
 from tests.harness.provider_process import ProviderProcess
 
+DEFAULTS = {name: one.default for name, one in inspect.signature(run_gateway).parameters.items()}
 PAGE = Path(__file__).parent / "harness" / "README.md"
 
 
 @pytest.fixture(scope="module")
 def gateway() -> Iterator[RunningGateway]:
     """In front of the demo provider."""
-    with run_gateway("--on-new-request", "parallel", "--heartbeat-interval", "0.1") as gateway:
+    arguments = ("--on-new-request", "parallel", "--heartbeat-interval", "0.1")
+    with run_gateway(*arguments, tokens_per_second=30) as gateway:  # no test need hurry
         yield gateway
 
 
@@ -193,8 +199,8 @@ def test_any_frame_can_be_sent_and_waited_for(gateway: RunningGateway) -> None:
 def test_heartbeats_are_answered_as_clients_must(gateway: RunningGateway) -> None:
     with gateway.connect() as client:
         client.wait_for(Heartbeat)
-        heard = f'"session_id":"{client.session_id}","msg_type":"HEARTBEAT_REPLY"'
-        wait_until(lambda: heard in gateway.log, "the reply is in the log")
+        heard = re.compile(f'"session_id":"{client.session_id}".*"msg_type":"HEARTBEAT_REPLY"')
+        wait_until(lambda: heard.search(gateway.log) is not None, "the reply is in the log")
 
 
 # The demo provider ------------------------------------------------------------------------------
@@ -215,6 +221,44 @@ def test_a_scenario_is_played_and_the_provider_says_what_it_saw() -> None:
         assert [request.number for request in gateway.provider.requests()] == [1, 2]
         gateway.provider.forget_requests()
         assert gateway.provider.requests() == []
+
+
+def test_a_scenario_that_ends_by_itself_can_be_collected_without_further_ado() -> None:
+    """One of each kind: a whole story after a refusal, failing in the middle, without text."""
+    outcomes = {
+        "http-429:1": Outcome.COMPLETED,
+        "error-in-stream": Outcome.FAILED,
+        "tool-call": Outcome.COMPLETED,
+    }
+    with contextlib.ExitStack() as stack:
+        answers = {}
+        url = None
+        for model in outcomes:
+            gateway = stack.enter_context(run_gateway(model=model, llm_url=url))
+            url = url or gateway.provider.base_url
+            answers[model] = stack.enter_context(gateway.connect()).ask("Tell me a story")
+        ended = {model: answer.collect().outcome for model, answer in answers.items()}
+    assert ended == outcomes
+
+
+def seconds_of(scenario: Scenario) -> float:
+    """How long the answer to a story's request takes, at the harness's own pace."""
+    completion = Completion(
+        ChatRequest("m", "Tell me a story", prompt_tokens=4),
+        "chatcmpl-1",
+        created=1,
+        seconds_per_token=1 / DEFAULTS["tokens_per_second"],
+        parameter=scenario.default,
+    )
+    steps = scenario.play(completion)
+    return sum(step.seconds or 0 for step in steps if isinstance(step, Pause | Stall))
+
+
+def test_of_those_that_end_by_themselves_only_two_outlast_a_client() -> None:
+    """Which the page names; what the gateway's retries add fits in the other half."""
+    ending = [one for one in SCENARIOS.values() if one.without != "until the client goes"]
+    limit = DEFAULTS["client_timeout"] / 2
+    assert {one.name for one in ending if seconds_of(one) > limit} == {"long-story", "slow"}
 
 
 def test_a_wait_for_the_provider_has_an_end_and_shows_what_it_saw() -> None:

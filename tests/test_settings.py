@@ -1147,7 +1147,13 @@ def test_settings_that_are_wrong_are_named_a_line_each(command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["demo-llm", "--prot", "1"], ["default-config", "--port=1"], ["serve", "--port"]]
+    "arguments",
+    [
+        ["demo-llm", "--prot", "1"],
+        *(["demo-llm", "--tokens-per-second", pace] for pace in ("0", "-1", "nan", "fast")),
+        ["default-config", "--port=1"],
+        ["serve", "--port"],
+    ],
 )
 def test_other_faults_of_a_command_line_are_one_line_too(arguments: list[str]) -> None:
     done = run_to_the_end(*arguments)

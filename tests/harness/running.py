@@ -191,6 +191,7 @@ def run_gateway(
     *arguments: str,
     model: str = "story",
     llm_url: str | None = None,
+    tokens_per_second: float = 300.0,
     port: int = 0,
     env: Mapping[str, str] | None = None,
     log_level: str = "info",
@@ -204,6 +205,7 @@ def run_gateway(
         model: what the gateway asks the provider for. The demo provider's models are scenarios:
             `run.py demo-llm --help` lists them.
         llm_url: another provider, in place of the demo one.
+        tokens_per_second: pace of the demo provider, above 0; at this one a story takes some 3 s.
         port: of the gateway, on 127.0.0.1; 0 takes a free one.
         env: more environment variables of the gateway. Those that begin with `OPENAI_` are not
             handed down from ours.
@@ -217,9 +219,8 @@ def run_gateway(
     with contextlib.ExitStack() as stack:
         provider = None
         if llm_url is None:
-            process, found = _start(
-                stack, ["demo-llm", "--port", "0"], None, _PROVIDER_LISTENING, process_timeout
-            )
+            demo = ["demo-llm", "--port", "0", "--tokens-per-second", str(tokens_per_second)]
+            process, found = _start(stack, demo, None, _PROVIDER_LISTENING, process_timeout)
             provider = RunningProvider(process, found)
             llm_url = provider.base_url
         own = ["--llm-url", llm_url, "--llm-model", model, "--port", str(port)]
