@@ -281,8 +281,8 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     except OSError as error:
         where = error.filename or where
         # gevent puts the address into its own words; the codes of getaddrinfo are negative.
-        is_system = error.errno is not None and error.errno > 0
-        why = os.strerror(error.errno) if is_system else error.strerror or error
+        code = error.errno or 0
+        why = os.strerror(code) if code > 0 else error.strerror or error
         print(f"error: cannot listen on {where}: {why}", file=sys.stderr)
         return 1
     host = settings.server.host

@@ -8,14 +8,17 @@ in loops of its own. Here no byte is read before the loop has had its turn (`llm
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import io
 import queue
 import socket
+import ssl
 import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -74,10 +77,7 @@ class Connections:
             ],
         }
         if proxy is not None or url.startswith("https:"):
-            # Made once: reading the certificates for each connection takes longer than connecting.
-            context = urllib3.util.create_urllib3_context()
-            context.load_verify_locations(ca_file or certifi.where())
-            options["ssl_context"] = context
+            options["ssl_context"] = _trusting(ca_file or certifi.where())
         # Looked up once: a manager does so at each request, for a tenth of all that one takes.
         pool = _make_pools(proxy, options).connection_from_url(url)
         assert isinstance(pool, _Retiring)
@@ -124,6 +124,22 @@ class Connections:
     def close(self) -> None:
         """Close the idle connections."""
         self._pool.close()
+
+
+def _trusting(ca_file: str) -> ssl.SSLContext:
+    """What trusts these authorities. All connections share it until the file is another one.
+
+    Reading the authorities takes longer than connecting, and holds the loop up.
+    """
+    found = Path(ca_file).stat()
+    return _read_authorities(ca_file, found.st_mtime_ns, found.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _read_authorities(ca_file: str, _mtime_ns: int, _size: int) -> ssl.SSLContext:
+    context = urllib3.util.create_urllib3_context()
+    context.load_verify_locations(ca_file)
+    return context
 
 
 def _make_pools(proxy: str | None, options: dict[str, Any]) -> urllib3.PoolManager:

@@ -1108,12 +1108,11 @@ def test_a_connection_closed_unanswered_is_not_called_refused(
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        ("{}\r\n", IncompleteAnswerError),
         ("HTTP/1.1 200 OK\r\nContent-Type: {}\r\n\r\n", NotAStreamError),
         ("HTTP/1.1 500 Oh\r\nContent-Length: 99999\r\n\r\n{}", BadStatusError),
         ("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n{}", IncompleteAnswerError),
     ],
-    ids=["no http", "content type", "error body", "stray"],
+    ids=["content type", "error body", "stray"],
 )
 def test_what_a_provider_says_is_quoted_without_the_key_and_within_a_bound(
     client: LlmClient,
