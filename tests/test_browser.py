@@ -271,11 +271,9 @@ def test_ten_interrupts_in_a_row_leave_one_answer_and_one_stream(
         page.wait_answer(INTERRUPTED, number)
     answers = page.answers()
     assert [it["state"] for it in answers] == ["interrupted"] * 10 + ["streaming"]
-    assert answers[-1]["text"].startswith("“Story 10, please”: that reminds")
+    assert answer("Story 10, please").startswith(answers[-1]["text"])
     for number, it in enumerate(answers[:-1]):
-        assert f"“Story {number}, please”".startswith(
-            it["text"][: len(f"“Story {number}, please”")]
-        )
+        assert answer(f"Story {number}, please").startswith(it["text"])
     assert {frame["payload"]["interrupt_request_id"] for frame in page.sent("INTERRUPT")} == {
         it["requestId"] for it in answers[:-1]
     }
@@ -1115,9 +1113,10 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_touched(
             return width > 1 && (right > innerWidth + 0.5 || left < -0.5)
                 && !element.closest(".unseen");
         });
-        const { scrollWidth } = document.scrollingElement;
-        const names = wide.map((one) => one.id || one.className || one.tagName);
-        return [scrollWidth > innerWidth, ...names];
+        for (const one of document.querySelectorAll("html, #scroller, .bubble, .fields, #notice")) {
+            if (one.scrollWidth > one.clientWidth) wide.push(one);
+        }
+        return wide.map((one) => one.id || one.className || one.tagName);
     """
     too_small = """
         return [...document.querySelectorAll("button, select, input, textarea, summary")]
@@ -1130,7 +1129,7 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_touched(
             })
             .filter(([, width, height]) => width < 44 || height < 44);
     """
-    assert page.js(too_wide) == [False]
+    assert page.js(too_wide) == []
     page.ask("Please tell me a very long story")
     page.wait_text()
     for selector in ("#input", "#send", "#stop", "#open-settings", "#connection"):
@@ -1147,11 +1146,11 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_touched(
     page.click("#stop")
     page.wait_answer(INTERRUPTED)
     fill(page)
-    assert page.js(too_wide) == [False]
+    assert page.js(too_wide) == []
     assert page.js(too_small) == []
     page.click("#open-settings")
     page.js("document.querySelector('#settings details').open = true")
-    assert page.js(too_wide) == [False]
+    assert page.js(too_wide) == []
     assert page.js(too_small) == []
 
 
