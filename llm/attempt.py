@@ -312,9 +312,12 @@ class Attempt:
         body = self._read_error_body(raw)
         text = body.decode("utf-8", "replace")
         message = error_message(body)
+        if message is None:
+            is_page = "html" in raw.headers.get("Content-Type", "")
+            message = "" if is_page else text  # a page says nothing that a person could read here
         return BadStatusError(
             raw.status,
-            self.client.quote(text if message is None else message),
+            self.client.quote(message),
             parse_retry_after(raw.headers),
             text,
         )

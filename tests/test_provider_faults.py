@@ -1302,3 +1302,9 @@ def test_a_long_refusal_that_names_the_usage_only_at_its_end_is_understood(
     body = {"error": {"message": "x" * 2000 + " stream_options is not known"}}
     refused = scripts.http_error(400, body)
     stand.wait_completed(stand.ask_in_turn(refused, scripts.answer([ANSWER])))
+
+
+def test_of_a_web_page_that_refuses_only_the_status_is_told(make_stand: MakeStand) -> None:
+    page = "<html><head><title>502 Bad Gateway</title></head></html>"
+    refused = scripts.http_error(502, page, {"Content-Type": "text/html"})
+    assert make_stand().fail(refused) == "the provider answered 502"
