@@ -25,9 +25,12 @@ from metrics.slices import in_slices
 _MAX_CONNECTIONS = 64
 """A scraper or two, and health checks. More are left to the kernel's queue."""
 
+_UNASKED_SECONDS = 5.0
+"""How long a connection may say nothing that has not asked for metrics yet."""
+
 _SILENCE_SECONDS = 120.0
-"""How long a connection may say nothing. Prometheus keeps its own open between two scrapes, which
-are a minute apart by default."""
+"""How long one may that has. Prometheus keeps its own open between two scrapes, which are a minute
+apart by default; no others are kept, and these only while half of the places are free."""
 
 _STOP_SECONDS = 1.0
 _END_OF_OPENMETRICS = b"# EOF\n"
@@ -61,13 +64,14 @@ class OpsServer:
         self._registry = registry
         self._health = health
         self._is_ready = is_ready
+        self._places = gevent.pool.Pool(_MAX_CONNECTIONS)
         self._server = gevent.pywsgi.WSGIServer(
             (host, port),
             self._answer,
             log=None,
             error_log=logging.getLogger(__name__),
             handler_class=_Handler,
-            spawn=gevent.pool.Pool(_MAX_CONNECTIONS),
+            spawn=self._places,
         )
 
     @property
@@ -107,6 +111,8 @@ class OpsServer:
             _log.error("Ops request failed", path=path, error=repr(error))
             status, headers, body = "500 Internal Server Error", _text(), b"failed, see the log\n"
         headers += [("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
+        if path != "/metrics" or self._places.free_count() < _MAX_CONNECTIONS // 2:
+            headers.append(("Connection", "close"))
         start_response(status, headers)
         return [b"" if method == "HEAD" else body]
 
@@ -150,10 +156,14 @@ class _Handler(gevent.pywsgi.WSGIHandler):
     """One connection. A peer that says nothing for long is dropped."""
 
     def handle(self) -> None:
-        self.socket.settimeout(_SILENCE_SECONDS)
+        self.socket.settimeout(_UNASKED_SECONDS)
         # Head and body are two writes: the second would wait 40 ms for the peer's ACK of the first.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().handle()
+
+    def handle_one_response(self) -> None:
+        self.socket.settimeout(_SILENCE_SECONDS)  # it has asked, and is closed if not for metrics
+        super().handle_one_response()
 
     def _handle_client_error(self, ex: Exception) -> Any:
         if not isinstance(ex, ValueError):

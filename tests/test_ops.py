@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import socket
@@ -222,13 +223,51 @@ def test_who_says_nothing_for_long_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ops, "_SILENCE_SECONDS", 0.02)
+    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.02)
     with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as sock:
         sock.sendall(said)
         while sock.recv(4096):
             pass
     assert "Traceback" not in "".join(capsys.readouterr())
     assert served.ask("/livez")[0].status == 200
+
+
+def test_a_scraper_may_be_silent_for_longer(served: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.2)
+    connection = HTTPConnection("127.0.0.1", served.port, timeout=LIMIT)
+    connection.request("GET", "/metrics")
+    connection.getresponse().read()
+    local = connection.sock.getsockname()
+    gevent.sleep(0.4)
+    connection.request("GET", "/metrics")
+    assert connection.sock.getsockname() == local
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/nothing"])
+def test_only_scrapers_keep_their_connections(served: Ops, path: str) -> None:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=1) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: sock.recv(4096), b""))  # to its end
+    assert b"\r\nConnection: close\r\n" in answer
+
+
+@pytest.mark.parametrize("path", [None, "/livez", "/metrics"])
+def test_idle_connections_do_not_hold_the_port_shut(
+    served: Ops, path: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.3)
+    with contextlib.ExitStack() as idle:
+        for _ in range(ops._MAX_CONNECTIONS):
+            sock = socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT)
+            idle.enter_context(sock)
+            if path is not None:
+                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+                assert sock.recv(4096)
+        began = time.monotonic()
+        assert served.ask("/livez")[0].status == 200
+        assert time.monotonic() - began < 2
 
 
 def test_a_port_that_is_taken_is_an_error(served: Ops) -> None:
