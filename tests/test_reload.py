@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
+import ssl
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from structlog.testing import capture_logs
 
 import run
 from gateway.given import Given
+from llm.connections import Connections
 from llm.provider import Provider
 from llm.stream import GenerationSettings, LlmClient
 from run import Gateway
@@ -226,6 +229,28 @@ def test_certificates_are_replaced(tmp_path: Path, provider: ProviderProcess) ->
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: "Reloaded" in daemon.log, "it was reloaded")
         assert client.wait_terminal(client.request(script)).payload["outcome"] == "COMPLETED"
+
+
+def test_certificates_are_read_once_until_they_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    class Counted(ssl.SSLContext):
+        def load_verify_locations(self, cafile: Any = None, *more: Any, **named: Any) -> None:
+            read.append(cafile)
+            super().load_verify_locations(cafile, *more, **named)
+
+    monkeypatch.setattr(
+        "urllib3.util.create_urllib3_context", lambda: Counted(ssl.PROTOCOL_TLS_CLIENT)
+    )
+    ca_file = tmp_path / "ca.pem"
+    for times in (1, 2):
+        trustme.CA().cert_pem.write_to_path(str(ca_file))
+        os.utime(ca_file, (times, times))
+        for _ in range(2):
+            Connections("https://host", None, str(ca_file), 1.0, 1).close()
+        assert read == [str(ca_file)] * times
 
 
 def test_the_demo_provider_takes_another_role_but_no_other_takes_its_place(

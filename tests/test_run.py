@@ -250,6 +250,17 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str)
     assert "sk-" not in line.replace("OPENAI_API_KEY", "")
 
 
+@pytest.mark.parametrize("of_ops", [False, True])
+def test_a_host_without_an_address_is_said_in_words(of_ops: bool) -> None:
+    name = "nohost.invalid"
+    more = ["--ops-host", name, "--ops-port", "9"] if of_ops else ["--host", name]
+    done = run_to_the_end("--port", "0", "--insecure-no-auth", *more)
+    assert done.returncode == 1
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: cannot listen on ")
+    assert "Unknown error" not in line
+
+
 def test_a_port_that_is_taken_is_said_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
