@@ -21,7 +21,8 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from urllib.parse import SplitResult, urlsplit
@@ -35,6 +36,7 @@ from websockets.protocol import State
 from websockets.uri import parse_uri
 
 from gateway.protocol import (
+    PATH,
     SERVER_PAYLOADS,
     VERSION,
     AccountAuth,
@@ -56,7 +58,6 @@ from gateway.protocol import (
     Response,
     Shutdown,
 )
-from gateway.server import PATH
 
 KEY_VARIABLE = "BARGEIN_DOCTOR_API_KEY"
 ACCOUNT_VARIABLE = "BARGEIN_DOCTOR_ACCOUNT"
@@ -230,10 +231,26 @@ OTHER_PROGRAM = (
 SEE_LOG = "Look at the daemon's log for this session."
 
 
+_hidden: ContextVar[Sequence[str]] = ContextVar("hidden", default=())
+
+
+@contextlib.contextmanager
+def hiding(secrets_told: Iterable[str]) -> Iterator[None]:
+    """Within it, nothing that is `quoted` holds one of these."""
+    longest_first = sorted(secrets_told, key=len, reverse=True)
+    before = _hidden.set(longest_first)
+    try:
+        yield
+    finally:
+        _hidden.reset(before)
+
+
 def quoted(text: str | bytes) -> str:
-    """A server's own words, short, in one line, without what a terminal would obey."""
+    """A server's own words, short, in one line, without our secrets and what a terminal obeys."""
     if isinstance(text, bytes):
-        text = text[: 4 * _MAX_QUOTED_CHARS].decode(errors="replace")
+        text = text.decode(errors="replace")
+    for secret in _hidden.get():  # before it is cut, since half a secret would not be known as one
+        text = text.replace(secret, "…")
     text = " ".join(text.split())
     shown = "".join(char if char.isprintable() else "�" for char in text[:_MAX_QUOTED_CHARS])
     return shown + "…" if len(text) > _MAX_QUOTED_CHARS else shown
@@ -539,7 +556,8 @@ class Talk:
             raise Cross(f"no WebSocket there, but {page.said}", _advice_on_status(page, target))
         self._protocol.receive_data(page.raw)
         if self._protocol.state is not State.OPEN:
-            raise Cross(f"no WebSocket there: {self._protocol.handshake_exc}", OTHER_PROGRAM)
+            why = quoted(str(self._protocol.handshake_exc))
+            raise Cross(f"no WebSocket there: {why}", OTHER_PROGRAM)
         self._take_events()
 
     # Saying.

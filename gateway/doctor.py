@@ -49,12 +49,14 @@ from gateway.caller import (
     count,
     dial,
     get,
+    hiding,
     ops_url,
     quoted,
     span,
     websocket_url,
 )
 from gateway.protocol import (
+    PATH,
     AckStatus,
     Error,
     ErrorCode,
@@ -63,7 +65,6 @@ from gateway.protocol import (
     InterruptReason,
     Response,
 )
-from gateway.server import PATH
 
 DEFAULT_URL = f"ws://127.0.0.1:8000{PATH}"
 DEFAULT_OPS_URL = "http://127.0.0.1:9464/metrics"
@@ -779,9 +780,10 @@ def examine(
     visit = Visit(target, limits)
     results: dict[str, Result] = {}
     try:
-        for step in STEPS:
-            result = results[step.name] = _try_step(step, visit, results)
-            on_result(result)
+        with hiding(target.secrets):
+            for step in STEPS:
+                result = results[step.name] = _try_step(step, visit, results)
+                on_result(result)
     finally:
         if visit.spoken is not None:
             visit.spoken.close()

@@ -18,6 +18,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 VERSION = "1.0"
 
+PATH = "/ws/agent/stream"
+"""Where the WebSocket is."""
+
 MAX_TEXT_BYTES = 256 * 1024
 """A text frame that carries no voice."""
 

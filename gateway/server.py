@@ -32,6 +32,7 @@ from gateway import pages
 from gateway.outbox import Outbox, OutboxSettings
 from gateway.protocol import (
     MAX_FRAME_BYTES,
+    PATH,
     ClientFrame,
     FrameError,
     FunctionResult,
@@ -43,8 +44,6 @@ from llm.lanes import lanes
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
 from metrics.slices import in_slices
-
-PATH = "/ws/agent/stream"
 
 _READ = 1
 """The event of gevent's `loop.io` for "readable"."""

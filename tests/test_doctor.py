@@ -1193,6 +1193,21 @@ def test_a_credential_is_never_shown_even_if_the_server_does(
     assert "BARGEIN_DOCTOR_API_KEY" in shown
 
 
+class CutsSecrets(Fake):
+    """The key is where its words are cut, if it is not hidden before."""
+
+    def on_register(self, payload: dict[str, Any]) -> None:
+        self.say_error("AUTH_FAILED", "x" * 150 + payload["auth"]["api_key"] + "y" * 150)
+
+
+def test_not_even_the_beginning_of_a_credential_is_shown() -> None:
+    with CutsSecrets() as fake:
+        report = examined(fake.port, env={"BARGEIN_DOCTOR_API_KEY": KEY})
+    seen = only_failed(report, "register").seen
+    assert "xxx…y" in seen
+    assert KEY[:6] not in seen
+
+
 def test_without_credentials_a_refusal_says_how_to_give_them() -> None:
     with RefusesRegister() as fake:
         failed = only_failed(examined(fake.port), "register")

@@ -13,7 +13,8 @@ import pytest
 
 import gateway.server
 from gateway.outbox import OutboxSettings
-from gateway.server import PATH, ServerSettings
+from gateway.protocol import PATH
+from gateway.server import ServerSettings
 from llm.provider import Provider
 from run import Gateway, Settings, bargein_version
 from tests.harness import scripts

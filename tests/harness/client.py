@@ -24,7 +24,8 @@ from websockets.http11 import Response
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
-PATH = "/ws/agent/stream"
+from .protocol import PATH
+
 _ids = itertools.count(1)
 
 
