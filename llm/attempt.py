@@ -13,9 +13,9 @@ from http.client import HTTPException
 from typing import Any, Protocol, TypeVar
 
 import gevent
-import urllib3
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProtocolError
 
+from llm.answer import Answer
 from llm.calls import CallAssembler
 from llm.chat import (
     DONE,
@@ -114,7 +114,7 @@ class Attempt:
         self._is_sent = self._is_refused = False
 
         self._watchdog = _Watchdog(client.provider)
-        self._raw: urllib3.BaseHTTPResponse | None = None
+        self._answer: Answer | None = None
         self._lines: Lines | None = None
         self._texts: list[str] = []
         self._text_chars = self._token_events = 0
@@ -143,14 +143,14 @@ class Attempt:
         """
         try:
             self._watchdog.start()
-            raw = self._raw = self.client.post(
+            answer = self._answer = self.client.post(
                 self._prompt, self._sent, include_usage=self._include_usage
             )
             if not self._is_sent:  # it answered before it had read all
                 self._sent()
-            if raw.status != 200:
-                raise self._bad_status(raw)
-            self._read_events(self._open(raw))
+            if answer.status != 200:
+                raise self._bad_status(answer)
+            self._read_events(self._open(answer))
         except HTTPError as error:
             self.close()
             mapped = self._connection_error(error)
@@ -177,22 +177,22 @@ class Attempt:
         """Close the connection, unless it was given back."""
         self._watchdog.stop()
         self._lines = None  # it knows us, too: no cycle is left for the collector
-        raw, self._raw = self._raw, None
-        if raw is not None:
-            raw.close()
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.close()
 
     def _sent(self) -> None:
         self._is_sent = True
         self._sink.posted()
 
-    def _open(self, raw: urllib3.BaseHTTPResponse) -> Events:
+    def _open(self, answer: Answer) -> Events:
         try:
-            events = Events(self.client.url, raw, self._hand_on, self._touch)
+            events = Events(self.client.url, answer, self._hand_on, self._touch)
         except NotEventsError:
             self._is_refused = True
-            content_type = self.client.quote(raw.headers.get("Content-Type") or "missing")
+            content_type = self.client.quote(answer.headers.get("Content-Type") or "missing")
             is_json = content_type.startswith("application/json")
-            said = error_message(self._read_error_body(raw)) if is_json else None
+            said = error_message(self._read_error_body(answer)) if is_json else None
             raise NotAStreamError(
                 "the provider's answer is not a stream: its content type is "
                 f"{content_type}, not text/event-stream"
@@ -305,30 +305,30 @@ class Attempt:
             return None
         return ProviderReportedError(f"the provider reported: {self.client.quote(message)}")
 
-    def _bad_status(self, raw: urllib3.BaseHTTPResponse) -> BadStatusError:
+    def _bad_status(self, answer: Answer) -> BadStatusError:
         self._is_refused = True
-        if 300 <= raw.status < 400:
-            return BadStatusError(raw.status, "redirects are not followed")
-        body = self._read_error_body(raw)
+        if 300 <= answer.status < 400:
+            return BadStatusError(answer.status, "redirects are not followed")
+        body = self._read_error_body(answer)
         text = body.decode("utf-8", "replace")
         message = error_message(body)
         if message is None:
-            is_page = "html" in raw.headers.get("Content-Type", "")
+            is_page = "html" in answer.headers.get("Content-Type", "")
             message = "" if is_page else text  # a page says nothing that a person could read here
         return BadStatusError(
-            raw.status,
+            answer.status,
             self.client.quote(message),
-            parse_retry_after(raw.headers),
+            parse_retry_after(answer.headers),
             text,
         )
 
-    def _read_error_body(self, raw: urllib3.BaseHTTPResponse) -> bytes:
+    def _read_error_body(self, answer: Answer) -> bytes:
         parts: list[bytes] = []
         left = _ERROR_BODY_BYTES
         self._watchdog.stop()
         try:
             with _time_limit(_ERROR_BODY_SECONDS):
-                while left > 0 and (data := raw.read1(left, decode_content=True)):
+                while left > 0 and (data := answer.read1(left)):
                     parts.append(data)
                     left -= len(data)
         except (HTTPError, OSError) as error:

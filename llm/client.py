@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import urllib3
-
+from llm.answer import Answer
 from llm.chat import Prompt, encode_body
 from llm.connections import Connections
 from llm.provider import Provider, check_header_values, completions_url
@@ -52,9 +51,7 @@ class ProviderClient:
         self.asks_for_usage = provider.include_usage
         """Whether requests ask for the usage: some servers do not know of that."""
 
-    def post(
-        self, prompt: Prompt, on_sent: Callable[[], None], *, include_usage: bool
-    ) -> urllib3.BaseHTTPResponse:
+    def post(self, prompt: Prompt, on_sent: Callable[[], None], *, include_usage: bool) -> Answer:
         """POST once, and return when the headers of the answer are there.
 
         Args:

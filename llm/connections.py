@@ -30,6 +30,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError
 
+from llm.answer import Answer
 from llm.lanes import lanes
 
 _READ = 1
@@ -86,9 +87,7 @@ class Connections:
         # RFC 9112, section 3.2.2: a proxy that forwards is told the whole URL.
         self._target = url if is_forwarded else urllib3.util.parse_url(url).request_uri
 
-    def post(
-        self, body: bytes, headers: Mapping[str, str], on_sent: Callable[[], None]
-    ) -> urllib3.BaseHTTPResponse:
+    def post(self, body: bytes, headers: Mapping[str, str], on_sent: Callable[[], None]) -> Answer:
         """POST once, and return when the headers of the answer are there.
 
         Args:
@@ -104,7 +103,7 @@ class Connections:
             yield body
             on_sent()
 
-        return self._pool.urlopen(
+        response = self._pool.urlopen(
             "POST",
             self._target,
             body=told_when_sent(),
@@ -116,6 +115,8 @@ class Connections:
             preload_content=False,
             decode_content=False,
         )
+        connection: Any = response.connection
+        return Answer(response, connection.plain)
 
     def retire(self) -> None:
         """Close the idle connections, and keep none from now on. Requests can still be made."""
@@ -171,8 +172,9 @@ class ConnectionReader(io.RawIOBase):
     """The bytes of a connection, none of them before the loop has had its turn."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
-        self._raw = raw
+        self._raw = raw  # while it is open, so is the socket
         self._sock = sock
+        self._recv_into = sock.recv_into
         self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
         self._lanes = lanes()
         self._readable = gevent.get_hub().loop.io(raw.fileno(), _READ)
@@ -193,7 +195,7 @@ class ConnectionReader(io.RawIOBase):
                     error.closed_at = time.monotonic()
                     self._lanes.wait_turn()
                 raise
-        return self._raw.readinto(buffer)
+        return self._recv_into(buffer)
 
     def hang_up(self) -> None:
         """Close the connection, at once."""
@@ -216,17 +218,25 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(ConnectionReader(self.fp.detach(), sock))
 
 
-class _Connection(HTTPConnection):
-    response_class = _Response
+class _Remembering(HTTPConnection):
+    """Knows what it has read the last answer with: urllib3 keeps it to itself."""
 
+    plain: _Response | None = None
+
+    def _respond(self, *args: Any, **kwargs: Any) -> _Response:
+        self.plain = _Response(*args, **kwargs)
+        return self.plain
+
+    response_class: Any = _respond
+
+
+class _Connection(_Remembering):
     def connect(self) -> None:
         with _connect_limit(self):
             super().connect()
 
 
-class _TlsConnection(HTTPSConnection):
-    response_class = _Response
-
+class _TlsConnection(_Remembering, HTTPSConnection):
     def connect(self) -> None:
         with _connect_limit(self):
             super().connect()

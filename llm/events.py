@@ -11,32 +11,32 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from requests_sse import EventSource, InvalidContentTypeError, InvalidStatusCodeError
-from urllib3 import BaseHTTPResponse
 
+from llm.answer import Answer
 from llm.lines import Lines
 
 
-class _Answer:
+class _Response:
     """What requests-sse asks of a `requests.Response`: making one takes longer, and so does asking
     whether it is true, which it does at each event."""
 
     history = ()
+    url = ""  # else it would be taken apart, for the origin of each event
 
-    def __init__(self, raw: BaseHTTPResponse, url: str, lines: Lines) -> None:
-        self.status_code = raw.status
-        self.headers = raw.headers
-        self.url = url
+    def __init__(self, answer: Answer, lines: Lines) -> None:
+        self.status_code = answer.status
+        self.headers = answer.headers
         self.iter_lines = lines.__iter__
 
 
 class _Session:
     """What requests-sse asks of a `requests.Session`: to connect. Here, that was done."""
 
-    def __init__(self, answer: _Answer) -> None:
-        self._answer = answer
+    def __init__(self, response: _Response) -> None:
+        self._response = response
 
-    def request(self, **_: object) -> _Answer:
-        return self._answer
+    def request(self, **_: object) -> _Response:
+        return self._response
 
 
 class Events:
@@ -44,7 +44,7 @@ class Events:
 
     Args:
         url: where it came from.
-        raw: the answer, its body unread.
+        answer: its body unread.
         before_read: called before each read, which may wait: what was gathered so far goes out
             now. May block.
         on_bytes: called after each read that gave bytes.
@@ -56,12 +56,12 @@ class Events:
     def __init__(
         self,
         url: str,
-        raw: BaseHTTPResponse,
+        answer: Answer,
         before_read: Callable[[], None],
         on_bytes: Callable[[], None],
     ) -> None:
-        self.lines = Lines(raw, before_read, on_bytes)
-        session: Any = _Session(_Answer(raw, url, self.lines))
+        self.lines = Lines(answer, before_read, on_bytes)
+        session: Any = _Session(_Response(answer, self.lines))
         self._source = EventSource(url, method="POST", session=session, max_connect_retry=0)
         try:
             self._source.connect()

@@ -10,9 +10,9 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import gevent
-from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import DecodeError, HTTPError
 
+from llm.answer import Answer
 from llm.errors import MalformedStreamError
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
@@ -63,7 +63,7 @@ class Lines:
     blank one.
 
     Args:
-        raw: the response, its body unread.
+        answer: its body unread.
         before_read: called before each read, which may wait: what was gathered so far goes out
             now. May block.
         on_bytes: called after each read that gave bytes.
@@ -71,12 +71,11 @@ class Lines:
 
     def __init__(
         self,
-        raw: BaseHTTPResponse,
+        answer: Answer,
         before_read: Callable[[], None],
         on_bytes: Callable[[], None],
     ) -> None:
-        self._raw = raw
-        self._is_compressed = "content-encoding" in raw.headers
+        self._answer = answer
         self._before_read = before_read
         self._on_bytes = on_bytes
         self.stray = b""
@@ -156,7 +155,7 @@ class Lines:
     def _read(self) -> bytes:
         """Whatever is there, waiting for at least one byte; empty at the end of the body."""
         try:
-            data = self._raw.read1(_READ_BYTES, self._is_compressed)
+            data = self._answer.read1(_READ_BYTES)
         except DecodeError as error:
             raise MalformedStreamError("malformed stream: bad compression") from error
         except HTTPError as error:

@@ -13,16 +13,16 @@ import gevent
 import pytest
 import requests
 from requests_sse import EventSource
-from urllib3 import BaseHTTPResponse
 from urllib3.exceptions import DecodeError, ProtocolError
 
+from llm.answer import Answer
 from llm.errors import MalformedStreamError
 from llm.lines import MAX_EVENT_BYTES, MAX_EVENT_LINES, BodyEnded, Lines
 
 BOM = b"\xef\xbb\xbf"
 
 
-class FakeRaw:
+class FakeAnswer:
     """The body of a response, as the pieces that single reads return."""
 
     def __init__(self, pieces: Iterable[bytes], end: Exception | None = None) -> None:
@@ -30,31 +30,29 @@ class FakeRaw:
         self._end = end
         self._rest = b""
         self.reads = 0
-        self.headers: dict[str, str] = {}
 
-    def read1(self, amt: int, decode_content: bool) -> bytes:
-        assert decode_content is ("content-encoding" in self.headers)
+    def read1(self, most_bytes: int) -> bytes:
         self.reads += 1
         data = self._rest or next(self._pieces, b"")
         if not data and self._end:
             raise self._end
-        self._rest = data[amt:]
-        return data[:amt]
+        self._rest = data[most_bytes:]
+        return data[:most_bytes]
 
 
 def lines_of(
-    raw: FakeRaw,
+    answer: FakeAnswer,
     before_read: Callable[[], None] = lambda: None,
     on_bytes: Callable[[], None] = lambda: None,
 ) -> Lines:
-    return Lines(cast(BaseHTTPResponse, raw), before_read, on_bytes)
+    return Lines(cast(Answer, answer), before_read, on_bytes)
 
 
 def read_all(pieces: Iterable[bytes]) -> list[bytes]:
     """All lines up to the orderly end of the body."""
     read: list[bytes] = []
     with pytest.raises(BodyEnded) as ended:
-        for line in lines_of(FakeRaw(pieces)):
+        for line in lines_of(FakeAnswer(pieces)):
             read.append(line)
     assert ended.value.cause is None
     return read
@@ -66,8 +64,8 @@ def events_of(pieces: Iterable[bytes]) -> list[str | None]:
     response.status_code = 200
     response.headers["Content-Type"] = "text/event-stream"
     response.url = "http://provider.test/"
-    response.raw = FakeRaw([])
-    lines = lines_of(FakeRaw(pieces))
+    response.raw = FakeAnswer([])
+    lines = lines_of(FakeAnswer(pieces))
     response.iter_lines = lambda *_, **__: iter(lines)  # type: ignore[method-assign]
 
     class Session:
@@ -149,7 +147,7 @@ def test_a_body_without_a_byte_has_no_event() -> None:
 
 @pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
 def test_a_line_is_given_out_before_the_next_read(end: bytes) -> None:
-    raw = FakeRaw([b"data: a" + end + end, b"never needed"])
+    raw = FakeAnswer([b"data: a" + end + end, b"never needed"])
     lines = iter(lines_of(raw))
     assert [next(lines), next(lines)] == [b"data: a", b""]
     assert raw.reads == 1
@@ -159,7 +157,7 @@ def test_what_was_gathered_goes_out_before_each_read_that_may_wait() -> None:
     log: list[object] = []
     pieces = [b"a\nb\n", b"c\n"]
     lines = lines_of(
-        FakeRaw(pieces), lambda: log.append("before read"), lambda: log.append("bytes")
+        FakeAnswer(pieces), lambda: log.append("before read"), lambda: log.append("bytes")
     )
     with pytest.raises(BodyEnded):
         for line in lines:
@@ -195,7 +193,7 @@ def test_an_endless_event_is_an_error_at_its_bound(piece: bytes) -> None:
             yield one
 
     with pytest.raises(MalformedStreamError, match="an event of over 4 MiB"):
-        for _ in lines_of(FakeRaw(pieces())):
+        for _ in lines_of(FakeAnswer(pieces())):
             pass
     assert MAX_EVENT_BYTES * 0.99 < read < MAX_EVENT_BYTES + 2 * 16384
 
@@ -203,7 +201,7 @@ def test_an_endless_event_is_an_error_at_its_bound(piece: bytes) -> None:
 def test_an_endless_event_of_tiny_lines_is_an_error_long_before_it_is_slow() -> None:
     given = 0
     with pytest.raises(MalformedStreamError, match=f"an event of over {MAX_EVENT_LINES} lines"):
-        for _ in lines_of(FakeRaw(endless(b"data:a\n"))):
+        for _ in lines_of(FakeAnswer(endless(b"data:a\n"))):
             given += 1
     assert given == MAX_EVENT_LINES
 
@@ -238,7 +236,7 @@ def test_a_long_line_in_tiny_pieces_takes_linear_time() -> None:
 @pytest.mark.parametrize("piece", [b": \n\n", b"data: a\n\n" * 50, b"\n" * 16384])
 def test_a_body_that_always_has_data_gives_others_their_turns(piece: bytes) -> None:
     turns = 0
-    lines = iter(lines_of(FakeRaw(endless(piece))))
+    lines = iter(lines_of(FakeAnswer(endless(piece))))
 
     def take_turns() -> None:
         nonlocal turns
@@ -259,7 +257,7 @@ def test_a_body_that_always_has_data_gives_others_their_turns(piece: bytes) -> N
 
 def test_a_broken_transport_ends_the_body_and_drops_the_begun_line() -> None:
     broken = ProtocolError("Connection broken")
-    lines = lines_of(FakeRaw([b"data: a\n\ndata: b"], broken))
+    lines = lines_of(FakeAnswer([b"data: a\n\ndata: b"], broken))
     read = []
     with pytest.raises(BodyEnded) as ended:
         for line in lines:
@@ -270,7 +268,7 @@ def test_a_broken_transport_ends_the_body_and_drops_the_begun_line() -> None:
 
 
 def test_the_end_is_known_when_the_last_line_is_given_out() -> None:
-    lines = lines_of(FakeRaw([b"data: a\n", b"data: b"]))
+    lines = lines_of(FakeAnswer([b"data: a\n", b"data: b"]))
     given = iter(lines)
     assert next(given) == b"data: a"
     assert not lines.ended
@@ -280,7 +278,7 @@ def test_the_end_is_known_when_the_last_line_is_given_out() -> None:
 
 def test_bad_compression_is_a_malformed_stream() -> None:
     with pytest.raises(MalformedStreamError, match="bad compression"):
-        next(iter(lines_of(FakeRaw([], DecodeError("bad gzip")))))
+        next(iter(lines_of(FakeAnswer([], DecodeError("bad gzip")))))
 
 
 @pytest.mark.parametrize("ended", [BodyEnded(None), BodyEnded(ProtocolError("broken"))])
@@ -290,12 +288,12 @@ def test_the_end_is_nothing_on_which_requests_sse_posts_again(ended: BodyEnded) 
 
 def test_first_lines_that_belong_to_no_event_are_kept_within_a_bound() -> None:
     bare = b'{"error": {\n  "message": "no"\n}}'
-    lines = lines_of(FakeRaw([b": hi\n\nevent: e\ndata: a\n\n" + bare]))
+    lines = lines_of(FakeAnswer([b": hi\n\nevent: e\ndata: a\n\n" + bare]))
     with pytest.raises(BodyEnded):
         list(lines)
     assert lines.stray == bare + b"\n"
 
-    lines = lines_of(FakeRaw([b"x" * 3000 + b"\n\n" + b"y" * 3000 + b"\n\n" + b"z" * 3000]))
+    lines = lines_of(FakeAnswer([b"x" * 3000 + b"\n\n" + b"y" * 3000 + b"\n\n" + b"z" * 3000]))
     with pytest.raises(BodyEnded):
         list(lines)
     assert lines.stray.startswith(b"x" * 3000 + b"\ny")
@@ -306,19 +304,19 @@ def test_first_lines_that_belong_to_no_event_are_kept_within_a_bound() -> None:
 
 
 def test_a_drain_reads_to_the_end_within_its_bound() -> None:
-    raw = FakeRaw([b"a" * 100] * 3)
+    raw = FakeAnswer([b"a" * 100] * 3)
     lines_of(raw).drain(1000)
     assert raw.reads == 4  # the last one saw the end
 
 
 def test_a_drain_stops_at_its_bound() -> None:
-    raw = FakeRaw(endless(b"a" * 100))
+    raw = FakeAnswer(endless(b"a" * 100))
     lines_of(raw).drain(1000)
     assert raw.reads == 10
 
 
 @pytest.mark.parametrize("end", [ProtocolError("broken"), DecodeError("bad gzip")])
 def test_a_drain_that_meets_an_error_is_over_without_a_word(end: Exception) -> None:
-    raw = FakeRaw([b"a"], end)
+    raw = FakeAnswer([b"a"], end)
     lines_of(raw).drain(1000)
     assert raw.reads == 2

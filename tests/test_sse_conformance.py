@@ -20,8 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
-from urllib3 import BaseHTTPResponse, HTTPHeaderDict, HTTPResponse
+from urllib3 import HTTPHeaderDict, HTTPResponse
 
+from llm.answer import Answer
 from llm.chat import parse_chunk
 from llm.events import Events
 from llm.lines import BodyEnded
@@ -39,7 +40,7 @@ PURE = settings(deadline=None, database=None)
 # What is read -----------------------------------------------------------------------------------
 
 
-class FakeRaw:
+class FakeAnswer:
     """The parts of an answer that are read, with a body of these pieces, one a read."""
 
     status = 200
@@ -49,10 +50,10 @@ class FakeRaw:
         self._pieces = iter(pieces)
         self._rest = b""
 
-    def read1(self, amt: int, decode_content: bool) -> bytes:
+    def read1(self, most_bytes: int) -> bytes:
         data = self._rest or next(self._pieces, b"")
-        self._rest = data[amt:]
-        return data[:amt]
+        self._rest = data[most_bytes:]
+        return data[:most_bytes]
 
     def close(self) -> None:
         pass
@@ -74,21 +75,21 @@ class Pieces(io.RawIOBase):
         return data[:amt]
 
 
-def plain(pieces: Iterable[bytes]) -> BaseHTTPResponse:
-    return cast(BaseHTTPResponse, FakeRaw(pieces))
+def plain(pieces: Iterable[bytes]) -> Answer:
+    return cast(Answer, FakeAnswer(pieces))
 
 
-def zipped(pieces: Iterable[bytes]) -> BaseHTTPResponse:
+def zipped(pieces: Iterable[bytes]) -> Answer:
     """urllib3's own answer, which unzips: the pieces are of the gzip stream."""
     headers = HEADERS | {"Content-Encoding": "gzip"}
-    return HTTPResponse(Pieces(pieces), headers, status=200, preload_content=False)
+    return Answer(HTTPResponse(Pieces(pieces), headers, status=200, preload_content=False), None)
 
 
-def read_until(error: type[Exception], raw: BaseHTTPResponse) -> list[str]:
+def read_until(error: type[Exception], answer: Answer) -> list[str]:
     """The data of all events, up to this error."""
     read: list[str] = []
     with pytest.raises(error) as ended:
-        for data in Events(URL, raw, lambda: None, lambda: None):
+        for data in Events(URL, answer, lambda: None, lambda: None):
             read.append(data)
     if isinstance(ended.value, BodyEnded):
         assert ended.value.cause is None

@@ -22,8 +22,8 @@ from typing import Any, Literal, Protocol
 import gevent
 import gevent.event
 import pytest
-import urllib3
 
+from llm.answer import Answer
 from llm.chat import Delta, Message, Prompt, ToolCall, Usage
 from llm.errors import (
     BadStatusError,
@@ -1576,13 +1576,13 @@ def test_close_while_the_body_of_an_error_hangs(
     client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reading = gevent.event.Event()
-    read1 = urllib3.HTTPResponse.read1
+    read1 = Answer.read1
 
-    def spy(self: urllib3.HTTPResponse, *args: Any, **kwargs: Any) -> bytes:
+    def spy(self: Answer, most_bytes: int) -> bytes:
         reading.set()
-        return read1(self, *args, **kwargs)
+        return read1(self, most_bytes)
 
-    monkeypatch.setattr(urllib3.HTTPResponse, "read1", spy)
+    monkeypatch.setattr(Answer, "read1", spy)
     head = scripts.head(401, {"Content-Length": "100"})
     run = Run(client, provider.fresh([send(head), scripts.hang()])).start()
     assert reading.wait(PATIENCE_SECONDS)
