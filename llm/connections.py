@@ -31,10 +31,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError
 
 from llm.answer import Answer
-from llm.lanes import lanes
-
-_READ = 1
-"""The event of gevent's `loop.io` for "readable"."""
+from llm.lanes import Readable, lanes
 
 
 class Connections:
@@ -177,7 +174,7 @@ class ConnectionReader(io.RawIOBase):
         self._recv_into = sock.recv_into
         self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
         self._lanes = lanes()
-        self._readable = gevent.get_hub().loop.io(raw.fileno(), _READ)
+        self._readable = Readable(raw.fileno())
 
     def readable(self) -> bool:
         return True
@@ -186,7 +183,7 @@ class ConnectionReader(io.RawIOBase):
         # What TLS has decrypted already the kernel does not know of; it is one record at most.
         if self._pending is None or not self._pending():
             try:
-                self._lanes.wait_readable(self._readable)
+                self._readable.wait()
             except BaseException as error:  # stopped, or too late
                 self.hang_up()
                 if isinstance(error, Stopped):

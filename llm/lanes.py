@@ -26,6 +26,9 @@ import gevent.hub
 _SLICE_SECONDS = 0.0003
 """Of data, between two looks for control. A look costs some 20 µs."""
 
+_READ = 1
+"""The event of gevent's `loop.io` for "readable"."""
+
 _Calls = deque[tuple[Callable[..., object], tuple[Any, ...]]]
 
 
@@ -93,21 +96,12 @@ class Lanes:
         self._data.append((_guarded, (function, args)))
         self._go_on_with_data()
 
-    def wait_readable(self, watcher: Any) -> None:
-        """Wait until there is something to read, and it is this reader's turn.
-
-        Args:
-            watcher: an `io` watcher of the socket, not started, and nobody else's.
-        """
-        if not self.has_priorities:
-            gevent.get_hub().wait(watcher)
-            return
-        waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
-        watcher.start(self._readable, watcher, waiter)
-        try:
-            waiter.get()
-        finally:
-            watcher.stop()
+    def take_turn(self, readable: Readable) -> None:
+        """Let somebody read as soon as it is his turn. Runs in the hub."""
+        self._data.append((_let_go_on, (readable,)))
+        if not self._slice_is_due:
+            self._slice_is_due = True
+            self._slice.feed(0, self._hand_on)
 
     def wait_turn(self) -> None:
         """Wait for a turn in the data lane, before work that takes long."""
@@ -123,13 +117,6 @@ class Lanes:
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
         self.call(waiter.switch, None)
         waiter.get()
-
-    def _readable(self, watcher: Any, waiter: gevent.hub.Waiter[None]) -> None:
-        watcher.stop()
-        self._data.append((_let_go_on, (waiter,)))
-        if not self._slice_is_due:
-            self._slice_is_due = True
-            self._slice.feed(0, self._hand_on)
 
     def _go_on_with_data(self) -> None:
         self._slice_is_due = True
@@ -181,8 +168,58 @@ class Lanes:
             self._hurry.stop()
 
 
-def _let_go_on(waiter: gevent.hub.Waiter[None]) -> None:
-    waiter.switch(None)
+class Readable:
+    """Waits for what comes on a socket, for one reader at a time.
+
+    What is watched stays so from one wait to the next: to begin and to end it each time costs as
+    much as the wait. It ends when something has come, and nobody takes it.
+
+    Args:
+        fileno: of the socket.
+    """
+
+    def __init__(self, fileno: int) -> None:
+        self._lanes = lanes()
+        self._watcher: Any = gevent.get_hub().loop.io(fileno, _READ)
+        self._reader: Any = None  # the greenlet that waits
+        self._is_watched = self._is_queued = False
+
+    def wait(self) -> None:
+        """Wait until there is something to read, and it is this reader's turn."""
+        hub = gevent.get_hub()
+        if not self._lanes.has_priorities:
+            hub.wait(self._watcher)
+            return
+        if not self._is_watched:
+            self._is_watched = True
+            self._watcher.start(self._has_come)
+        self._reader = gevent.getcurrent()
+        try:
+            hub.switch()
+        finally:
+            self._reader = None
+
+    def close(self) -> None:
+        """Watch no more; to be called before the socket is closed."""
+        self._watcher.close()
+
+    def _has_come(self) -> None:
+        if self._reader is None or self._is_queued:
+            self._is_watched = False
+            self._watcher.stop()
+        else:
+            self._is_queued = True
+            self._lanes.take_turn(self)
+
+    def go_on(self) -> None:
+        """It is its reader's turn, if he has not left meanwhile. Runs in the hub."""
+        self._is_queued = False
+        if self._reader is not None:
+            self._reader.switch()
+
+
+def _let_go_on(readable: Readable) -> None:
+    readable.go_on()
 
 
 def _guarded(function: Callable[..., object], args: tuple[Any, ...]) -> None:

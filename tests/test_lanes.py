@@ -10,7 +10,7 @@ import gevent.hub
 import gevent.socket
 import pytest
 
-from llm.lanes import Lanes, lanes
+from llm.lanes import Lanes, Readable, lanes
 from tests.harness.client import wait_until
 
 LIMIT = 5.0
@@ -49,9 +49,9 @@ def test_a_call_goes_before_the_data_that_came_with_it(
     order: list[str] = []
 
     def read(sock: gevent.socket.socket) -> None:
-        watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
-        lanes().wait_readable(watcher)
-        watcher.close()
+        readable = Readable(sock.fileno())
+        readable.wait()
+        readable.close()
         if not order:
             # Long enough that the others wait for their turn when the call is made.
             spin(0.002)
@@ -73,9 +73,9 @@ def test_a_client_is_heard_between_two_slices_of_data(
     order: list[str] = []
 
     def read(sock: gevent.socket.socket) -> None:
-        watcher = gevent.get_hub().loop.io(sock.fileno(), 1)
-        lanes().wait_readable(watcher)
-        watcher.close()
+        readable = Readable(sock.fileno())
+        readable.wait()
+        readable.close()
         order.append("data")
         spin(0.002)  # more than a slice
 
