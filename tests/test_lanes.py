@@ -222,6 +222,51 @@ def test_the_loop_sleeps_when_all_is_done() -> None:
     wait_until(lambda: not lanes()._hurry.active, "the loop may sleep")
 
 
+def test_what_nobody_reads_does_not_keep_the_loop_busy(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    mine, other = pairs[0]
+    readable = Readable(mine.fileno())
+    other.send(b"x")
+    readable.wait()  # and then it is not read: its client is slow, say
+    looks: list[None] = []
+    look = gevent.get_hub().loop.check()
+    look.start(lambda: looks.append(None))
+    gevent.sleep(0.05)  # what is counted is how often the loop looks, meanwhile
+    look.stop()
+    look.close()
+    assert len(looks) < 20
+    readable.wait()  # it is still there
+    readable.close()
+
+
+def test_a_reader_is_woken_once_for_what_has_come_however_long_it_waits_for_its_turn(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    order: list[int] = []
+
+    def read(number: int, sock: gevent.socket.socket) -> None:
+        sock.setblocking(False)
+        readable = Readable(sock.fileno())
+        try:
+            while True:
+                readable.wait()
+                assert sock.recv(100) == b"x"
+                order.append(number)
+                spin(0.002)  # the others are kept waiting over several turns of the loop
+        finally:
+            readable.close()
+
+    readers = [gevent.spawn(read, number, mine) for number, (mine, _) in enumerate(pairs)]
+    gevent.sleep(0)
+    in_the_poll_phase(lambda: [other.send(b"x") for _, other in pairs])
+    wait_until(lambda: len(order) == len(pairs), "everybody has read")
+    lanes().wait_turn()  # whoever is woken once more has found nothing by now
+    assert not any(reader.dead for reader in readers)
+    gevent.killall(readers)
+    assert sorted(order) == [*range(len(pairs))]
+
+
 def test_each_loop_has_lanes_of_its_own() -> None:
     seen: list[Lanes] = []
 
