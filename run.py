@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import math
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ from prometheus_client import CollectorRegistry
 from actors.greenlet import queued_messages
 from actors.messages import Drain, ShutDown
 from actors.picture import keep_in_picture, log_picture
+from actors.places import Places
 from actors.session import SessionActor, SessionHandle
 from actors.supervisor import Supervision
 from gateway import doctor
@@ -72,6 +74,10 @@ _SHUTDOWN_SECONDS = 5.0
 
 _NOTIFY_SECONDS = 1.0
 
+_MORE_FILES = 256
+"""Open files beyond one for each client and each live request: the operator's port, logs, the
+interpreter's own, and connections to providers that are kept for the next request."""
+
 _log = get_logger("SYS")
 
 
@@ -98,6 +104,8 @@ class Gateway:
         self._started_at = time.monotonic()
         self._teardown = contextlib.ExitStack()
         self._is_up = self._is_draining = False
+        self.sessions = Places(settings.server.max_sessions)
+        self.requests = Places(settings.session.max_requests)
         self.ops: OpsServer | None = None
 
     def start(self) -> None:
@@ -129,6 +137,7 @@ class Gateway:
             return HealthStatus("UP", self.server.connections, cpu.percent())
 
         def open_session(outbox: Outbox, peer: str) -> SessionHandle:
+            place = self.sessions.place()
             ref = SessionActor.start(
                 outbox=outbox,
                 peer=peer,
@@ -137,12 +146,14 @@ class Gateway:
                 health=health_status,
                 settings=self.settings.session,
                 metrics=self.metrics,
+                place=place,
+                requests=self.requests,
                 takes_requests=not self._is_draining,
             )
-            return SessionHandle(ref)
+            return SessionHandle(ref, place)
 
         self.server = Server(
-            self.settings.server, open_session, self._health, self.metrics, self.is_ready
+            self.settings.server, open_session, self._health, self.metrics, self.unready
         )
         self._teardown.callback(self.server.stop)
         self.server.start()
@@ -162,7 +173,7 @@ class Gateway:
             settings.ops_port,
             self.metrics.registry,
             self._health,
-            self.is_ready,
+            self.unready,
         )
         self._teardown.callback(self.ops.stop)
         try:
@@ -172,9 +183,22 @@ class Gateway:
             error.filename = f"{where} for metrics (--ops-port)"
             raise
 
-    def is_ready(self) -> bool:
-        """Whether new clients are welcome."""
+    @property
+    def is_serving(self) -> bool:
+        """Whether it has started, and is not told to stop."""
         return self._is_up and not self._is_draining
+
+    def unready(self) -> str | None:
+        """Why new clients are not welcome, in words; None when they are."""
+        if self._is_draining:
+            return "draining"
+        if not self._is_up:
+            return "starting"
+        if self.sessions.are_full:
+            return f"out of capacity: {self.sessions.taken} sessions (--max-sessions)"
+        if self.requests.are_full:
+            return f"out of capacity: {self.requests.taken} live requests (--max-requests)"
+        return None
 
     def reload(self, settings: Settings) -> None:
         """From the next generation on, ask the providers of these settings; those that run go on.
@@ -272,6 +296,7 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     stop = _stopped_by_signals()
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_picture)
+    _allow_files(settings)
     gateway = Gateway(settings, on_give_up=lambda: stop.set(1))
     if hasattr(signal, "SIGHUP"):
         gevent.signal_handler(signal.SIGHUP, on_hangup, gateway)
@@ -318,7 +343,7 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
         running: what was given when it started.
         given: what is given now. Where that has faults, nothing changes.
     """
-    if not gateway.is_ready():
+    if not gateway.is_serving:
         _log.error("Not reloaded", fault="the gateway is starting or stopping")
         return
     need_restart = given.need_restart(running)
@@ -343,6 +368,31 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
             model=provider.model,
             fallback=fallback.name if fallback else None,
         )
+
+
+def _allow_files(settings: Settings) -> None:
+    """Each connection is an open file, and what a shell allows (1024, often) is soon used up."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+
+    def count(limit: int) -> float:
+        return math.inf if limit == resource.RLIM_INFINITY else limit
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections, requests = settings.server.max_connections, settings.session.max_requests
+    has_limits = connections > 0 and requests > 0
+    wanted = connections + requests + _MORE_FILES if has_limits else count(hard)
+    allowed = min(wanted, count(hard))
+    if allowed < wanted:
+        _log.warning("Open files are fewer than clients may be", limit=hard, wanted=wanted)
+    if allowed > count(soft):
+        try:
+            new = hard if allowed == count(hard) else int(allowed)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
+        except (OSError, ValueError) as error:  # macOS has one more limit, which it does not tell
+            _log.warning("Open files stay few", limit=soft, wanted=wanted, error=str(error))
 
 
 def _shown(provider: Provider) -> str:

@@ -127,6 +127,12 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     insecure_no_auth: Annotated[
         bool, About("listen beyond loopback although anybody may connect")
     ] = False
+    max_sessions: Annotated[Count, About("that may be open at once, of all clients; 0 is off")] = (
+        _server.max_sessions
+    )
+    max_requests: Annotated[Count, About("that may be live at once, of all clients; 0 is off")] = (
+        _session.max_requests
+    )
     outbox_bytes: Annotated[Bytes, About("that may wait for one client")] = _server.outbox.max_bytes
     write_timeout: Annotated[Seconds, About("that a client may read nothing; 0 is off")] = (
         _server.outbox.write_timeout

@@ -52,6 +52,9 @@ REFUSALS = (
     "origin",  # a connection of a web page from elsewhere
     "request",  # another one is live, or as many as may be
     "shutdown",
+    "max_sessions",
+    "max_requests",
+    "max_connections",  # of clients that have not registered
 )
 """Values of labels. What the other rooms call these things is held to them by a test."""
 

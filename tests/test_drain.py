@@ -578,7 +578,7 @@ def test_it_answers_other_questions_meanwhile(
     assert health(gateway.server.port)["status"] == "ok"
     assert health(gateway.server.port)["requests"] == 1
     assert get(gateway.server.port, "/livez") == (200, "ok\n")
-    assert get(gateway.server.port, "/readyz") == (503, "not ready\n")
+    assert get(gateway.server.port, "/readyz") == (503, "not ready: draining\n")
     assert not draining.is_over
     provider.release(key)
     assert client.wait_terminal(request_id).payload["outcome"] == "COMPLETED"
