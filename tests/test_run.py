@@ -228,7 +228,7 @@ def test_every_fault_has_a_line_of_its_own() -> None:
         ["--llm-idle-timeout", "nan"],
         ["--llm-idle-timeout", "-1"],
         ["--stale-after", "inf"],
-        ["--outbox-bytes", "0"],
+        ["--outbox-bytes", "-1"],
         ["--log-level", "loud"],
         ["--on-new-request", "perhaps"],
         ["--no-such-flag"],
