@@ -67,10 +67,17 @@ _GOODBYES_PER_SECOND = 100
 """How many clients are told to go, on the average: all of them will be back at once, somewhere."""
 
 _SPREAD_SHARE = 0.5
-"""Of the drain's limit: whoever has nothing live and goes last is gone well before its end."""
+"""Of a part of the shutdown: whoever goes last is gone well before its end."""
 
-_SHUTDOWN_SECONDS = 5.0
-"""How long the sessions may take to end in order, and then their clients to say goodbye."""
+_END_SHARE, _MOST_END_SECONDS = 0.5, 5.0
+"""What is kept of the drain's limit, at its end, for those who are left: they are interrupted, told
+to go one after another, and waited for."""
+
+_STOP_SECONDS = 2.0
+"""The same, where nothing is drained."""
+
+_TEARDOWN_SHARE, _MOST_TEARDOWN_SECONDS = 0.3, 0.5
+"""And of that, what is kept for whatever comes after the clients, up to the process's end."""
 
 _NOTIFY_SECONDS = 1.0
 
@@ -104,6 +111,8 @@ class Gateway:
         self._started_at = time.monotonic()
         self._teardown = contextlib.ExitStack()
         self._is_up = self._is_draining = False
+        self._ends_at: float | None = None
+        """When all of a shutdown must be over, as `time.monotonic()`."""
         self.sessions = Places(settings.server.max_sessions)
         self.requests = Places(settings.session.max_requests)
         self.ops: OpsServer | None = None
@@ -215,36 +224,56 @@ class Gateway:
         self.provider = provider
 
     def drain(self) -> None:
-        """Take no more requests, and wait until every session has left, but not for ever."""
-        seconds = self.settings.drain_timeout
+        """Take no more requests, and wait until every session has left, but not for ever.
+
+        What is left of the limit then is for `stop()`.
+        """
+        limit = self.settings.drain_timeout
         self._is_draining = True
-        if not seconds:
+        if not limit:
             return
+        self._ends_at = time.monotonic() + limit
+        seconds = limit - min(limit * _END_SHARE, _MOST_END_SECONDS)
         census = self.supervision.census()
         # Where the supervisor has just failed, the next one lets them go.
         sessions = census.sessions if census else self.server.connections
         _log.info("Draining", sessions=sessions, requests=census.requests if census else None)
         all_gone = gevent.event.Event()
-        spread_seconds = min(seconds * _SPREAD_SHARE, sessions / _GOODBYES_PER_SECOND)
-        self.supervision.tell(Drain(spread_seconds, all_gone.set))
+        self.supervision.tell(Drain(_spread(seconds, sessions), all_gone.set))
         if not all_gone.wait(seconds):
             self.metrics.drain_timeouts.inc()
             _log.warning("Drain timed out", seconds=seconds)
 
     def stop(self) -> None:
-        """Interrupt what is live, tell the clients, close everything; a second time, nothing."""
+        """Interrupt what is live, tell the clients, close everything; a second time, nothing.
+
+        It takes no longer than is left of the drain's limit, whatever clients do.
+        """
         if not self._is_up:
             return
-        self._is_up = False
+        self._is_up, self._is_draining = False, True
         self.server.stop_listening()
-        if self.supervision.census() is not None:  # else there is nobody who could do it in order
-            all_ended = gevent.event.Event()
-            self.supervision.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, all_ended.set))
-            if not all_ended.wait(_SHUTDOWN_SECONDS):
-                _log.error("Sessions did not end in time", seconds=_SHUTDOWN_SECONDS)
-            self.server.wait_until_empty(_SHUTDOWN_SECONDS)
+        self._end_sessions()
         lanes().wait_turn()  # the last books are kept
         self._teardown.close()
+
+    def _end_sessions(self) -> None:
+        now = time.monotonic()
+        if self._ends_at is None:
+            seconds = _STOP_SECONDS
+        else:
+            seconds = min(max(0.0, self._ends_at - now), _MOST_END_SECONDS)
+        seconds -= min(seconds * _TEARDOWN_SHARE, _MOST_TEARDOWN_SECONDS)
+        census = self.supervision.census()
+        if census is None:
+            return  # there is nobody who could do it in order
+        spread_seconds = 0.0 if self._ends_at is None else _spread(seconds, census.sessions)
+        all_ended = gevent.event.Event()
+        reason = InterruptReason.SERVER_SHUTDOWN
+        self.supervision.tell(ShutDown(reason, spread_seconds, all_ended.set))
+        if not all_ended.wait(seconds):
+            _log.error("Sessions did not end in time", seconds=round(seconds, 3))
+        self.server.wait_until_empty(max(0.0, now + seconds - time.monotonic()))
 
     def _start_demo(self) -> str:
         provider = demo.DemoProvider()
@@ -264,6 +293,11 @@ class Gateway:
             "sessions": census.sessions if census else None,
             "requests": census.requests if census else None,
         }
+
+
+def _spread(seconds: float, clients: int) -> float:
+    """Over how many of these seconds so many clients are told to go, each at random."""
+    return min(seconds * _SPREAD_SHARE, clients / _GOODBYES_PER_SECOND)
 
 
 class _CpuMeter:

@@ -145,7 +145,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     )
     ops_port: Annotated[Port, About("port for metrics; 0 is off")] = 9464
     drain_timeout: Annotated[
-        Seconds, About("that live requests may take to end at a shutdown; 0 ends them at once")
+        Seconds,
+        About(
+            "that a shutdown may take; live requests may end by themselves until 5 seconds before, "
+            "or half of it; 0 ends them at once"
+        ),
     ] = 30.0
 
     llm_url: Annotated[

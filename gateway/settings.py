@@ -59,7 +59,7 @@ class Settings:
     ops_port: int = 0
     """Where metrics are served; 0 serves none."""
     drain_timeout: float = 0.0
-    """Seconds that live requests may take to end when the gateway is told to."""
+    """Seconds that a shutdown may take; 0 gives live requests no time to end by themselves."""
 
     @classmethod
     def of(cls, given: Given) -> Settings:

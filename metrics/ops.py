@@ -33,7 +33,9 @@ _SILENCE_SECONDS = 120.0
 """How long one may that has. Prometheus keeps its own open between two scrapes, which are a minute
 apart by default; no others are kept, and these only while half of the places are free."""
 
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 0.1
+"""A page takes some milliseconds; connections that are kept have nothing to wait for."""
+
 _END_OF_OPENMETRICS = b"# EOF\n"
 _TEXT = "text/plain; charset=utf-8"
 
