@@ -79,7 +79,7 @@ from gateway.protocol import (
     error,
 )
 from llm.chat import Prompt, ToolCall
-from llm.lanes import lanes
+from llm.lanes import LateLog, lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics, exemplar
 from metrics.logs import get_logger
@@ -92,7 +92,8 @@ _CLOSE_TRY_AGAIN_LATER = 1013
 
 _LEAVING = "the gateway is shutting down, or the session is ending"
 
-_log = get_logger("ACTOR")
+_log = get_logger("ACTOR")  # for what runs in the data lane
+_late_log = LateLog(_log)
 _S = TypeVar("_S", bound=Struct)
 
 
@@ -259,7 +260,7 @@ class SessionActor(GreenletActor):
             self._metrics.sessions_active.dec()
             self._metrics.sessions.labels("failed" if error else "ended").inc()
         self._tell_supervisor(SessionEnded(self.actor_urn))
-        _log.info(
+        _late_log.info(
             "Session ended",
             session_id=self._session_id,
             peer=self._peer,
@@ -317,7 +318,7 @@ class SessionActor(GreenletActor):
         self._profile = Profile.registered(register)
         self._on_new_request = register.on_new_request or settings.on_new_request
         self._metrics.sessions_active.inc()
-        _log.info("Session registered", session_id=self._session_id, peer=self._peer)
+        _late_log.info("Session registered", session_id=self._session_id, peer=self._peer)
         self._send(RegisterAck(self._session_id, math.ceil(settings.session_timeout)))
 
     def _send_away(self, detail: str) -> None:
@@ -666,7 +667,7 @@ class SessionActor(GreenletActor):
         if live is not None and live.result is None:
             live.timed_out = True
             self._metrics.streams_open_after_ack.inc()
-            _log.error(
+            _late_log.error(
                 "Stream still open after interrupt",
                 session_id=self._session_id,
                 request_id=request_id,
@@ -879,7 +880,7 @@ class SessionActor(GreenletActor):
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
         fields = {"session_id": self._session_id, "peer": self._peer, "request_id": request_id}
-        _log.info("Refused message", code=code.value, detail=detail, **fields)
+        _late_log.info("Refused message", code=code.value, detail=detail, **fields)
         if request_id is None:
             self._send(error(code, detail))
         else:

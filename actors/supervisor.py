@@ -31,6 +31,7 @@ from actors.messages import (
     SupervisorMessage,
     TakeCensus,
 )
+from llm.lanes import LateLog
 from metrics.logs import get_logger
 
 MAX_RESTARTS = 5
@@ -39,7 +40,7 @@ RESTART_WINDOW_SECONDS = 60.0
 
 _CENSUS_SECONDS = 1.0
 
-_log = get_logger("SYS")
+_log = LateLog(get_logger("SYS"))
 
 
 @dataclass(frozen=True)

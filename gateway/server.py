@@ -39,7 +39,7 @@ from gateway.protocol import (
     decode,
 )
 from gateway.protocol import Request as RequestPayload
-from llm.lanes import lanes
+from llm.lanes import LateLog, lanes
 from metrics.instruments import Metrics
 from metrics.listening import Listening
 from metrics.logs import get_logger
@@ -67,7 +67,8 @@ _NOTSENT_BYTES = 16 * 1024
 _TURN_FRAMES = 32
 """After so many frames from one client everybody else gets a turn."""
 
-_log = get_logger("WS")
+_log = get_logger("WS")  # for what runs in the data lane, and for what comes before any frame
+_late_log = LateLog(_log)
 
 
 class Session(Protocol):
@@ -324,7 +325,7 @@ class _Connection:
     def refuse(self, reason: str) -> None:
         """There is no room for it: end it at once, with a word where it can be said."""
         self._server.metrics.refused.labels("max_connections").inc()
-        _log.warning("Refused connection", peer=self._peer, reason=reason)
+        _late_log.warning("Refused connection", peer=self._peer, reason=reason)
         if self._protocol.state is OPEN:
             self._outbox.close(_CLOSE_TRY_AGAIN_LATER, reason)
         self.drop(reason)
@@ -422,8 +423,10 @@ class _Connection:
         except FrameError as error:
             session.bad_frame(error)
         else:
+            # Later, for it takes longer than an interrupt does; but queued before anything that the
+            # session may have to log of it.
+            self._lanes.call_later(_log_received, frame)
             session.frame(frame, read_at)
-            self._lanes.call_later(_log_received, frame)  # it takes longer than an interrupt does
 
     def _answer_http(self, request: Request) -> None:
         protocol = self._protocol

@@ -112,6 +112,7 @@ class Given:
         with capture_logs() as logs:
             self.tell(Reap(now))
             self.census()
+            lanes().wait_turn()  # lines are written later
         return [dict(log) for log in logs if log["event"] == "Cleaned up old request"]
 
     def fail(self) -> None:
