@@ -256,6 +256,15 @@ class Gateway:
         self._end_sessions()
         lanes().wait_turn()  # the last books are kept
         self._teardown.close()
+        lanes().wait_turn()  # and what came of that
+
+    def lifetime(self) -> dict[str, object]:
+        """What there was from the start to now, for the log."""
+        return {
+            "uptime_seconds": round(time.monotonic() - self._started_at, 3),
+            "sessions": self.metrics.sessions.total(),
+            "requests": self.metrics.requests.total(),
+        }
 
     def _end_sessions(self) -> None:
         now = time.monotonic()
@@ -328,10 +337,12 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
         The exit code: 0 after a signal, 1 when it could not start or go on.
     """
     stop = _stopped_by_signals()
+    # Where a person reads both, the printed lines say it already.
+    tell = _log.debug if os.isatty(1) and os.isatty(2) else _log.info
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_picture)
     _allow_files(settings)
-    gateway = Gateway(settings, on_give_up=lambda: stop.set(1))
+    gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
     if hasattr(signal, "SIGHUP"):
         gevent.signal_handler(signal.SIGHUP, on_hangup, gateway)
     where = f"{settings.server.host}:{settings.server.port}"
@@ -344,16 +355,28 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
         why = os.strerror(code) if code > 0 else error.strerror or error
         print(f"error: cannot listen on {where}: {why}", file=sys.stderr)
         return 1
+    provider, fallback = gateway.provider, settings.fallback
+    tell(
+        "Started",
+        version=bargein_version(),
+        host=settings.server.host,
+        port=gateway.server.port,
+        provider=provider.name,
+        model=provider.model,
+        is_demo=settings.provider is None,
+        fallback=fallback.name if fallback else None,
+        metrics=gateway.ops.url if gateway.ops else None,
+    )
     host = settings.server.host
     host = f"[{host}]" if ":" in host else host
     demo = " (embedded demo provider)" if settings.provider is None else ""
     _say(f"bargein {bargein_version()}")
     _say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
-    _say(f"provider {_shown(gateway.provider)}{demo}, model {gateway.provider.model}")
+    _say(f"provider {_shown(provider)}{demo}, model {provider.model}")
     if gateway.ops is not None:
         _say(f"metrics on {gateway.ops.url}")
-    if settings.fallback is not None:
-        _say(f"fallback {_shown(settings.fallback)}, model {settings.fallback.model}")
+    if fallback is not None:
+        _say(f"fallback {_shown(fallback)}, model {fallback.model}")
     # What stands now lives as long as the process: the collector need not look at it again and
     # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
     gc.collect()
@@ -361,11 +384,14 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
     notify("READY=1")
-    code = stop.get() or 0
+    by = stop.get()
+    tell("Stopping", signal=by and by.name)
     notify("STOPPING=1")
-    if code == 0:
+    if by is not None:
         gateway.drain()
     gateway.stop()
+    code = 1 if by is None else 0
+    _log.info("Stopped", exit_code=code, **gateway.lifetime())
     return code
 
 
@@ -450,21 +476,23 @@ def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
     try:
         with demo.DemoProvider(host, port, tokens_per_second) as provider:
             _say(f"listening on {provider.base_url}")
-            return stop.get() or 0
+            stop.get()
+            return 0
     except OSError as error:
         print(f"error: cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
         return 1
 
 
-def _stopped_by_signals() -> gevent.event.AsyncResult[int]:
-    """What a first SIGINT or SIGTERM sets to the exit code 0; a second one ends the process."""
-    stop: gevent.event.AsyncResult[int] = gevent.event.AsyncResult()
+def _stopped_by_signals() -> gevent.event.AsyncResult[signal.Signals | None]:
+    """What a first SIGINT or SIGTERM is set in; a second one ends the process."""
+    stop: gevent.event.AsyncResult[signal.Signals | None] = gevent.event.AsyncResult()
 
     def on_signal(number: int) -> None:
         if stop.ready():  # at once, whatever is going on
             os._exit(128 + number)
-        stop.set(0)
-        _say(f"stopping ({signal.Signals(number).name}; once more stops at once)")
+        by = signal.Signals(number)
+        stop.set(by)
+        _say(f"stopping ({by.name}; once more stops at once)")
 
     for name in ("SIGINT", "SIGTERM"):
         if hasattr(signal, name):  # not every platform has every signal

@@ -92,6 +92,17 @@ class Family(Generic[_M]):
             child = self._children[values] = self._parent.labels(*values)
         return child
 
+    def total(self) -> int:
+        """What all counters of the family have counted together."""
+        return int(
+            sum(
+                sample.value
+                for metric in self._parent.collect()
+                for sample in metric.samples
+                if sample.name.endswith("_total")
+            )
+        )
+
 
 def _one_by_one(values: Iterable[str]) -> Iterable[tuple[str, ...]]:
     return ((value,) for value in values)
