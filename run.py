@@ -349,11 +349,7 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     try:
         gateway.start()
     except OSError as error:
-        where = error.filename or where
-        # gevent puts the address into its own words; the codes of getaddrinfo are negative.
-        code = error.errno or 0
-        why = os.strerror(code) if code > 0 else error.strerror or error
-        print(f"error: cannot listen on {where}: {why}", file=sys.stderr)
+        print(f"error: cannot listen on {error.filename or where}: {_why(error)}", file=sys.stderr)
         return 1
     provider, fallback = gateway.provider, settings.fallback
     tell(
@@ -395,6 +391,15 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     return code
 
 
+def _why(error: OSError) -> str:
+    """What the system says, without the address, which gevent and Python put behind it."""
+    # The codes of getaddrinfo are none of the system's; on Linux they are negative.
+    code = 0 if isinstance(error, socket.gaierror) else error.errno or 0
+    if code > 0:
+        return os.strerror(code)
+    return (error.strerror or str(error)).partition(": (")[0].partition(" (while ")[0]
+
+
 def reload(gateway: Gateway, running: Config, given: Given) -> None:
     """Let a gateway take up what was given now, as far as it can; the log says how that went.
 
@@ -419,7 +424,12 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
         _log.error("Not reloaded", fault=f"a provider cannot be used ({type(error).__name__})")
         return
     if need_restart:
-        _log.warning("Settings need a restart", settings=need_restart)
+        reason = "a running gateway takes up only its providers"
+        if "llm_url" in need_restart and settings.provider is None:
+            reason = "llm_url is gone, and the demo provider starts only with the process"
+        elif "llm_url" in need_restart:
+            reason = "llm_url is new, and the demo provider, now in use, ends only with the process"
+        _log.warning("Settings need a restart", settings=need_restart, reason=reason)
     if "llm_url" not in need_restart:
         provider, fallback = gateway.provider, settings.fallback
         _log.info(
@@ -479,7 +489,7 @@ def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
             stop.get()
             return 0
     except OSError as error:
-        print(f"error: cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: cannot listen on {host}:{port}: {_why(error)}", file=sys.stderr)
         return 1
 
 

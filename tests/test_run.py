@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -257,27 +258,56 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str)
     assert "sk-" not in line.replace("OPENAI_API_KEY", "")
 
 
-@pytest.mark.parametrize("of_ops", [False, True])
-def test_a_host_without_an_address_is_said_in_words(of_ops: bool) -> None:
-    name = "nohost.invalid"
-    more = ["--ops-host", name, "--ops-port", "9"] if of_ops else ["--host", name]
-    done = run_to_the_end("--port", "0", "--insecure-no-auth", *more)
-    assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: cannot listen on ")
-    assert "Unknown error" not in line
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock.getsockname()[1]
 
 
-def test_a_port_that_is_taken_is_said_in_one_line() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = run_to_the_end("--port", str(port))
+def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line without any privileges."""
+    launcher = """
+import os, sys
+import run  # before it may not be read any more
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(run.main(sys.argv[1:]))
+"""
+    return run_to_the_end(*arguments, launcher=launcher)
+
+
+@pytest.mark.parametrize("which", ["gateway", "ops", "demo-llm"])
+@pytest.mark.parametrize("fault", ["taken", "address", "name", "privileged"])
+def test_where_it_cannot_listen_it_says_so_in_one_line(fault: str, which: str, taken: int) -> None:
+    host, port, words = {
+        "taken": ("127.0.0.1", taken, "Address already in use"),
+        "address": ("192.0.2.7", 9, "Cannot assign requested address"),  # RFC 5737: nobody's
+        "name": ("nohost.invalid", 9, r"[A-Z][a-z ]+"),  # RFC 6761: so, too; resolvers differ
+        "privileged": ("127.0.0.1", 81, "Permission denied"),
+    }[fault]
+    match which:
+        case "gateway":
+            arguments = ["--insecure-no-auth", "--host", host, "--port", str(port)]
+        case "ops":
+            arguments = ["--port", "0", "--ops-host", host, "--ops-port", str(port)]
+        case _:
+            arguments = [which, "--host", host, "--port", str(port)]
+    if fault == "privileged":
+        first_free = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        if not first_free.exists() or int(first_free.read_text()) <= port:
+            pytest.skip("no port is privileged here")
+        done = as_nobody(*arguments)
+    else:
+        done = run_to_the_end(*arguments)
     assert done.returncode == 1
+    for_metrics = " for metrics (--ops-port)" if which == "ops" else ""
     (line,) = done.stderr.splitlines()
-    assert f"127.0.0.1:{port}" in line
-    assert "in use" in line
+    where = re.escape(f"{host}:{port}{for_metrics}")
+    assert re.fullmatch(f"error: cannot listen on {where}: {words}", line)
     assert done.stdout == ""
 
 
