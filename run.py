@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import gc
+import math
 import os
 import signal
 import socket
@@ -35,6 +36,7 @@ from prometheus_client import CollectorRegistry
 from actors.greenlet import queued_messages
 from actors.messages import Drain, ShutDown
 from actors.picture import keep_in_picture, log_picture
+from actors.places import Places
 from actors.session import SessionActor, SessionHandle
 from actors.supervisor import Supervision
 from gateway import doctor
@@ -65,12 +67,23 @@ _GOODBYES_PER_SECOND = 100
 """How many clients are told to go, on the average: all of them will be back at once, somewhere."""
 
 _SPREAD_SHARE = 0.5
-"""Of the drain's limit: whoever has nothing live and goes last is gone well before its end."""
+"""Of a part of the shutdown: whoever goes last is gone well before its end."""
 
-_SHUTDOWN_SECONDS = 5.0
-"""How long the sessions may take to end in order, and then their clients to say goodbye."""
+_END_SHARE, _MOST_END_SECONDS = 0.5, 5.0
+"""What is kept of the drain's limit, at its end, for those who are left: they are interrupted, told
+to go one after another, and waited for."""
+
+_STOP_SECONDS = 2.0
+"""The same, where nothing is drained."""
+
+_TEARDOWN_SHARE, _MOST_TEARDOWN_SECONDS = 0.3, 0.5
+"""And of that, what is kept for whatever comes after the clients, up to the process's end."""
 
 _NOTIFY_SECONDS = 1.0
+
+_MORE_FILES = 256
+"""Open files beyond one for each client and each live request: the operator's port, logs, the
+interpreter's own, and connections to providers that are kept for the next request."""
 
 _log = get_logger("SYS")
 
@@ -98,6 +111,10 @@ class Gateway:
         self._started_at = time.monotonic()
         self._teardown = contextlib.ExitStack()
         self._is_up = self._is_draining = False
+        self._ends_at: float | None = None
+        """When all of a shutdown must be over, as `time.monotonic()`."""
+        self.sessions = Places(settings.server.max_sessions)
+        self.requests = Places(settings.session.max_requests)
         self.ops: OpsServer | None = None
 
     def start(self) -> None:
@@ -129,6 +146,7 @@ class Gateway:
             return HealthStatus("UP", self.server.connections, cpu.percent())
 
         def open_session(outbox: Outbox, peer: str) -> SessionHandle:
+            place = self.sessions.place()
             ref = SessionActor.start(
                 outbox=outbox,
                 peer=peer,
@@ -137,12 +155,14 @@ class Gateway:
                 health=health_status,
                 settings=self.settings.session,
                 metrics=self.metrics,
+                place=place,
+                requests=self.requests,
                 takes_requests=not self._is_draining,
             )
-            return SessionHandle(ref)
+            return SessionHandle(ref, place)
 
         self.server = Server(
-            self.settings.server, open_session, self._health, self.metrics, self.is_ready
+            self.settings.server, open_session, self._health, self.metrics, self.unready
         )
         self._teardown.callback(self.server.stop)
         self.server.start()
@@ -162,7 +182,7 @@ class Gateway:
             settings.ops_port,
             self.metrics.registry,
             self._health,
-            self.is_ready,
+            self.unready,
         )
         self._teardown.callback(self.ops.stop)
         try:
@@ -172,9 +192,22 @@ class Gateway:
             error.filename = f"{where} for metrics (--ops-port)"
             raise
 
-    def is_ready(self) -> bool:
-        """Whether new clients are welcome."""
+    @property
+    def is_serving(self) -> bool:
+        """Whether it has started, and is not told to stop."""
         return self._is_up and not self._is_draining
+
+    def unready(self) -> str | None:
+        """Why new clients are not welcome, in words; None when they are."""
+        if self._is_draining:
+            return "draining"
+        if not self._is_up:
+            return "starting"
+        if self.sessions.are_full:
+            return f"out of capacity: {self.sessions.taken} sessions (--max-sessions)"
+        if self.requests.are_full:
+            return f"out of capacity: {self.requests.taken} live requests (--max-requests)"
+        return None
 
     def reload(self, settings: Settings) -> None:
         """From the next generation on, ask the providers of these settings; those that run go on.
@@ -191,36 +224,65 @@ class Gateway:
         self.provider = provider
 
     def drain(self) -> None:
-        """Take no more requests, and wait until every session has left, but not for ever."""
-        seconds = self.settings.drain_timeout
+        """Take no more requests, and wait until every session has left, but not for ever.
+
+        What is left of the limit then is for `stop()`.
+        """
+        limit = self.settings.drain_timeout
         self._is_draining = True
-        if not seconds:
+        if not limit:
             return
+        self._ends_at = time.monotonic() + limit
+        seconds = limit - min(limit * _END_SHARE, _MOST_END_SECONDS)
         census = self.supervision.census()
         # Where the supervisor has just failed, the next one lets them go.
         sessions = census.sessions if census else self.server.connections
         _log.info("Draining", sessions=sessions, requests=census.requests if census else None)
         all_gone = gevent.event.Event()
-        spread_seconds = min(seconds * _SPREAD_SHARE, sessions / _GOODBYES_PER_SECOND)
-        self.supervision.tell(Drain(spread_seconds, all_gone.set))
+        self.supervision.tell(Drain(_spread(seconds, sessions), all_gone.set))
         if not all_gone.wait(seconds):
             self.metrics.drain_timeouts.inc()
             _log.warning("Drain timed out", seconds=seconds)
 
     def stop(self) -> None:
-        """Interrupt what is live, tell the clients, close everything; a second time, nothing."""
+        """Interrupt what is live, tell the clients, close everything; a second time, nothing.
+
+        It takes no longer than is left of the drain's limit, whatever clients do.
+        """
         if not self._is_up:
             return
-        self._is_up = False
+        self._is_up, self._is_draining = False, True
         self.server.stop_listening()
-        if self.supervision.census() is not None:  # else there is nobody who could do it in order
-            all_ended = gevent.event.Event()
-            self.supervision.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, all_ended.set))
-            if not all_ended.wait(_SHUTDOWN_SECONDS):
-                _log.error("Sessions did not end in time", seconds=_SHUTDOWN_SECONDS)
-            self.server.wait_until_empty(_SHUTDOWN_SECONDS)
+        self._end_sessions()
         lanes().wait_turn()  # the last books are kept
         self._teardown.close()
+        lanes().wait_turn()  # and what came of that
+
+    def lifetime(self) -> dict[str, object]:
+        """What there was from the start to now, for the log."""
+        return {
+            "uptime_seconds": round(time.monotonic() - self._started_at, 3),
+            "sessions": self.metrics.sessions.total(),
+            "requests": self.metrics.requests.total(),
+        }
+
+    def _end_sessions(self) -> None:
+        now = time.monotonic()
+        if self._ends_at is None:
+            seconds = _STOP_SECONDS
+        else:
+            seconds = min(max(0.0, self._ends_at - now), _MOST_END_SECONDS)
+        seconds -= min(seconds * _TEARDOWN_SHARE, _MOST_TEARDOWN_SECONDS)
+        census = self.supervision.census()
+        if census is None:
+            return  # there is nobody who could do it in order
+        spread_seconds = 0.0 if self._ends_at is None else _spread(seconds, census.sessions)
+        all_ended = gevent.event.Event()
+        reason = InterruptReason.SERVER_SHUTDOWN
+        self.supervision.tell(ShutDown(reason, spread_seconds, all_ended.set))
+        if not all_ended.wait(seconds):
+            _log.error("Sessions did not end in time", seconds=round(seconds, 3))
+        self.server.wait_until_empty(max(0.0, now + seconds - time.monotonic()))
 
     def _start_demo(self) -> str:
         provider = demo.DemoProvider()
@@ -240,6 +302,11 @@ class Gateway:
             "sessions": census.sessions if census else None,
             "requests": census.requests if census else None,
         }
+
+
+def _spread(seconds: float, clients: int) -> float:
+    """Over how many of these seconds so many clients are told to go, each at random."""
+    return min(seconds * _SPREAD_SHARE, clients / _GOODBYES_PER_SECOND)
 
 
 class _CpuMeter:
@@ -270,31 +337,42 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
         The exit code: 0 after a signal, 1 when it could not start or go on.
     """
     stop = _stopped_by_signals()
+    # Where a person reads both, the printed lines say it already.
+    tell = _log.debug if os.isatty(1) and os.isatty(2) else _log.info
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_picture)
-    gateway = Gateway(settings, on_give_up=lambda: stop.set(1))
+    _allow_files(settings)
+    gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
     if hasattr(signal, "SIGHUP"):
         gevent.signal_handler(signal.SIGHUP, on_hangup, gateway)
     where = f"{settings.server.host}:{settings.server.port}"
     try:
         gateway.start()
     except OSError as error:
-        where = error.filename or where
-        # gevent puts the address into its own words; the codes of getaddrinfo are negative.
-        code = error.errno or 0
-        why = os.strerror(code) if code > 0 else error.strerror or error
-        print(f"error: cannot listen on {where}: {why}", file=sys.stderr)
+        print(f"error: cannot listen on {error.filename or where}: {_why(error)}", file=sys.stderr)
         return 1
+    provider, fallback = gateway.provider, settings.fallback
+    tell(
+        "Started",
+        version=bargein_version(),
+        host=settings.server.host,
+        port=gateway.server.port,
+        provider=provider.name,
+        model=provider.model,
+        is_demo=settings.provider is None,
+        fallback=fallback.name if fallback else None,
+        metrics=gateway.ops.url if gateway.ops else None,
+    )
     host = settings.server.host
     host = f"[{host}]" if ":" in host else host
     demo = " (embedded demo provider)" if settings.provider is None else ""
     _say(f"bargein {bargein_version()}")
     _say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
-    _say(f"provider {_shown(gateway.provider)}{demo}, model {gateway.provider.model}")
+    _say(f"provider {_shown(provider)}{demo}, model {provider.model}")
     if gateway.ops is not None:
         _say(f"metrics on {gateway.ops.url}")
-    if settings.fallback is not None:
-        _say(f"fallback {_shown(settings.fallback)}, model {settings.fallback.model}")
+    if fallback is not None:
+        _say(f"fallback {_shown(fallback)}, model {fallback.model}")
     # What stands now lives as long as the process: the collector need not look at it again and
     # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
     gc.collect()
@@ -302,12 +380,24 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     gc.freeze()
     gc.set_threshold(*_GC_THRESHOLDS)
     notify("READY=1")
-    code = stop.get() or 0
+    by = stop.get()
+    tell("Stopping", signal=by and by.name)
     notify("STOPPING=1")
-    if code == 0:
+    if by is not None:
         gateway.drain()
     gateway.stop()
+    code = 1 if by is None else 0
+    _log.info("Stopped", exit_code=code, **gateway.lifetime())
     return code
+
+
+def _why(error: OSError) -> str:
+    """What the system says, without the address, which gevent and Python put behind it."""
+    # The codes of getaddrinfo are none of the system's; on Linux they are negative.
+    code = 0 if isinstance(error, socket.gaierror) else error.errno or 0
+    if code > 0:
+        return os.strerror(code)
+    return (error.strerror or str(error)).partition(": (")[0].partition(" (while ")[0]
 
 
 def reload(gateway: Gateway, running: Config, given: Given) -> None:
@@ -318,7 +408,7 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
         running: what was given when it started.
         given: what is given now. Where that has faults, nothing changes.
     """
-    if not gateway.is_ready():
+    if not gateway.is_serving:
         _log.error("Not reloaded", fault="the gateway is starting or stopping")
         return
     need_restart = given.need_restart(running)
@@ -334,7 +424,12 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
         _log.error("Not reloaded", fault=f"a provider cannot be used ({type(error).__name__})")
         return
     if need_restart:
-        _log.warning("Settings need a restart", settings=need_restart)
+        reason = "a running gateway takes up only its providers"
+        if "llm_url" in need_restart and settings.provider is None:
+            reason = "llm_url is gone, and the demo provider starts only with the process"
+        elif "llm_url" in need_restart:
+            reason = "llm_url is new, and the demo provider, now in use, ends only with the process"
+        _log.warning("Settings need a restart", settings=need_restart, reason=reason)
     if "llm_url" not in need_restart:
         provider, fallback = gateway.provider, settings.fallback
         _log.info(
@@ -343,6 +438,31 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
             model=provider.model,
             fallback=fallback.name if fallback else None,
         )
+
+
+def _allow_files(settings: Settings) -> None:
+    """Each connection is an open file, and what a shell allows (1024, often) is soon used up."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+
+    def count(limit: int) -> float:
+        return math.inf if limit == resource.RLIM_INFINITY else limit
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    connections, requests = settings.server.max_connections, settings.session.max_requests
+    has_limits = connections > 0 and requests > 0
+    wanted = connections + requests + _MORE_FILES if has_limits else count(hard)
+    allowed = min(wanted, count(hard))
+    if allowed < wanted:
+        _log.warning("Open files are fewer than clients may be", limit=hard, wanted=wanted)
+    if allowed > count(soft):
+        try:
+            new = hard if allowed == count(hard) else int(allowed)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
+        except (OSError, ValueError) as error:  # macOS has one more limit, which it does not tell
+            _log.warning("Open files stay few", limit=soft, wanted=wanted, error=str(error))
 
 
 def _shown(provider: Provider) -> str:
@@ -366,21 +486,23 @@ def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
     try:
         with demo.DemoProvider(host, port, tokens_per_second) as provider:
             _say(f"listening on {provider.base_url}")
-            return stop.get() or 0
+            stop.get()
+            return 0
     except OSError as error:
-        print(f"error: cannot listen on {host}:{port}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: cannot listen on {host}:{port}: {_why(error)}", file=sys.stderr)
         return 1
 
 
-def _stopped_by_signals() -> gevent.event.AsyncResult[int]:
-    """What a first SIGINT or SIGTERM sets to the exit code 0; a second one ends the process."""
-    stop: gevent.event.AsyncResult[int] = gevent.event.AsyncResult()
+def _stopped_by_signals() -> gevent.event.AsyncResult[signal.Signals | None]:
+    """What a first SIGINT or SIGTERM is set in; a second one ends the process."""
+    stop: gevent.event.AsyncResult[signal.Signals | None] = gevent.event.AsyncResult()
 
     def on_signal(number: int) -> None:
         if stop.ready():  # at once, whatever is going on
             os._exit(128 + number)
-        stop.set(0)
-        _say(f"stopping ({signal.Signals(number).name}; once more stops at once)")
+        by = signal.Signals(number)
+        stop.set(by)
+        _say(f"stopping ({by.name}; once more stops at once)")
 
     for name in ("SIGINT", "SIGTERM"):
         if hasattr(signal, name):  # not every platform has every signal

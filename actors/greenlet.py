@@ -18,11 +18,11 @@ import gevent
 import gevent.hub
 import pykka
 
-from llm.lanes import lanes
+from llm.lanes import LateLog, lanes
 from metrics.logs import get_logger
 from metrics.slices import in_slices
 
-_log = get_logger("ACTOR")
+_log = LateLog(get_logger("ACTOR"))
 
 
 class ActorFailedError(Exception):

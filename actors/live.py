@@ -12,6 +12,7 @@ from msgspec import UNSET, UnsetType
 from actors.greenlet import Timer
 from actors.history import Ending as TurnEnding
 from actors.history import Turn
+from actors.places import Place
 from actors.request import Outlet as RequestOutlet
 from actors.request import RequestActor
 from gateway.protocol import (
@@ -58,6 +59,7 @@ class Live:
         actor: the actor that runs it.
         turn: its place in the history.
         calls: the function calls that the client was given.
+        place: among all live requests; it is given back as soon as this one is told to stop.
         voice_stream_seq: what its terminal frame says of speech.
     """
 
@@ -66,6 +68,7 @@ class Live:
     actor: pykka.ActorRef[RequestActor]
     turn: Turn
     calls: list[ToolCall]
+    place: Place
     voice_stream_seq: int | UnsetType = UNSET
     started: bool = False
     interrupted_by: InterruptReason | None = None

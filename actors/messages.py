@@ -261,9 +261,13 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class ShutDown:
-    """End every session in order; `done` is called when none is left."""
+    """End every session in order; `done` is called when none is left.
+
+    The first may be told at once, the last after `spread_seconds`.
+    """
 
     reason: InterruptReason
+    spread_seconds: float
     done: Callable[[], None]
 
 

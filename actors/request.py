@@ -30,6 +30,7 @@ from actors.messages import (
 from gateway.protocol import FunctionCall
 from llm.chat import Delta, Prompt, ToolCall
 from llm.errors import StreamError
+from llm.lanes import LateLog
 from llm.stream import Ending, Result, Sink
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
@@ -38,7 +39,8 @@ _MAX_TOKENS = 1_000_000_000
 """Of one generation, as its provider says. What is more, or less than none, is no count, and the
 counter would raise."""
 
-_log = get_logger("LLM")
+_log = get_logger("LLM")  # for what comes behind something of the data lane
+_late_log = LateLog(_log)
 
 
 class RequestState(enum.Enum):
@@ -182,7 +184,7 @@ class RequestActor(GreenletActor):
         if error is not None and not self._released:
             self._tell_supervisor(RequestOver(self.actor_urn))  # it will not hear of its release
         if self._reported:
-            self._keep_books()
+            self._keep_books(_late_log)
         elif self._stream is None or self._reader_result is not None:
             self._report_failure()
         else:
@@ -279,9 +281,9 @@ class RequestActor(GreenletActor):
         tell(self._session, RequestReported(self._request_id, result))
         self._tell_supervisor(GenerationEnded(self.actor_urn))
         if self._is_closed:
-            self._keep_books()  # it has failed, and will not hear of a release
+            self._keep_books(_late_log)  # it has failed, and will not hear of a release
 
-    def _keep_books(self) -> None:
+    def _keep_books(self, log: Any = _log) -> None:
         if self._books_kept:
             return
         self._books_kept = True
@@ -289,9 +291,9 @@ class RequestActor(GreenletActor):
         self._count(self._result)
         if self._state is RequestState.INTERRUPTED and self._started_at is not None:
             reason = self._told_to_stop.reason if self._told_to_stop else ""
-            _log.info("LLM stream cancelled by user", reason=reason, **self._log_fields)
+            log.info("LLM stream cancelled by user", reason=reason, **self._log_fields)
         elif self._state is RequestState.FAILED:
-            _log.warning(
+            log.warning(
                 "Generation failed",
                 error=str(self._result.error),
                 provider=self._result.provider,

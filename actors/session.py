@@ -44,6 +44,7 @@ from actors.messages import (
     TimeIsDue,
     VoiceReceived,
 )
+from actors.places import Place, Places
 from actors.profile import Profile, UpdateError
 from actors.request import RequestActor, StreamSource
 from actors.voice import VoiceError, VoiceRequests
@@ -78,7 +79,7 @@ from gateway.protocol import (
     error,
 )
 from llm.chat import Prompt, ToolCall
-from llm.lanes import lanes
+from llm.lanes import LateLog, lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics, exemplar
 from metrics.logs import get_logger
@@ -87,10 +88,12 @@ _CLOSE_NORMAL = 1000
 _CLOSE_EXPIRED = 1008
 _CLOSE_INTERNAL_ERROR = 1011
 _CLOSE_SERVICE_RESTART = 1012
+_CLOSE_TRY_AGAIN_LATER = 1013
 
 _LEAVING = "the gateway is shutting down, or the session is ending"
 
-_log = get_logger("ACTOR")
+_log = get_logger("ACTOR")  # for what runs in the data lane
+_late_log = LateLog(_log)
 _S = TypeVar("_S", bound=Struct)
 
 
@@ -112,6 +115,10 @@ class SessionSettings:
     Args:
         on_new_request: what a REQUEST does while another is live, where REGISTER does not say.
         max_parallel: live requests of one session, where they may run side by side.
+        max_requests: live requests of all sessions together; 0 is no limit. Some 400 answers at
+            once, of 30 tokens a second each, keep a core busy (`tests/bench/README.md`); but many
+            wait for their first token, which costs nothing, or come at a slower pace. Each has a
+            connection to a provider, hence a file descriptor.
         ack_timeout: seconds that an INTERRUPT_ACK may wait for streams to close.
         session_timeout: seconds without a REQUEST or HEARTBEAT_REPLY until it ends; 0 is never.
         heartbeat_interval: seconds between two HEARTBEATs; 0 sends none.
@@ -122,6 +129,7 @@ class SessionSettings:
 
     on_new_request: OnNewRequest = OnNewRequest.INTERRUPT
     max_parallel: int = 8
+    max_requests: int = 1_000
     ack_timeout: float = 1.0
     session_timeout: float = 3600.0
     heartbeat_interval: float = 30.0
@@ -143,6 +151,8 @@ class SessionActor(GreenletActor):
         health: Callable[[], HealthStatus],
         settings: SessionSettings,
         metrics: Metrics,
+        place: Place,
+        requests: Places,
         takes_requests: bool = True,
     ) -> None:
         super().__init__()
@@ -153,6 +163,8 @@ class SessionActor(GreenletActor):
         self._health = health
         self._settings = settings
         self._metrics = metrics
+        self._place = place
+        self._requests = requests
         self._lanes = lanes()
         self._session_id: str | None = None
         self._created_ms = 0
@@ -237,16 +249,18 @@ class SessionActor(GreenletActor):
             if live.timer is not None:
                 live.timer.cancel()
             live.outlet.shut()
+            live.place.give_back()
             tell(live.actor, Stop())
             tell(live.actor, Release())
             self._count(Outcome.FAILED)
         if error is not None:
             self._outbox.close(_CLOSE_INTERNAL_ERROR, "internal error")
+        self._place.give_back()
         if self._session_id is not None:
             self._metrics.sessions_active.dec()
             self._metrics.sessions.labels("failed" if error else "ended").inc()
         self._tell_supervisor(SessionEnded(self.actor_urn))
-        _log.info(
+        _late_log.info(
             "Session ended",
             session_id=self._session_id,
             peer=self._peer,
@@ -291,6 +305,9 @@ class SessionActor(GreenletActor):
             self._refuse_busy("shutdown", _LEAVING)
             self._end_for_restart(InterruptReason.SERVER_SHUTDOWN)
             return
+        if not self._place.take():
+            self._send_away("as many sessions as may be are open")
+            return
         self._session_id = f"sess_{secrets.token_hex(8)}"
         self._created_ms = _now_ms()
         settings = self._settings
@@ -301,8 +318,16 @@ class SessionActor(GreenletActor):
         self._profile = Profile.registered(register)
         self._on_new_request = register.on_new_request or settings.on_new_request
         self._metrics.sessions_active.inc()
-        _log.info("Session registered", session_id=self._session_id, peer=self._peer)
+        _late_log.info("Session registered", session_id=self._session_id, peer=self._peer)
         self._send(RegisterAck(self._session_id, math.ceil(settings.session_timeout)))
+
+    def _send_away(self, detail: str) -> None:
+        """There is no room for this session; for one of its HEALTH_CHECKs there was."""
+        self._refuse_busy("max_sessions", detail)
+        self._ended_by = detail
+        self._takes_requests = False
+        self._farewell = lambda: self._outbox.close(_CLOSE_TRY_AGAIN_LATER, detail)
+        self._settle()
 
     def _data(self) -> SessionData:
         profile = self._profile
@@ -376,7 +401,8 @@ class SessionActor(GreenletActor):
         return -1 if self._profile.require_tts else UNSET
 
     def _make_way(self, request_id: str, beside: Turn | None = None) -> bool:
-        """Apply the policy for a new request while others are live; False when it is refused.
+        """Apply the policy for a new request while others are live; False when it is refused, by
+        that or for want of room.
 
         Args:
             request_id: the new one.
@@ -389,17 +415,24 @@ class SessionActor(GreenletActor):
             case OnNewRequest.INTERRUPT:
                 for live in others:
                     self._stop_request(live, InterruptReason.USER_NEW_INPUT)
-                return True
-            case OnNewRequest.PARALLEL:
-                if running < self._settings.max_parallel:
-                    return True
+                    live.place.give_back()  # also of one whose end is on its way already
+            case OnNewRequest.PARALLEL if running >= self._settings.max_parallel:
                 detail = f"{running} requests are live, as many as may be"
-            case OnNewRequest.REJECT:
-                if not running:
-                    return True
-                detail = "another request is live"
-        self._refuse_busy("request", detail, request_id)
-        return False
+                self._refuse_busy("request", detail, request_id)
+                return False
+            case OnNewRequest.REJECT if running:
+                self._refuse_busy("request", "another request is live", request_id)
+                return False
+        for live in self._live.values():
+            if live.turn is beside:
+                live.place.give_back()  # this one begins when that one has ended
+        # Where one of its own made way, there is room now: so whoever is refused here has not
+        # interrupted anything.
+        if self._requests.are_full:
+            detail = "as many requests as may be are live, of all clients together"
+            self._refuse_busy("max_requests", detail, request_id)
+            return False
+        return True
 
     def _accept(self, request_id: str, text: str | None, goes_on: Turn | None = None) -> None:
         assert self._session_id is not None
@@ -416,9 +449,11 @@ class SessionActor(GreenletActor):
             metrics=self._metrics,
         )
         turn = self._history.begin(request_id, text, goes_on)
+        place = self._requests.place()
         self._live[request_id] = Live(
-            request_id, outlet, actor, turn, calls, self._voice_stream_seq
+            request_id, outlet, actor, turn, calls, place, self._voice_stream_seq
         )
+        place.take()  # there is room: nobody else had a turn since that was looked at
 
     def _start_next(self) -> None:
         for live in self._live.values():
@@ -596,6 +631,7 @@ class SessionActor(GreenletActor):
     def _shut_down(self, live: Live, stop: Stop) -> None:
         # First the outlet: from here on, nothing of this request is written.
         live.outlet.shut()
+        live.place.give_back()
         if not live.stopping and live.result is None:
             tell(live.actor, stop)
             self._lanes.call_after_look(self._limit_stop, live)
@@ -631,7 +667,7 @@ class SessionActor(GreenletActor):
         if live is not None and live.result is None:
             live.timed_out = True
             self._metrics.streams_open_after_ack.inc()
-            _log.error(
+            _late_log.error(
                 "Stream still open after interrupt",
                 session_id=self._session_id,
                 request_id=request_id,
@@ -734,6 +770,7 @@ class SessionActor(GreenletActor):
 
     def _forget(self, live: Live, outcome: Outcome) -> None:
         del self._live[live.request_id]
+        live.place.give_back()
         self._memory.end(live.request_id, live.outlet.delivered_text_chars)
         self._note_calls(live)
         self._history.end(live.turn, *live.as_heard(outcome))
@@ -843,7 +880,7 @@ class SessionActor(GreenletActor):
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
         fields = {"session_id": self._session_id, "peer": self._peer, "request_id": request_id}
-        _log.info("Refused message", code=code.value, detail=detail, **fields)
+        _late_log.info("Refused message", code=code.value, detail=detail, **fields)
         if request_id is None:
             self._send(error(code, detail))
         else:
@@ -871,8 +908,14 @@ class SessionActor(GreenletActor):
 class SessionHandle:
     """What the server holds of a session: puts messages in its mailbox, and never waits."""
 
-    def __init__(self, ref: pykka.ActorRef[Any]) -> None:
+    def __init__(self, ref: pykka.ActorRef[Any], place: Place) -> None:
         self._ref = ref
+        self._place = place
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether its client was let in."""
+        return self._place.is_taken
 
     def frame(self, frame: ClientFrame, read_at: float) -> None:
         """The client sent a frame, read at this `time.monotonic()`."""

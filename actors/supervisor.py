@@ -12,7 +12,7 @@ from typing import Any, assert_never
 import gevent
 import pykka
 
-from actors.greenlet import ActorFailedError, GreenletActor, tell
+from actors.greenlet import ActorFailedError, GreenletActor, Timer, tell
 from actors.messages import (
     Census,
     Drain,
@@ -31,6 +31,7 @@ from actors.messages import (
     SupervisorMessage,
     TakeCensus,
 )
+from llm.lanes import LateLog
 from metrics.logs import get_logger
 
 MAX_RESTARTS = 5
@@ -39,7 +40,7 @@ RESTART_WINDOW_SECONDS = 60.0
 
 _CENSUS_SECONDS = 1.0
 
-_log = get_logger("SYS")
+_log = LateLog(get_logger("SYS"))
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class SupervisorActor(GreenletActor):
             case SessionStarted(session):
                 self._sessions[session.actor_urn] = session
                 if self._shut_down is not None:
-                    tell(session, EndSession(self._shut_down.reason))
+                    self._end(session, self._shut_down)
                 elif self._drain is not None:
                     self._let_go(session, self._drain)
             case SessionEnded(urn):
@@ -126,7 +127,7 @@ class SupervisorActor(GreenletActor):
             case ShutDown():
                 self._shut_down = message
                 for session in self._sessions.values():
-                    tell(session, EndSession(message.reason))
+                    self._end(session, message)
                 self._check_empty()
             case _:
                 assert_never(message)
@@ -156,6 +157,15 @@ class SupervisorActor(GreenletActor):
     @staticmethod
     def _let_go(session: pykka.ActorRef[Any], drain: Drain) -> None:
         tell(session, Leave(random.uniform(0, drain.spread_seconds)))
+
+    @staticmethod
+    def _end(session: pykka.ActorRef[Any], shut_down: ShutDown) -> None:
+        pause_seconds = random.uniform(0, shut_down.spread_seconds)
+        message = EndSession(shut_down.reason)
+        if pause_seconds:
+            Timer(pause_seconds, session, message)
+        else:
+            tell(session, message)
 
     def _check_empty(self) -> None:
         if self._sessions:

@@ -72,7 +72,7 @@ Seconds: TypeAlias = Annotated[
 ]
 Port: TypeAlias = Annotated[int, _meta("a port, 0 to 65535", "PORT", ge=0, le=65535)]
 Bytes: TypeAlias = Annotated[
-    int, _meta(f"a number of bytes, 1 to {_MOST_BYTES}", "BYTES", ge=1, le=_MOST_BYTES)
+    int, _meta(f"a number of bytes, 0 to {_MOST_BYTES}", "BYTES", ge=0, le=_MOST_BYTES)
 ]
 Count: TypeAlias = Annotated[int, _meta(f"a whole number, 0 to {_MOST}", "N", ge=0, le=_MOST)]
 Url: TypeAlias = Annotated[str, _meta("a URL", "URL"), Private(blot_url)]
@@ -127,7 +127,15 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     insecure_no_auth: Annotated[
         bool, About("listen beyond loopback although anybody may connect")
     ] = False
-    outbox_bytes: Annotated[Bytes, About("that may wait for one client")] = _server.outbox.max_bytes
+    max_sessions: Annotated[Count, About("that may be open at once, of all clients; 0 is off")] = (
+        _server.max_sessions
+    )
+    max_requests: Annotated[Count, About("that may be live at once, of all clients; 0 is off")] = (
+        _session.max_requests
+    )
+    outbox_bytes: Annotated[Bytes, About("that may wait for one client; 0 is off")] = (
+        _server.outbox.max_bytes
+    )
     write_timeout: Annotated[Seconds, About("that a client may read nothing; 0 is off")] = (
         _server.outbox.write_timeout
     )
@@ -137,7 +145,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     )
     ops_port: Annotated[Port, About("port for metrics; 0 is off")] = 9464
     drain_timeout: Annotated[
-        Seconds, About("that live requests may take to end at a shutdown; 0 ends them at once")
+        Seconds,
+        About(
+            "that a shutdown may take; live requests may end by themselves until 5 seconds before, "
+            "or half of it; 0 ends them at once"
+        ),
     ] = 30.0
 
     llm_url: Annotated[
@@ -213,7 +225,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         _generation.total_timeout
     )
     llm_retries: Annotated[
-        Count, About("how often a provider is asked again, before the first token only")
+        Count, About("how often a provider is asked again, before the first token only; 0 is never")
     ] = _provider.retries
     llm_retry_after_cap: Annotated[
         Seconds, About("that its Retry-After makes us wait at most; 0 is no limit")
@@ -249,9 +261,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     llm_breaker_failures: Annotated[
         Count, About("failures in a row after which only the fallback is asked; 0 is off")
     ] = _generation.breaker_failures
-    llm_breaker_timeout: Annotated[Seconds, About("until the first is tried again then")] = (
-        _generation.breaker_seconds
-    )
+    llm_breaker_timeout: Annotated[
+        Seconds, About("until the first is tried again then; 0 is at once")
+    ] = _generation.breaker_seconds
 
     on_new_request: Annotated[
         OnNewRequest, Section("sessions"), About("what a request does while another is live")

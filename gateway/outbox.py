@@ -46,7 +46,7 @@ class OutboxSettings:
     """Bounds of one connection.
 
     Args:
-        max_bytes: queued data beyond which its readers wait.
+        max_bytes: queued data beyond which its readers wait; 0 is no limit.
         write_timeout: seconds without the kernel taking a byte until the connection is dropped;
             0 is no limit.
     """
@@ -218,7 +218,7 @@ class Outbox:
             return
         self._data.append(frame)
         self._data_bytes += len(frame.payload)
-        if self._data_bytes > self._settings.max_bytes:
+        if 0 < self._settings.max_bytes < self._data_bytes:
             self._room.clear()
         self._start_writing()
 

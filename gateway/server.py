@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 import gevent
 import gevent.event
-import gevent.server
 import gevent.socket
 import msgspec
 from websockets.datastructures import Headers, MultipleValuesError
@@ -40,8 +39,9 @@ from gateway.protocol import (
     decode,
 )
 from gateway.protocol import Request as RequestPayload
-from llm.lanes import lanes
+from llm.lanes import LateLog, lanes
 from metrics.instruments import Metrics
+from metrics.listening import Listening
 from metrics.logs import get_logger
 from metrics.slices import in_slices
 
@@ -50,6 +50,7 @@ _READ = 1
 
 _READ_BYTES = 16 * 1024
 _HANDSHAKE_SECONDS = 10.0
+_CLOSE_TRY_AGAIN_LATER = 1013
 _CLOSE_SECONDS = 5.0
 """How long a client may take to answer a close frame."""
 
@@ -57,13 +58,17 @@ _MAX_LOGGED_CHARS = 64
 """Of a `session_id`, which is whatever the client says."""
 
 _BACKLOG = 1024
+_SPARE_CONNECTIONS = 128
+"""Beyond the sessions that may be: for health checks, and those who are told that it is full."""
+
 _NOTSENT_BYTES = 16 * 1024
 """What the kernel may hold unsent for a client: more would be stale, and out of our reach."""
 
 _TURN_FRAMES = 32
 """After so many frames from one client everybody else gets a turn."""
 
-_log = get_logger("WS")
+_log = get_logger("WS")  # for what runs in the data lane, and for what comes before any frame
+_late_log = LateLog(_log)
 
 
 class Session(Protocol):
@@ -78,6 +83,10 @@ class Session(Protocol):
     def voice(self, voice: bytes) -> None:
         """A binary frame."""
 
+    @property
+    def is_registered(self) -> bool:
+        """Whether its client was let in."""
+
     def connection_lost(self, reason: str) -> None:
         """Nothing can be read or written any more. May be told more than once."""
 
@@ -91,6 +100,8 @@ class ServerSettings:
         port: TCP port; 0 takes a free one.
         allowed_origins: origins of web pages that may connect besides our own, such as
             ``https://chat.example.com``; their hosts are also accepted as `Host`.
+        max_sessions: sessions that may be registered; 0 is no limit. A quiet one takes 26 KiB and a
+            file descriptor, so that many take some 300 MB. Connections may be some more.
         ping_interval: seconds of silence until a WebSocket ping is sent; 0 sends none.
         ping_timeout: seconds without any sign of life after it until the connection is dropped.
         outbox: bounds of what goes out.
@@ -99,9 +110,15 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     allowed_origins: tuple[str, ...] = ()
+    max_sessions: int = 10_000
     ping_interval: float = 20.0
     ping_timeout: float = 20.0
     outbox: OutboxSettings = field(default_factory=OutboxSettings)
+
+    @property
+    def max_connections(self) -> int:
+        """How many may be open, of any kind; 0 is no limit."""
+        return self.max_sessions + _SPARE_CONNECTIONS if self.max_sessions else 0
 
 
 class Server:
@@ -112,7 +129,7 @@ class Server:
         open_session: makes the session of a connection, given its outbox and peer address.
         health: the fields of `/health`.
         metrics: counts refusals and slow clients.
-        is_ready: whether new clients are welcome, for `/readyz`.
+        unready: why no new clients are welcome, for `/readyz`; None when they are.
     """
 
     def __init__(
@@ -121,17 +138,19 @@ class Server:
         open_session: Callable[[Outbox, str], Session],
         health: Callable[[], dict[str, object]],
         metrics: Metrics,
-        is_ready: Callable[[], bool] = lambda: True,
+        unready: Callable[[], str | None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.open_session = open_session
         self.health = health
         self.metrics = metrics
-        self.is_ready = is_ready
+        self.unready = unready
         self._connections: set[_Connection] = set()
+        self._strangers: dict[_Connection, None] = {}
+        """Those that have not registered, the oldest first, and some that have meanwhile."""
         self._empty = gevent.event.Event()
         self._empty.set()
-        self._listener: gevent.server.StreamServer | None = None
+        self._listener: Listening | None = None
         self._checker: gevent.Greenlet[[], None] | None = None
         self._hosts = {"localhost", settings.host.lower()} | {
             host for origin in settings.allowed_origins if (host := urlsplit(origin).hostname)
@@ -161,7 +180,7 @@ class Server:
         Raises:
             OSError: the address cannot be had.
         """
-        self._listener = gevent.server.StreamServer(
+        self._listener = Listening(
             (self.settings.host, self.settings.port), self._serve, backlog=_BACKLOG
         )
         self._listener.start()
@@ -215,13 +234,29 @@ class Server:
     def _serve(self, sock: gevent.socket.socket, address: tuple[str, int]) -> None:
         connection = _Connection(self, sock, f"{address[0]}:{address[1]}")
         self._connections.add(connection)
+        self._strangers[connection] = None
         self._empty.clear()
+        self._make_room()
         try:
             connection.run()
         finally:
             self._connections.discard(connection)
+            self._strangers.pop(connection, None)
             if not self._connections:
                 self._empty.set()
+
+    def _make_room(self) -> None:
+        """Whoever has been here for the longest without registering goes, one for each that comes
+        when there are too many. So neither those who only hold connections, nor a full house, keep
+        a new one from its health check, or its REGISTER."""
+        if not 0 < self.settings.max_connections < len(self._connections):
+            return
+        while self._strangers:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            if not oldest.is_registered:
+                oldest.refuse("more connections than may be, and it had not registered")
+                return
 
     def _check_for_ever(self) -> None:
         # One greenlet for all connections: ten thousand idle ones must not cost as many timers.
@@ -281,6 +316,19 @@ class _Connection:
     def has_session(self) -> bool:
         """True when its handshake was done."""
         return self._session is not None
+
+    @property
+    def is_registered(self) -> bool:
+        """True when its session was let in."""
+        return self._session is not None and self._session.is_registered
+
+    def refuse(self, reason: str) -> None:
+        """There is no room for it: end it at once, with a word where it can be said."""
+        self._server.metrics.refused.labels("max_connections").inc()
+        _late_log.warning("Refused connection", peer=self._peer, reason=reason)
+        if self._protocol.state is OPEN:
+            self._outbox.close(_CLOSE_TRY_AGAIN_LATER, reason)
+        self.drop(reason)
 
     @property
     def waiting_bytes(self) -> int:
@@ -375,8 +423,10 @@ class _Connection:
         except FrameError as error:
             session.bad_frame(error)
         else:
+            # Later, for it takes longer than an interrupt does; but queued before anything that the
+            # session may have to log of it.
+            self._lanes.call_later(_log_received, frame)
             session.frame(frame, read_at)
-            self._lanes.call_later(_log_received, frame)  # it takes longer than an interrupt does
 
     def _answer_http(self, request: Request) -> None:
         protocol = self._protocol
@@ -404,11 +454,12 @@ class _Connection:
         elif path == "/livez":
             protocol.send_response(_response(http.HTTPStatus.OK, "ok\n"))
         elif path == "/readyz":
-            if self._server.is_ready():
+            why = self._server.unready()
+            if why is None:
                 protocol.send_response(_response(http.HTTPStatus.OK, "ok\n"))
             else:
                 busy = http.HTTPStatus.SERVICE_UNAVAILABLE
-                protocol.send_response(_response(busy, "not ready\n"))
+                protocol.send_response(_response(busy, f"not ready: {why}\n"))
         else:
             text = f"nothing at {path[:100]!r}; the WebSocket is at {PATH}\n"
             protocol.send_response(_response(http.HTTPStatus.NOT_FOUND, text))

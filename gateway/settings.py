@@ -59,7 +59,7 @@ class Settings:
     ops_port: int = 0
     """Where metrics are served; 0 serves none."""
     drain_timeout: float = 0.0
-    """Seconds that live requests may take to end when the gateway is told to."""
+    """Seconds that a shutdown may take; 0 gives live requests no time to end by themselves."""
 
     @classmethod
     def of(cls, given: Given) -> Settings:
@@ -131,6 +131,7 @@ class _Check:
                 host=config.host,
                 port=config.port,
                 allowed_origins=config.allow_origin,
+                max_sessions=config.max_sessions,
                 outbox=OutboxSettings(config.outbox_bytes, config.write_timeout),
             ),
             supervisor=SupervisorSettings(
@@ -138,6 +139,7 @@ class _Check:
             ),
             session=SessionSettings(
                 on_new_request=config.on_new_request,
+                max_requests=config.max_requests,
                 session_timeout=config.session_timeout,
                 heartbeat_interval=config.heartbeat_interval,
                 history_messages=config.history_messages,

@@ -13,6 +13,7 @@ to be closed, and what nobody waits for (counting, logging) goes with the data.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import weakref
@@ -227,6 +228,30 @@ def _guarded(function: Callable[..., object], args: tuple[Any, ...]) -> None:
         function(*args)
     except BaseException:  # the next one is somebody else's
         gevent.get_hub().handle_error(function, *sys.exc_info())
+
+
+class LateLog:
+    """A logger whose lines are written in the data lane: in the order of events, since that is one
+    queue, and when nobody waits for anything else. What runs in the lane logs by itself.
+
+    Args:
+        log: of structlog.
+    """
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def info(self, event: str, **fields: Any) -> None:
+        """Log an event, later."""
+        lanes().call_later(functools.partial(self._log.info, event, **fields))
+
+    def warning(self, event: str, **fields: Any) -> None:
+        """Log an event, later."""
+        lanes().call_later(functools.partial(self._log.warning, event, **fields))
+
+    def error(self, event: str, **fields: Any) -> None:
+        """Log an event, later; what it was raised with is the field `exc_info`."""
+        lanes().call_later(functools.partial(self._log.error, event, **fields))
 
 
 _lanes_by_hub: weakref.WeakKeyDictionary[gevent.hub.Hub, Lanes] = weakref.WeakKeyDictionary()

@@ -52,6 +52,9 @@ REFUSALS = (
     "origin",  # a connection of a web page from elsewhere
     "request",  # another one is live, or as many as may be
     "shutdown",
+    "max_sessions",
+    "max_requests",
+    "max_connections",  # of clients that have not registered
 )
 """Values of labels. What the other rooms call these things is held to them by a test."""
 
@@ -88,6 +91,17 @@ class Family(Generic[_M]):
         if child is None:
             child = self._children[values] = self._parent.labels(*values)
         return child
+
+    def total(self) -> int:
+        """What all counters of the family have counted together."""
+        return int(
+            sum(
+                sample.value
+                for metric in self._parent.collect()
+                for sample in metric.samples
+                if sample.name.endswith("_total")
+            )
+        )
 
 
 def _one_by_one(values: Iterable[str]) -> Iterable[tuple[str, ...]]:

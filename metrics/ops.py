@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 from prometheus_client.registry import Collector
 
+from metrics.listening import Listening
 from metrics.logs import get_logger
 from metrics.slices import in_slices
 
@@ -32,7 +33,9 @@ _SILENCE_SECONDS = 120.0
 """How long one may that has. Prometheus keeps its own open between two scrapes, which are a minute
 apart by default; no others are kept, and these only while half of the places are free."""
 
-_STOP_SECONDS = 1.0
+_STOP_SECONDS = 0.1
+"""A page takes some milliseconds; connections that are kept have nothing to wait for."""
+
 _END_OF_OPENMETRICS = b"# EOF\n"
 _TEXT = "text/plain; charset=utf-8"
 
@@ -49,7 +52,7 @@ class OpsServer:
         port: TCP port; 0 takes a free one.
         registry: whose metrics are shown. Collectors may wait: they run in the scrape's greenlet.
         health: the fields of `/health`.
-        is_ready: whether new clients may come.
+        unready: why no new clients may come; None when they may.
     """
 
     def __init__(
@@ -58,14 +61,14 @@ class OpsServer:
         port: int,
         registry: CollectorRegistry,
         health: Callable[[], dict[str, object]],
-        is_ready: Callable[[], bool],
+        unready: Callable[[], str | None],
     ) -> None:
         self._host = host
         self._registry = registry
         self._health = health
-        self._is_ready = is_ready
+        self._unready = unready
         self._places = gevent.pool.Pool(_MAX_CONNECTIONS)
-        self._server = gevent.pywsgi.WSGIServer(
+        self._server = _Server(
             (host, port),
             self._answer,
             log=None,
@@ -122,10 +125,11 @@ class OpsServer:
                 return self._metrics(environ)
             case "/livez":
                 return "200 OK", _text(), b"ok\n"
-            case "/readyz" if self._is_ready():
-                return "200 OK", _text(), b"ok\n"
             case "/readyz":
-                return "503 Service Unavailable", _text(), b"not ready\n"
+                why = self._unready()
+                if why is None:
+                    return "200 OK", _text(), b"ok\n"
+                return "503 Service Unavailable", _text(), f"not ready: {why}\n".encode()
             case "/health":
                 body = msgspec.json.encode(self._health())
                 return "200 OK", [("Content-Type", "application/json")], body
@@ -150,6 +154,10 @@ class _Family(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return (self._family,)
+
+
+class _Server(Listening, gevent.pywsgi.WSGIServer):
+    pass
 
 
 class _Handler(gevent.pywsgi.WSGIHandler):

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 
 import gevent
 import gevent.event
+import gevent.pool
 import pytest
 from structlog.testing import capture_logs
 
@@ -49,7 +50,8 @@ from gateway.protocol import (
     Shutdown,
 )
 from run import Gateway, Settings
-from tests.fakes import LIMIT, Clock
+from tests.fakes import LIMIT
+from tests.fakes import Clock as SessionClock
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon
@@ -305,7 +307,7 @@ def test_a_request_that_was_interrupted_before_it_came_gets_no_error(kind: str) 
     assert goodbye(given)[-2:] == ["end INTERRUPTED req_2", "SHUTDOWN"]
 
 
-def test_an_interrupt_that_came_long_before_its_request_is_forgotten(clock: Clock) -> None:
+def test_an_interrupt_that_came_long_before_its_request_is_forgotten(clock: SessionClock) -> None:
     given = GivenSession(session_timeout=0, heartbeat_interval=0)
     given.register()
     given.interrupt("req_1")
@@ -403,7 +405,7 @@ def test_a_stream_that_outlived_its_session_does_not_hold_up_the_drain_but_the_s
     given.tell(SessionEnded(given.session.ref.actor_urn))
     assert drained.wait(LIMIT)
     ended = gevent.event.Event()
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, ended.set))
+    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, ended.set))
     given.census()
     assert not ended.is_set()
     given.tell(GenerationEnded(entry.request.ref.actor_urn))
@@ -423,10 +425,37 @@ def test_a_session_that_comes_meanwhile_is_told_to_leave_too() -> None:
     assert drained.wait(LIMIT)
 
 
+def test_who_is_left_is_ended_after_a_pause_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = itertools.count(1.0)
+    asked: list[tuple[float, float]] = []
+    timers: list[tuple[Any, ...]] = []
+
+    def uniform(least: float, most: float) -> float:
+        asked.append((least, most))
+        return next(pauses)
+
+    monkeypatch.setattr("actors.supervisor.random.uniform", uniform)
+    monkeypatch.setattr("actors.supervisor.Timer", lambda *what: timers.append(what))
+    given = GivenSupervisor()
+    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 7.0, lambda: None))
+    late = Mailbox()
+    given.tell(SessionStarted(late.ref))
+    given.census()
+    end = EndSession(InterruptReason.SERVER_SHUTDOWN)
+    assert timers == [(1.0, given.session.ref, end), (2.0, late.ref, end)]
+    assert asked == [(0, 7.0)] * 2
+
+
+def test_the_pause_before_the_end_ends_by_itself() -> None:
+    given = GivenSupervisor()
+    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0.001, lambda: None))
+    assert given.session.next() == EndSession(InterruptReason.SERVER_SHUTDOWN)
+
+
 def test_a_session_that_comes_after_the_limit_is_ended() -> None:
     given = GivenSupervisor()
     drain(given)
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, lambda: None))
+    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, lambda: None))
     late = Mailbox()
     given.tell(SessionStarted(late.ref))
     assert late.next() == EndSession(InterruptReason.SERVER_SHUTDOWN)
@@ -460,24 +489,26 @@ def test_a_supervisor_that_fails_meanwhile_is_succeeded_by_one_that_goes_on(when
 
 
 class Told:
-    """A supervision that keeps what it is told, and says that all are gone."""
+    """A supervision that keeps what it is told, and says that all are gone, or does not."""
 
-    def __init__(self, census: Census | None) -> None:
-        self.drains: list[Drain] = []
+    def __init__(self, census: Census | None, *, are_gone: bool = True) -> None:
+        self.messages: list[Drain | ShutDown] = []
         self._census = census
+        self._are_gone = are_gone
 
     def census(self) -> Census | None:
         return self._census
 
     def tell(self, message: object) -> None:
-        assert isinstance(message, Drain)
-        self.drains.append(message)
-        message.done()
+        assert isinstance(message, Drain | ShutDown)
+        self.messages.append(message)
+        if self._are_gone:
+            message.done()
 
 
 @pytest.mark.parametrize(
     ("sessions", "limit", "spread"),
-    [(0, 30, 0), (10, 30, 0.1), (1000, 30, 10), (1_000_000, 30, 15), (1_000_000, 0.5, 0.25)],
+    [(0, 30, 0), (10, 30, 0.1), (1000, 30, 10), (1_000_000, 30, 12.5), (1_000_000, 0.5, 0.125)],
 )
 def test_the_spread_grows_with_the_clients_and_stays_well_within_the_limit(
     sessions: int, limit: float, spread: float
@@ -485,8 +516,87 @@ def test_the_spread_grows_with_the_clients_and_stays_well_within_the_limit(
     gateway = Gateway(Settings(drain_timeout=limit))
     gateway.supervision = told = Told(Census(sessions, 0, 0))  # type: ignore[assignment]
     gateway.drain()
-    assert [one.spread_seconds for one in told.drains] == [spread]
+    assert [one.spread_seconds for one in told.messages] == [spread]
     assert gateway.metrics.registry.get_sample_value("bargein_drain_timeouts_total") == 0
+
+
+class Clock:
+    """A clock that stands still but for what is waited for, in vain, and the waits."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        self.waits: list[float] = []
+        monkeypatch.setattr("run.time", self)
+        monkeypatch.setattr("run.gevent.event.Event", lambda: self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def set(self) -> None:
+        raise AssertionError("nobody is gone")
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(round(seconds, 6))
+        self.now += seconds
+        return False
+
+
+class Deaf:
+    """A server whose clients neither read nor go."""
+
+    connections = 1
+
+    def __init__(self, clock: Clock) -> None:
+        self.wait_until_empty = clock.wait
+
+    def stop_listening(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("limit", "drain", "end", "spread"),
+    [
+        (30, 25, 4.5, 2.25),
+        (4, 2, 1.5, 0.75),
+        (2, 1, 0.7, 0.35),
+        (0, None, 1.5, 0),  # nothing is drained, and all are told at once
+    ],
+)
+def test_all_of_it_is_over_within_the_limit_whatever_clients_do(
+    monkeypatch: pytest.MonkeyPatch,
+    limit: float,
+    drain: float | None,
+    end: float,
+    spread: float,
+) -> None:
+    """Some of the limit is left for those who are, and some of that for the process's own end."""
+    clock = Clock(monkeypatch)
+    gateway = Gateway(Settings(drain_timeout=limit))
+    gateway.supervision = told = Told(  # type: ignore[assignment]
+        Census(1_000_000, 1, 1), are_gone=False
+    )
+    gateway.server = Deaf(clock)  # type: ignore[assignment]
+    gateway._is_up = True
+    gateway.drain()
+    gateway.stop()
+    assert clock.waits == [*([] if drain is None else [drain]), end, 0]
+    assert clock.now - 1000 < (limit or 2)
+    shut_down = told.messages[-1]
+    assert isinstance(shut_down, ShutDown)
+    assert shut_down.spread_seconds == pytest.approx(spread)
+
+
+def test_who_lingers_after_a_short_drain_is_not_waited_for_up_to_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = Clock(monkeypatch)
+    gateway = Gateway(Settings(drain_timeout=FAR))
+    gateway.supervision = Told(Census(0, 0, 0), are_gone=False)  # type: ignore[assignment]
+    gateway.server = Deaf(clock)  # type: ignore[assignment]
+    gateway._is_up = True
+    gateway._ends_at = clock.now + FAR
+    gateway.stop()
+    assert clock.now - 1000 == pytest.approx(4.5)
 
 
 class Draining:
@@ -578,7 +688,7 @@ def test_it_answers_other_questions_meanwhile(
     assert health(gateway.server.port)["status"] == "ok"
     assert health(gateway.server.port)["requests"] == 1
     assert get(gateway.server.port, "/livez") == (200, "ok\n")
-    assert get(gateway.server.port, "/readyz") == (503, "not ready\n")
+    assert get(gateway.server.port, "/readyz") == (503, "not ready: draining\n")
     assert not draining.is_over
     provider.release(key)
     assert client.wait_terminal(request_id).payload["outcome"] == "COMPLETED"
@@ -606,7 +716,7 @@ def test_when_the_limit_passes_that_is_counted_and_logged(
     events = {log["event"]: log for log in logs if log["component"] == "SYS"}
     assert (events["Draining"]["sessions"], events["Draining"]["requests"]) == (1, 1)
     assert events["Drain timed out"]["log_level"] == "warning"
-    assert events["Drain timed out"]["seconds"] == 0.05
+    assert events["Drain timed out"]["seconds"] == 0.025
     assert gateway.metrics.registry.get_sample_value("bargein_drain_timeouts_total") == 1
     stopping = gevent.spawn(gateway.stop)
     terminal = client.wait_terminal(request_id)
@@ -668,7 +778,7 @@ def test_under_load_half_finishes_and_the_rest_is_interrupted_within_the_limit(
             assert shutdown.msg_type == "SHUTDOWN"
         busy = clients[0].request(hanging)
         assert clients[0].wait_terminal(busy).payload["error_code"] == "SERVER_BUSY"
-        assert time.monotonic() - began < limit, "this machine is too slow for this test"
+        assert time.monotonic() - began < limit / 2, "this machine is too slow for this test"
         provider.release(key)
         for client, request_id in list(zip(clients, ids, strict=True))[1::2]:
             assert client.wait_terminal(request_id).payload["outcome"] == "COMPLETED"
@@ -678,18 +788,57 @@ def test_under_load_half_finishes_and_the_rest_is_interrupted_within_the_limit(
             terminal = client.wait_terminal(request_id)
             assert terminal.payload["outcome"] == "INTERRUPTED"
             assert terminal.payload["interrupt_reason"] == "SERVER_SHUTDOWN"
-            assert terminal.at - began >= limit
+            assert terminal.at - began >= limit / 2
             assert client.wait_closed() == 1012
         for client in clients:
             assert client.frames[-1].msg_type == "SHUTDOWN"
             assert client.frames[-1].payload["reason"] == "SERVER_SHUTDOWN"
         assert daemon.wait() == 0
-        assert time.monotonic() - began < limit + 3
+        assert time.monotonic() - began < limit
         assert "Drain timed out" in daemon.log
         assert "Traceback" not in daemon.log
     assert len(provider.posts(hanging)) == len(clients) // 2
     for post in provider.posts(hanging):
         provider.wait_closed(post.conn)
+
+
+def test_clients_that_do_not_read_hold_up_nothing(provider: ProviderProcess) -> None:
+    limit = 3.0
+    script = provider.fresh(scripts.flood("x" * 1000))
+    arguments = (*provider_arguments(provider), "--drain-timeout", str(limit))
+    with Daemon(*arguments) as daemon, contextlib.ExitStack() as stack:
+        deaf = [stack.enter_context(Client(daemon.port, receive_buffer=4096)) for _ in range(5)]
+        for client in deaf:
+            client.wait_text(client.request(script))
+        began = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        # It was over within the limit when it was measured, on a quiet machine. This tells it from
+        # the 10 s that such clients are given at other times.
+        assert time.monotonic() - began < limit + 2
+        assert "Drain timed out" in daemon.log
+        assert "Sessions did not end in time" not in daemon.log
+    for post in provider.posts(script):
+        provider.wait_closed(post.conn)
+
+
+def test_who_is_left_at_the_limit_is_told_one_after_another(provider: ProviderProcess) -> None:
+    """100 a second, on the average."""
+    script = provider.fresh(scripts.idle_mid_stream(["Once"]))
+    arguments = (*provider_arguments(provider), "--drain-timeout", "2")
+    with Daemon(*arguments) as daemon, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(daemon.port)) for _ in range(40)]
+        for client in clients:
+            client.wait_text(client.request(script))
+        daemon.signal(signal.SIGTERM)
+        pool = gevent.pool.Pool()
+        assert pool.map(lambda client: client.wait_closed(), clients) == [1012] * 40
+        assert daemon.wait() == 0
+    goodbyes = sorted(client.frames[-1].at for client in clients)
+    terminals = [client.frames[-2].payload["interrupt_reason"] for client in clients]
+    assert terminals == ["SERVER_SHUTDOWN"] * 40
+    assert {client.frames[-1].msg_type for client in clients} == {"SHUTDOWN"}
+    assert goodbyes[-1] - goodbyes[0] > 0.2, "all at once, or nearly"
 
 
 def test_with_nothing_live_it_does_not_wait_for_the_limit(provider: ProviderProcess) -> None:

@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from actors.greenlet import ActorFailedError, GreenletActor, Timer, tell
+from llm.lanes import lanes
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 
@@ -131,10 +132,12 @@ def test_an_actor_that_fails_is_logged_with_where_it_failed_and_whose_it_was(
 
     monkeypatch.setattr(Probe, "describe", describe)
     error = ValueError("broken")
+    lanes().wait_turn()  # lines are written later, those of the tests before, too
     with capture_logs() as lines:
         running = Running()
         tell(running.ref, error)
         assert [running.next(), running.next()] == ["opened", ("closed", error)]
+        lanes().wait_turn()
     (line,) = lines
     assert line["event"] == "Actor failed"
     assert line["exc_info"] is error

@@ -40,10 +40,10 @@ class Ops:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry)
-        self.is_ready = True
+        self.unready: str | None = None
         self.health: Callable[[], dict[str, object]] = lambda: {"status": "ok", "sessions": 2}
         self.server = OpsServer(
-            "127.0.0.1", 0, self.registry, lambda: self.health(), lambda: self.is_ready
+            "127.0.0.1", 0, self.registry, lambda: self.health(), lambda: self.unready
         )
         self.server.start()
         self.port = self.server.port
@@ -108,7 +108,7 @@ def test_zipped_it_is_the_same(served: Ops, headers: dict[str, str]) -> None:
 
 def test_it_says_where_it_is(served: Ops) -> None:
     assert served.server.url == f"http://127.0.0.1:{served.port}/metrics"
-    on_ipv6 = OpsServer("::1", 0, served.registry, dict, lambda: True)
+    on_ipv6 = OpsServer("::1", 0, served.registry, dict, lambda: None)
     on_ipv6.start()
     assert on_ipv6.url == f"http://[::1]:{on_ipv6.port}/metrics"
     on_ipv6.stop()
@@ -177,8 +177,9 @@ def test_health_is_what_the_gateway_says(served: Ops) -> None:
 
 def test_ready_is_told_apart_from_alive(served: Ops) -> None:
     assert served.ask("/readyz")[0].status == 200
-    served.is_ready = False
-    assert served.ask("/readyz")[0].status == 503
+    served.unready = "draining"
+    response, body = served.ask("/readyz")
+    assert (response.status, body) == (503, b"not ready: draining\n")
     assert served.ask("/livez")[0].status == 200
 
 
@@ -274,7 +275,7 @@ def test_idle_connections_do_not_hold_the_port_shut(
 
 
 def test_a_port_that_is_taken_is_an_error(served: Ops) -> None:
-    second = OpsServer("127.0.0.1", served.port, served.registry, dict, lambda: True)
+    second = OpsServer("127.0.0.1", served.port, served.registry, dict, lambda: None)
     with pytest.raises(OSError, match="in use"):
         second.start()
     second.stop()  # which whoever starts it does, whatever came of it

@@ -494,6 +494,18 @@ def test_a_terminal_frame_that_waits_is_not_done(pair: Pair) -> None:
 # Bounds ------------------------------------------------------------------------------------------
 
 
+def test_without_a_bound_no_reader_waits(make_pair: Callable[..., Pair]) -> None:
+    pair = make_pair(max_bytes=0)
+    outlet = pair.outlet()
+    pair.fill_kernel()
+    for _ in range(200):
+        outlet.put("x" * MAX_FRAME_CHARS)  # would block for ever
+        turn()
+    assert pair.outbox.queued_bytes > 200 * MAX_FRAME_CHARS
+    outlet.shut()
+    assert pair.outbox.queued_bytes == 0
+
+
 def test_a_reader_waits_beyond_the_bound_and_goes_on_when_half_of_it_is_free(
     make_pair: Callable[..., Pair],
 ) -> None:

@@ -19,6 +19,7 @@ from actors.greenlet import tell
 from actors.picture import keep_in_picture, log_picture, picture
 from actors.request import RequestActor
 from gateway.protocol import Request, RequestContent
+from llm.lanes import lanes
 from tests.fakes import LIMIT, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
@@ -273,6 +274,7 @@ def test_others_have_a_turn_while_greenlets_are_looked_at() -> None:
 def test_others_have_a_turn_while_lines_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [("Session state", {"number": number}) for number in range(2000)]
     monkeypatch.setattr("actors.picture.picture", lambda: iter(lines))
+    lanes().wait_turn()  # lines of the tests before are written later
     with Others() as others, capture_logs() as logs:
         before = len(others.turns)
         log_picture()

@@ -207,6 +207,7 @@ def test_what_needs_a_restart_is_named_and_the_rest_is_taken_up(stand: Stand) ->
         assert restart["event"] == "Settings need a restart"
         assert restart["level"] == "warning"
         assert restart["settings"] == ["llm_breaker_failures", "session_timeout"]
+        assert restart["reason"] == "a running gateway takes up only its providers"
         assert reloaded["event"] == "Reloaded"
     assert stand.complete() == NEW
     stand.write(session_timeout=3600, llm_breaker_failures=5)
@@ -272,10 +273,24 @@ def test_the_demo_provider_takes_another_role_but_no_other_takes_its_place(
             config.write_text(f"llm_url = '{provider.base_url}'\nllm_model = 'm'")
             daemon.signal(signal.SIGHUP)
             wait_until(lambda: "need a restart" in daemon.log, "it says that it cannot")
+            line = json.loads(daemon.log.splitlines()[-1])
+            assert line["settings"] == ["llm_url", "llm_model"]
+            assert line["reason"].startswith("llm_url is new, and the demo provider")
             answer = client.request("Still here")
             client.wait_terminal(answer)
             assert "Still here" in client.text_of(answer)
         assert daemon.log.count("Reloaded") == 1
+
+
+def test_nor_does_it_take_the_place_of_another(stand: Stand) -> None:
+    stand.key_file.write_text(NEW)
+    stand.settings = {}
+    stand.write()
+    [line] = stand.hang_up()
+    assert line["event"] == "Settings need a restart"
+    assert "llm_url" in line["settings"]
+    assert line["reason"].startswith("llm_url is gone, and the demo provider")
+    assert stand.complete() == OLD
 
 
 def test_while_it_drains_it_reloads_nothing(stand: Stand) -> None:

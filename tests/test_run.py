@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.fakes import LIMIT
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon, run_to_the_end
+from tests.harness.process import ROOT, environment
 from tests.harness.provider_process import ProviderProcess
+from tests.test_prometheus import free_port
 
 KEY = "sk-0123456789abcdef-never-shown"
 
@@ -228,7 +236,7 @@ def test_every_fault_has_a_line_of_its_own() -> None:
         ["--llm-idle-timeout", "nan"],
         ["--llm-idle-timeout", "-1"],
         ["--stale-after", "inf"],
-        ["--outbox-bytes", "0"],
+        ["--outbox-bytes", "-1"],
         ["--log-level", "loud"],
         ["--on-new-request", "perhaps"],
         ["--no-such-flag"],
@@ -250,27 +258,56 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str)
     assert "sk-" not in line.replace("OPENAI_API_KEY", "")
 
 
-@pytest.mark.parametrize("of_ops", [False, True])
-def test_a_host_without_an_address_is_said_in_words(of_ops: bool) -> None:
-    name = "nohost.invalid"
-    more = ["--ops-host", name, "--ops-port", "9"] if of_ops else ["--host", name]
-    done = run_to_the_end("--port", "0", "--insecure-no-auth", *more)
-    assert done.returncode == 1
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: cannot listen on ")
-    assert "Unknown error" not in line
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        yield sock.getsockname()[1]
 
 
-def test_a_port_that_is_taken_is_said_in_one_line() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        done = run_to_the_end("--port", str(port))
+def as_nobody(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command line without any privileges."""
+    launcher = """
+import os, sys
+import run  # before it may not be read any more
+if os.getuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+sys.exit(run.main(sys.argv[1:]))
+"""
+    return run_to_the_end(*arguments, launcher=launcher)
+
+
+@pytest.mark.parametrize("which", ["gateway", "ops", "demo-llm"])
+@pytest.mark.parametrize("fault", ["taken", "address", "name", "privileged"])
+def test_where_it_cannot_listen_it_says_so_in_one_line(fault: str, which: str, taken: int) -> None:
+    host, port, words = {
+        "taken": ("127.0.0.1", taken, "Address already in use"),
+        "address": ("192.0.2.7", 9, "Cannot assign requested address"),  # RFC 5737: nobody's
+        "name": ("nohost.invalid", 9, r"[A-Z][a-z ]+"),  # RFC 6761: so, too; resolvers differ
+        "privileged": ("127.0.0.1", 81, "Permission denied"),
+    }[fault]
+    match which:
+        case "gateway":
+            arguments = ["--insecure-no-auth", "--host", host, "--port", str(port)]
+        case "ops":
+            arguments = ["--port", "0", "--ops-host", host, "--ops-port", str(port)]
+        case _:
+            arguments = [which, "--host", host, "--port", str(port)]
+    if fault == "privileged":
+        first_free = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+        if not first_free.exists() or int(first_free.read_text()) <= port:
+            pytest.skip("no port is privileged here")
+        done = as_nobody(*arguments)
+    else:
+        done = run_to_the_end(*arguments)
     assert done.returncode == 1
+    for_metrics = " for metrics (--ops-port)" if which == "ops" else ""
     (line,) = done.stderr.splitlines()
-    assert f"127.0.0.1:{port}" in line
-    assert "in use" in line
+    where = re.escape(f"{host}:{port}{for_metrics}")
+    assert re.fullmatch(f"error: cannot listen on {where}: {words}", line)
     assert done.stdout == ""
 
 
@@ -340,6 +377,81 @@ def test_while_it_stops_it_takes_no_new_connections(provider: ProviderProcess) -
 
 
 # The log -----------------------------------------------------------------------------------------
+
+
+def test_the_log_says_when_it_started_and_stopped_and_what_was_in_between(
+    provider: ProviderProcess,
+) -> None:
+    script = provider.fresh(scripts.answer(["Hello"]))
+    ops_port = free_port()
+    arguments = [*provider_arguments(provider), "--ops-port", str(ops_port)]
+    fallback = ["--llm-fallback-url", f"{provider.base_url}?key={KEY}", "--llm-fallback-model", "b"]
+    env = {"OPENAI_API_KEY": KEY}
+    with Daemon(*arguments, *fallback, env=env) as daemon:
+        for _ in range(2):
+            with Client(daemon.port) as client:
+                for _ in range(3):
+                    client.wait_terminal(client.request(script))
+                client.close()
+        wait_until(lambda: daemon.log.count("Session ended") == 2, "both are gone")
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert KEY not in daemon.log
+        lines = [json.loads(line) for line in daemon.log.splitlines()]
+    started, stopping, stopped = lines[0], lines[-3], lines[-1]
+    for line in (started, stopping, stopped):
+        assert (line.pop("component"), line.pop("level")) == ("SYS", "info")
+        line.pop("timestamp")
+    where = provider.base_url.split("/")[2]
+    assert re.fullmatch(r"\S.*", started.pop("version"))
+    assert started == {
+        "event": "Started",
+        "host": "127.0.0.1",
+        "port": daemon.port,
+        "provider": where,
+        "model": "test",
+        "is_demo": False,
+        "fallback": where,
+        "metrics": f"http://127.0.0.1:{ops_port}/metrics",
+    }
+    assert stopping == {"event": "Stopping", "signal": "SIGTERM"}
+    assert 0 < stopped.pop("uptime_seconds") < 60
+    assert stopped == {"event": "Stopped", "exit_code": 0, "sessions": 2, "requests": 6}
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+@pytest.mark.parametrize("is_log_elsewhere", [False, True])
+def test_on_a_terminal_what_was_printed_is_not_said_again_by_the_log(
+    tmp_path: Path, is_log_elsewhere: bool
+) -> None:
+    ours, terminal = os.openpty()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, ours)
+        log = stack.enter_context((tmp_path / "log").open("wb"))
+        process = subprocess.Popen(
+            [sys.executable, "run.py", "--port", "0"],
+            cwd=ROOT,
+            env=environment(),
+            stdout=terminal,
+            stderr=log if is_log_elsewhere else terminal,
+        )
+        stack.callback(process.wait)
+        stack.callback(process.kill)
+        os.close(terminal)
+        shown = ""
+        while "provider " not in shown:
+            assert select.select([ours], [], [], LIMIT)[0], shown
+            shown += os.read(ours, 4096).decode()
+        process.terminate()
+        while ("stopping" if is_log_elsewhere else "Stopped") not in shown:
+            assert select.select([ours], [], [], LIMIT)[0], shown
+            shown += os.read(ours, 4096).decode()
+        assert process.wait(LIMIT) == 0
+    lines = (tmp_path / "log").read_text() if is_log_elsewhere else shown
+    assert "listening on ws://" in shown
+    assert "stopping (SIGTERM" in shown
+    assert ("Started" in lines) is ("Stopping" in lines) is is_log_elsewhere
+    assert "Stopped" in lines  # nothing else says what there was in between
 
 
 def test_the_log_says_why_a_session_ended_and_why_a_stream_was_cancelled(

@@ -33,6 +33,7 @@ from actors.messages import (
     StopOverdue,
     SupervisorMessage,
 )
+from actors.places import Places
 from actors.request import RequestActor
 from actors.session import SessionActor, SessionHandle, SessionSettings
 from gateway.protocol import (
@@ -221,9 +222,13 @@ class Given:
         *,
         tell_supervisor: Callable[[SupervisorMessage], None] | None = None,
         takes_requests: bool = True,
+        sessions: Places | None = None,
+        requests: Places | None = None,
         **settings: Any,
     ) -> None:
         self.source = source or FakeSource()
+        self.sessions = Places() if sessions is None else sessions
+        self.requests = Places() if requests is None else requests
         self.outbox = FakeOutbox()
         self.metrics = Metrics(CollectorRegistry())
         self.supervisor_mail: list[SupervisorMessage] = []
@@ -235,6 +240,8 @@ class Given:
             health=lambda: HealthStatus("UP", 1, 0.0),
             settings=SessionSettings(**settings),
             metrics=self.metrics,
+            place=self.sessions.place(),
+            requests=self.requests,
             takes_requests=takes_requests,
         )
         self.session_id: str | None = None
@@ -282,7 +289,7 @@ class Given:
         return self.metrics.registry.get_sample_value(f"bargein_{name}", labels) or 0.0
 
     def assert_nothing_counted_as_live(self) -> None:
-        assert self.sample("sessions_active") == 0
+        assert self.sample("sessions_active") == self.sessions.taken == self.requests.taken == 0
         for state in ("connecting", "waiting", "streaming"):
             assert self.sample("requests_active", state=state) == 0
 
@@ -1042,7 +1049,7 @@ def test_a_session_that_never_registered_ends_without_being_counted() -> None:
 def test_telling_a_session_that_has_ended_is_no_error(given: Given) -> None:
     given.tell(ConnectionLost("gone"))
     assert given.ref.actor_stopped.wait(LIMIT)
-    handle = SessionHandle(given.ref)
+    handle = SessionHandle(given.ref, Places().place())
     handle.connection_lost("gone")
     handle.bad_frame(FrameError(ErrorCode.MALFORMED_PAYLOAD, "?"))
     handle.frame(ClientFrame(None, HealthCheck()), 0.0)

@@ -112,6 +112,7 @@ class Given:
         with capture_logs() as logs:
             self.tell(Reap(now))
             self.census()
+            lanes().wait_turn()  # lines are written later
         return [dict(log) for log in logs if log["event"] == "Cleaned up old request"]
 
     def fail(self) -> None:
@@ -334,7 +335,7 @@ def test_shutting_down_ends_every_session_and_is_done_when_the_last_stream_is_cl
     given.tell(SessionStarted(other.ref))
     entry = Entry(given, "req_1", accepted_at=0)
     done: list[str] = []
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, lambda: done.append("done")))
+    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, lambda: done.append("done")))
     for session in (given.session, other):
         assert session.next() == EndSession(InterruptReason.SERVER_SHUTDOWN)
     for message in (
@@ -354,14 +355,14 @@ def test_shutting_down_where_nothing_is_alive_is_done_at_once() -> None:
     given = Given()
     given.tell(SessionEnded(given.session.ref.actor_urn))
     done = gevent.event.Event()
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, done.set))
+    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, done.set))
     assert done.wait(LIMIT)
 
 
 def test_a_session_that_comes_during_the_shutdown_is_ended_too() -> None:
     given = Given()
     done = gevent.event.Event()
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, done.set))
+    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, done.set))
     late = Mailbox()
     given.tell(SessionStarted(late.ref))
     assert late.next() == EndSession(InterruptReason.SERVER_SHUTDOWN)
@@ -514,7 +515,7 @@ def test_a_supervisor_that_is_stopped_is_not_started_again() -> None:
 def test_a_shutdown_survives_the_failure_of_the_supervisor(when: str) -> None:
     given = Given()
     done = gevent.event.Event()
-    shut_down = ShutDown(InterruptReason.SERVER_SHUTDOWN, done.set)
+    shut_down = ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, done.set)
     failing = given.supervision.ref
     if when == "before":  # the order is lost with the mailbox of the one who fails
         tell(failing, NONSENSE)
