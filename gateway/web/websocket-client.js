@@ -513,15 +513,16 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
-   * Say what a function of the model's returned. With `continueWith` the model goes on, as a request
-   * of its own, once every call of that answer has its result.
+   * Say what a function of the model's returned, while other calls of that answer wait for theirs.
    *
    * @param {string} callId
    * @param {unknown} result any JSON.
    * @returns {void}
+   * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
    */
   sendFunctionResult(callId, result) {
-    if (this.isReady) this._send("FUNCTION_RESULT", { call_id: callId, result });
+    if (!this.isReady) throw this.notConnected();
+    this._send("FUNCTION_RESULT", { call_id: callId, result });
   }
 
   /**
@@ -593,16 +594,13 @@ export class WebSocketClient extends Emitter {
     if (signal?.aborted) {
       live.reject(signal.reason);
     } else if (!this.isReady) {
-      const detail = this.state.name;
-      const message = "not connected";
-      live.reject(
-        new RequestError(requestId, { code: "NOT_CONNECTED", message, detail, retryable: true }),
-      );
+      live.reject(this.notConnected(requestId));
     } else {
       this._live.set(requestId, live);
       if (signal) {
         const abort = () => {
           live.reject(signal.reason);
+          live.handlers = {}; // whoever was told that it is over hears no more of it
           void this.sendInterrupt(requestId, "USER_STOP");
         };
         signal.addEventListener("abort", abort);
@@ -611,6 +609,16 @@ export class WebSocketClient extends Emitter {
       this._send(msgType, { request_id: requestId, ...payload });
     }
     return { requestId, promise: live.promise };
+  }
+
+  /**
+   * @param {string} [requestId]
+   * @returns {RequestError} what a request gets that cannot be sent.
+   */
+  notConnected(requestId = "") {
+    const detail = this.state.name;
+    const message = "not connected";
+    return new RequestError(requestId, { code: "NOT_CONNECTED", message, detail, retryable: true });
   }
 
   // Frames.

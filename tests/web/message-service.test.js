@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { countCodePoints } from "../../gateway/web/message-service.js";
-import { RequestError } from "../../gateway/web/websocket-client.js";
-import { makeTalk, settled } from "./fakes.js";
+import { ACK_TIMEOUT_MS, RequestError } from "../../gateway/web/websocket-client.js";
+import { collectFaults, makeTalk, settled } from "./fakes.js";
 
 test("it has a state, a request and a message, which are never mixed up", async () => {
   const { service, socket, names } = makeTalk();
@@ -103,6 +103,47 @@ test("a reply that completed while the user pressed stop is complete", async () 
   const message = await sent.promise;
   assert.deepEqual([message.state, message.text, message.interruptReason], ["complete", "almost done", null]);
   assert.deepEqual(names(), ["started", "text", "interrupted", "text", "completed"]);
+});
+
+test("an ack that says nothing of an answer does not stop what has ended by itself", async () => {
+  for (const end of [
+    (socket, id) => socket.end(id),
+    (socket, id) => socket.error("INTERNAL_ERROR", { request_id: id }),
+  ]) {
+    for (const judge of [
+      ({ socket }, id) => socket.ack(id, "STOPPED", { results: undefined }), // another server's
+      ({ time }) => time.pass(ACK_TIMEOUT_MS),
+      ({ socket }) => socket.lose(1006),
+    ]) {
+      const stand = makeTalk();
+      const { names, service, socket } = stand;
+      const sent = service.sendTextMessage("a");
+      const interrupt = service.interruptCurrentRequest();
+      end(socket, sent.requestId);
+      judge(stand, sent.requestId);
+      const message = await sent.promise;
+      await interrupt;
+      assert.ok(["complete", "failed"].includes(message.state), message.state);
+      assert.deepEqual(names().slice(1), ["interrupted", message.state === "complete" ? "completed" : "failed"]);
+    }
+  }
+});
+
+test("a page whose parts fail sends its interrupt all the same", async (context) => {
+  const faults = collectFaults(context);
+  const { audio, service, socket } = makeTalk({
+    rendered: () => {
+      throw new Error("count");
+    },
+  });
+  const { requestId } = service.sendTextMessage("a");
+  audio.stopAllPlayback = () => {
+    throw new Error("silence");
+  };
+  service.interruptCurrentRequest();
+  assert.deepEqual(socket.sentOf("INTERRUPT"), [{ interrupt_request_id: requestId, reason: "USER_STOP" }]);
+  await settled();
+  assert.deepEqual(faults, ["silence", "count"]);
 });
 
 test("a late verdict does not touch the message that runs", async () => {
