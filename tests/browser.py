@@ -237,6 +237,11 @@ class Page:
         assert self.driver.save_screenshot(str(path))
         return path
 
+    def picture_of(self, selector: str) -> bytes:
+        """What an element looks like, as a PNG."""
+        picture: bytes = self.driver.find_element(By.CSS_SELECTOR, selector).screenshot_as_png
+        return picture
+
     # What goes over the wire.
 
     def sent(self, msg_type: str | None = None) -> list[dict[str, Any]]:

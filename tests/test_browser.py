@@ -173,6 +173,29 @@ def test_what_is_said_to_have_been_delivered_is_what_the_screen_shows(
     assert interrupt["payload"]["delivered_text_chars"] == len(it["text"])
 
 
+def test_what_had_come_and_was_not_drawn_is_not_said_to_have_been_delivered(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    # Both in one turn: no frame of the screen is drawn between them.
+    page.js(
+        """
+        const [request_id] = arguments;
+        const content = { text: "NEVER SEEN" };
+        probe.inject("RESPONSE", { request_id, text_stream_seq: 900, content });
+        document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+        """,
+        request_id,
+    )
+    it = page.wait_answer(INTERRUPTED)
+    assert it["text"]
+    assert "NEVER SEEN" not in it["text"]
+    [interrupt] = page.sent("INTERRUPT")
+    assert interrupt["payload"]["delivered_text_chars"] == len(it["text"])
+
+
 @pytest.mark.parametrize(
     ("language", "words"),
     [("en-GB", "no request in progress"), ("zh-CN", "没有正在进行的请求")],
@@ -527,6 +550,25 @@ def test_ask_again_asks_the_same_question(page: CheckedPage, playing: Playing) -
     assert page.answer(0)["retry"] == ""
 
 
+def test_ask_again_while_another_answer_streams_interrupts_that_one_now(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("story:30"))
+    page.ask("stop")
+    request_id = page.wait_answer("it.requestId")["requestId"]
+    error = {"request_id": request_id, "error_code": "SERVER_BUSY", "retryable": True}
+    page.js("probe.inject('ERROR', arguments[0])", error)
+    page.wait_state("failed")
+    page.ask("Please tell me a very long story")
+    page.wait_text(60)
+    page.click(".retry")
+    it = page.wait_answer("it.state === 'interrupted' && it.lastPaintMs", 1)
+    # From the click on "Ask again", not from the question, which is about a second ago.
+    asked, clicked = page.js("return probe.acts.slice(-2).map(({ at }) => at)")
+    assert float(it["lastPaintMs"]) < (clicked - asked) / 2
+    assert page.wait_state("complete", 2)["text"] == stop_answer("stop")
+
+
 def test_an_answer_without_any_text_is_said_to_be_empty(
     page: CheckedPage, playing: Playing
 ) -> None:
@@ -784,6 +826,37 @@ def test_escape_closes_the_settings_and_the_answer_goes_on(
     assert page.js("return document.activeElement.id") == "input"
 
 
+def test_the_settings_open_at_their_beginning_with_the_focus_there(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.be_phone(412, 500)
+    page.open(long_story.port)
+    for _ in range(2):
+        page.click("#open-settings")
+        assert page.js("return document.activeElement.id") == "settings-title"
+        assert page.js("return document.querySelector('#settings .fields').scrollTop") == 0
+        page.js("document.querySelector('#settings .fields').scrollTop = 200")
+        page.type(Keys.ESCAPE)
+        page.wait("!document.getElementById('settings').open", "the settings are closed")
+
+
+def test_settings_that_are_saved_while_the_page_registers_are_in_effect(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    # The old ones are on their way, and not yet confirmed.
+    page.js("probe.holds = () => true; bargein.client.close()")
+    page.js("bargein.client.connect().catch(() => undefined)")
+    page.wait("probe.heldOf('REGISTER_ACK')", "the registration is on its way")
+    page.click("#open-settings")
+    page.write("#setting-role", "A keeper of lamps")
+    page.js("probe.held.length = 0; probe.release();")
+    page.click("#save-settings")
+    page.wait_connection("ready")
+    role = page.sent("REGISTER")[-1]["payload"]["system_prompt"]
+    assert role == {"role_description": "A keeper of lamps"}
+
+
 @pytest.mark.parametrize(
     ("preferred", "lang", "send", "connected"),
     [
@@ -900,6 +973,29 @@ def test_a_screen_reader_hears_sentences_and_that_it_was_stopped(
     page.wait_answer(INTERRUPTED)
     assert page.js(region) == ["Stopped"]
     assert not page.answer()["isBusy"]
+    page.type(Keys.ESCAPE)
+    assert page.js(region) == ["Stopped", "no request in progress"]
+
+
+def test_an_old_answer_that_ends_late_does_not_cut_the_sentence_that_is_read(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("story:200"))
+    page.js("probe.holds = ({ payload }) => payload.text_stream_seq >= 1")
+    page.ask("stop")
+    page.wait_answer("it.text")
+    page.wait("probe.heldOf('end') === 1", "the rest is on its way")
+    page.ask("Tell me a story")
+    page.wait("probe.heldOf('INTERRUPT_ACK')", "the verdict is on its way")
+    request_id = page.answer()["requestId"]
+    half = {"request_id": request_id, "text_stream_seq": 0, "content": {"text": "Half a "}}
+    page.js("probe.inject('RESPONSE', arguments[0])", half)
+    page.js("probe.releaseUpTo('INTERRUPT_ACK')")
+    page.wait_state("complete", 0)
+    assert page.js("return probe.announced") == []
+    page.js("probe.release()")
+    page.wait("probe.announced.some((one) => /^Half a .+[.]$/.test(one))", "the whole sentence")
+    page.type(Keys.ESCAPE)
 
 
 def test_the_scroll_follows_the_text_until_the_user_looks_back(
@@ -921,6 +1017,11 @@ def test_the_scroll_follows_the_text_until_the_user_looks_back(
     page.wait_text(len(page.answer()["text"]) + 100)
     assert page.js(at_end)
     page.type(Keys.ESCAPE)
+    page.wait_answer(INTERRUPTED)
+    page.js("document.getElementById('scroller').scrollTop = 0")
+    page.wait("!document.getElementById('to-bottom').hidden", "it is shown without new text, too")
+    page.be_phone(1100, 4000)
+    page.wait("document.getElementById('to-bottom').hidden", "all of it is in sight")
 
 
 # Sound ----------------------------------------------------------------------------------------
@@ -1151,6 +1252,21 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_touched(
     page.js("document.querySelector('#settings details').open = true")
     assert page.js(too_wide) == []
     assert page.js(too_small) == []
+
+
+def test_with_colours_of_the_users_own_a_switch_that_is_on_looks_on(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    features = [{"name": "forced-colors", "value": "active"}]
+    page.cdp("Emulation.setEmulatedMedia", features=features)
+    page.open(long_story.port)
+    page.click("#open-settings")
+    pictures = []
+    for _ in ("on", "off"):
+        page.click("#setting-speech")
+        page.js("document.activeElement.blur()")
+        pictures.append(page.picture_of("#setting-speech"))
+    assert pictures[0] != pictures[1]
 
 
 @pytest.fixture(scope="session")
