@@ -1028,24 +1028,27 @@ def test_the_scroll_follows_the_text_until_the_user_looks_back(
 
 SOUND = """
     const { AudioService } = await import(`${location.origin}/audio-service.js`);
+    /** 440 Hz in pieces of 50 ms, 16 kHz 16-bit mono. */
+    const pcm = (piece) => Int16Array.from({ length: 800 }, (_, index) =>
+        16000 * Math.sin((2 * Math.PI * 440 * (800 * piece + index)) / 16000),
+    );
+    const play = (pieces) => {
+        for (let piece = 0; piece < pieces; piece += 1) audio.play(pcm(piece));
+    };
+"""
+
+LIVE = (
+    SOUND
+    + """
     const audio = new AudioService();
     await audio.unlock();
     const { context, output } = audio;
-    const analyser = new AnalyserNode(context, { fftSize: 64 });  // 4 ms
+    const analyser = new AnalyserNode(context, { fftSize: 32768 });  // 2 s
     output.connect(analyser);
-    const samples = new Float32Array(analyser.fftSize);
+    const wave = new Float32Array(analyser.fftSize);
     const peak = () => {
-        analyser.getFloatTimeDomainData(samples);
-        return Math.max(...samples.map(Math.abs));
-    };
-    /** 440 Hz in pieces of 50 ms, 16 kHz 16-bit mono. */
-    const play = (pieces) => {
-        for (let piece = 0; piece < pieces; piece += 1) {
-            const pcm = Int16Array.from({ length: 800 }, (_, index) =>
-                16000 * Math.sin((2 * Math.PI * 440 * (800 * piece + index)) / 16000),
-            );
-            audio.play(pcm);
-        }
+        analyser.getFloatTimeDomainData(wave);
+        return Math.max(...wave.slice(-64).map(Math.abs));  // 4 ms
     };
     const turn = () => new Promise((resolve) => {
         const { port1, port2 } = new MessageChannel();
@@ -1057,45 +1060,88 @@ SOUND = """
         while (peak() < 0.3 && performance.now() < end) await turn();
         return peak() >= 0.3;
     };
-    const silentAfter = async () => {
-        const [wall, clock] = [performance.now(), context.currentTime];
-        audio.stopAllPlayback();
-        while (peak() > 0.0001 && performance.now() < wall + 2000) await turn();
-        return [performance.now() - wall, (context.currentTime - clock) * 1000];
-    };
-    const loudestOf = async (ms) => {
-        const end = context.currentTime + ms / 1000;
-        let loudest = 0;
-        while (context.currentTime < end) { loudest = Math.max(loudest, peak()); await turn(); }
-        return loudest;
-    };
 """
+)
 
 
 def test_to_stop_playback_silences_it_within_50_ms_and_forgets_what_was_queued(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
+    # When the sound ended is read from the wave that the analyser has kept, on the clock of the
+    # sound. To look again and again whether it is silent measures how often the page may look: on a
+    # busy machine that is not at all for 100 ms now and then, with the sound long gone.
     page.open(long_story.port)
     rounds: list[dict[str, Any]] = page.js_async(
-        SOUND
+        LIVE
         + """
         const rounds = [];
-        for (let round = 0; round < 5; round += 1) {
+        for (let tries = 0; rounds.length < 10 && tries < 30; tries += 1) {
             play(60);  // 3 s of it
             const wasLoud = await loud(2000);
-            const [wallMs, clockMs] = await silentAfter();
-            rounds.push({ wasLoud, wallMs, clockMs, isPlaying: audio.isPlaying,
-                afterwards: await loudestOf(250) });
+            const stoppedAt = context.currentTime;
+            audio.stopAllPlayback();
+            while (context.currentTime < stoppedAt + 0.25) await turn();
+            analyser.getFloatTimeDomainData(wave);
+            const now = context.currentTime;
+            const last = wave.findLastIndex((sample) => sample !== 0);
+            if (last < 0) continue;  // the page did not run for 2 s, and its end is out of sight
+            const heardUntil = now - (wave.length - 1 - last) / context.sampleRate;
+            rounds.push({
+                wasLoud,
+                isPlaying: audio.isPlaying,
+                ms: (heardUntil - stoppedAt) * 1000,
+                watchedMs: (now - stoppedAt) * 1000,
+            });
         }
         return rounds;
         """
     )
-    assert all(one["wasLoud"] for one in rounds)
+    assert len(rounds) == 10
+    assert all(one["wasLoud"] and one["watchedMs"] >= 250 for one in rounds), rounds
     assert not any(one["isPlaying"] for one in rounds)
-    assert [one["afterwards"] for one in rounds] == [0] * 5
-    # By the median: a machine that is busy elsewhere is late now and then.
-    for clock in ("wallMs", "clockMs"):
-        assert sorted(one[clock] for one in rounds)[2] < 50, rounds
+    assert max(one["ms"] for one in rounds) < 50, rounds
+
+
+def test_to_stop_playback_is_silence_from_the_next_audio_frame_on(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    # Drawn as fast as it goes, and to the sample: no clock has a say in it.
+    page.open(long_story.port)
+    before, after, again = page.js_async(
+        """
+        const context = new OfflineAudioContext(1, 16000, 16000);
+        // It says `suspended` where a real one, that was unlocked, runs.
+        Object.defineProperty(context, "state", { value: "running" });
+        """
+        + SOUND
+        + """
+        const audio = new AudioService({ createContext: () => context });
+        play(10);
+        const frame = 128;
+        void context.suspend((20 * frame) / 16000).then(() => {
+            audio.stopAllPlayback();
+            return context.resume();
+        });
+        void context.suspend((60 * frame) / 16000).then(() => {
+            play(2);
+            return context.resume();
+        });
+        const wave = (await context.startRendering()).getChannelData(0);
+        const loudest = (from, to) => Math.max(...wave.subarray(from, to).map(Math.abs));
+        const lead = 320;
+        const said = [...pcm(0), ...pcm(1)].map((sample) => sample / 32768);
+        const from = 60 * frame + lead;
+        return [
+            loudest(19 * frame, 20 * frame),
+            loudest(20 * frame, from),
+            said.every((sample, index) => Math.abs(wave[from + index] - sample) < 1e-6)
+                && loudest(from + said.length, wave.length) === 0,
+        ];
+        """
+    )
+    assert before > 0.3
+    assert after == 0
+    assert again  # what is played after that is heard whole, and nothing of what was before
 
 
 def test_what_is_played_after_a_stop_is_heard_at_once_and_whole(
@@ -1103,7 +1149,7 @@ def test_what_is_played_after_a_stop_is_heard_at_once_and_whole(
 ) -> None:
     page.open(long_story.port)
     was_loud, heard_seconds, is_playing = page.js_async(
-        SOUND
+        LIVE
         + """
         play(60);
         await loud(2000);
