@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
+import http.server
 import json
 import os
 import re
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.resources import files
@@ -16,6 +20,8 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
+from gateway.pages import WEB
+from gateway.server import ServerSettings
 from llm.stories import answer, stop_answer
 from run import Gateway
 from tests.browser import Page, run_browser
@@ -494,6 +500,57 @@ def test_when_the_server_restarts_the_page_says_so_and_connects_again(
         assert page.notice().startswith("Connected again.")
         page.type(Keys.ENTER)
         assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
+LIBRARY = ("websocket-client", "message-service", "audio-service", "events", "ids", "log")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[str]:
+    """The library without the page, and the README's client, as a server of its own has them."""
+    for name in LIBRARY:
+        shutil.copy(WEB / f"{name}.js", tmp_path)
+    handler = functools.partial(QuietFiles, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        serving.join()
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, without a line for each that is asked for."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_the_readmes_client_works_on_a_page_of_another_origin(
+    page: CheckedPage, playing: Playing, elsewhere: str, tmp_path: Path
+) -> None:
+    page.expected_faults = "favicon.ico"
+    port = playing("story:30", server=ServerSettings(allowed_origins=(elsewhere,)))
+    readme = (WEB / "README.md").read_text(encoding="utf-8")
+    [client] = re.findall(r"```html\n(.*?)```", readme, flags=re.S)
+    assert client.count("127.0.0.1:8000") == 1
+    client = client.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    (tmp_path / "index.html").write_text(f"<!doctype html><meta charset=utf-8>{client}", "utf-8")
+    page.driver.get(f"{elsewhere}/")
+    page.wait("document.getElementById('ask').onsubmit", "it is connected")
+    shown = "[...document.querySelectorAll('#answers pre')].map((answer) => answer.textContent)"
+
+    page.write("#ask input", f"Please tell me a very long story{Keys.ENTER}")
+    page.wait(f"{shown}[0]?.length > 20", "an answer streams")
+    page.write("#ask input", f"stop{Keys.ENTER}")
+    page.wait(f"{shown}[1] === {json.dumps(stop_answer('stop'))}", "the next is whole")
+    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[0])", "the old one has its time")
+    page.write("#ask input", f"Another story, please{Keys.ENTER}")
+    page.wait(f"{shown}[2]?.length > 20", "a third streams")
+    page.click("#stop")
+    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[2])", "the button stops it")
+    reasons = [frame["payload"]["reason"] for frame in page.sent("INTERRUPT")]
+    assert reasons == ["USER_NEW_INPUT", "USER_STOP"]
 
 
 # Faults ---------------------------------------------------------------------------------------
