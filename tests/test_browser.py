@@ -502,6 +502,46 @@ def test_when_the_server_restarts_the_page_says_so_and_connects_again(
         assert page.wait_state("complete")["text"] == stop_answer("stop")
 
 
+def test_while_a_server_drains_the_page_goes_on_asking_for_a_session(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.expected_faults = "WebSocket connection to .* failed"  # while there is no server
+    url = long_story.provider.base_url
+    with ExitStack() as stack:
+        first = stack.enter_context(run_gateway(model=LONG, llm_url=url))
+        page.open(first.port)
+        # Somebody else's answer, for which the server waits.
+        page.js_async(
+            """
+            const { WebSocketClient } = await import(`${location.origin}/websocket-client.js`);
+            const other = new WebSocketClient({
+                url: bargein.client.url,
+                registration: () => ({ auth: { type: "API_KEY", api_key: "other" } }),
+            });
+            await other.connect();
+            await new Promise((onText) => {
+                const { promise } = other.sendTextRequest("A very long story", { onText });
+                promise.catch(() => undefined);
+            });
+            """
+        )
+
+        first.terminate()
+
+        page.wait(
+            "probe.received.some(({ payload }) => payload.error_code === 'SERVER_BUSY')",
+            "it has asked the server that leaves",
+        )
+        page.wait_connection("waiting")
+        assert page.notice() == "The server is restarting. Connecting again."
+        first.kill()
+        stack.enter_context(run_gateway(model=LONG, llm_url=url, port=first.port))
+        page.wait_connection("ready")
+        assert page.notice() == ""  # nothing has been said that could be forgotten
+        page.ask("stop")
+        assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
 LIBRARY = ("websocket-client", "message-service", "audio-service", "events", "ids", "log")
 
 

@@ -322,6 +322,8 @@ client.on("state", (state) => {
     if (state.isAgain && messages.childElementCount > 0) {
       retireCalls(messages, texts);
       notify(texts.say("noticeBack"));
+    } else if (notice.dataset.kind === "error") {
+      closeNotice(); // it was about the connection
     }
   } else if (wasReady && state.name === "waiting") {
     /** @type {Record<ConnectionState["cause"], TextName>} */

@@ -34,6 +34,9 @@ const LONGEST_PAUSE_MS = 20_000;
 /** A session that held for this long was none of a row of failures. */
 const STABLE_MS = 5_000;
 
+/** The close code with which RFC 6455's registry says it. */
+const TRY_AGAIN_LATER = 1013;
+
 /** Half of a surrogate pair, as is left where a text was cut: JSON could not carry it as UTF-8. */
 const LONE_SURROGATES = /\p{Surrogate}/gu;
 
@@ -153,7 +156,7 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
 /**
  * @typedef {object} ConnectionState
  * @property {"offline" | "connecting" | "ready" | "waiting" | "refused"} name `waiting`: for the
- *   next attempt; `refused`: the server did not take the registration, and is not asked again.
+ *   next attempt; `refused`: the server did not take the registration, nor would it the same again.
  * @property {"none" | "lost" | "restarting" | "expired"} cause of the last loss.
  * @property {number} retryInMs with `waiting`.
  * @property {ServerError | null} error with `refused`.
@@ -699,7 +702,9 @@ export class WebSocketClient extends Emitter {
     }
     const error = serverError(payload);
     if (this.state.name === "connecting") {
-      this._refused(error);
+      // One that drains, or is full, takes the same later on; a wrong key does not become right.
+      if (error.retryable && error.code !== "AUTH_FAILED") this._lost(TRY_AGAIN_LATER);
+      else this._refused(error);
       return;
     }
     this.emit("error", error);

@@ -62,6 +62,20 @@ test("a registration that is refused is not tried again", async () => {
   assert.equal(sockets.length, 2);
 });
 
+test("a server that is busy is asked again to take the registration", async () => {
+  const { client, connected, sockets, time } = makeStand({ isOpen: false, random: () => 0 });
+  for (const [attempt, pause] of [250, 500].entries()) {
+    sockets[attempt].onopen({});
+    sockets[attempt].error("SERVER_BUSY");
+    assert.equal(client.state.name, "waiting");
+    assert.equal(client.state.retryInMs, pause);
+    time.pass(pause);
+  }
+  sockets[2].accept();
+  await connected;
+  assert.equal(client.state.name, "ready");
+});
+
 test("an address that is none is a refusal", async () => {
   class Picky {
     constructor() {
