@@ -1317,6 +1317,24 @@ def test_an_interrupt_silences_the_voice_of_the_answer(
     assert page.js("return bargein.audio.isPlaying") is False
 
 
+def test_speech_that_outlasts_its_text_can_be_stopped(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("stop")
+    page.wait_state("complete")
+    page.js("bargein.audio.play(new Int16Array(20 * 16000).fill(1000))")
+    assert page.shows("#stop")
+    page.click("#stop")
+    assert page.js("return bargein.audio.isPlaying") is False
+    assert not page.shows("#stop")
+    assert page.notice() == ""  # there was something to stop
+    page.type(Keys.ESCAPE)
+    assert page.notice() == "no request in progress"
+    assert page.sent("INTERRUPT") == []
+    assert page.answer()["state"] == "complete"
+
+
 # Looks ----------------------------------------------------------------------------------------
 
 

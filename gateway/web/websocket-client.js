@@ -103,6 +103,7 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  * @property {"STOPPED" | "ALREADY_DONE" | "UNKNOWN" | "TIMED_OUT"} outcome
  * @property {number} delivered_text_chars
  * @property {number | null} stream_closed_ms
+ * @property {"yes" | "no" | "unknown"} [stops_on_close] whether the provider stops to generate then.
  */
 
 // Types: the library.
