@@ -837,6 +837,30 @@ def test_of_two_calls_the_model_goes_on_with_the_second_result(
     assert ["request_id" in payload for payload in results] == [False, True]
 
 
+def test_a_call_that_comes_after_the_result_of_the_first_interrupts_nothing(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("tool-call-parallel:2"))
+    set_example_functions(page)
+    page.js(
+        """
+        let calls = 0;
+        probe.holds = ({ payload }) => payload.function_call && (calls += 1) === 2;
+        """
+    )
+    page.ask("Where are halls 3 and 4?")
+    page.wait("probe.held.length > 1", "the second call is on its way")
+    page.click(".call:nth-of-type(1) button")
+    page.wait("probe.answers().length === 2", "the model is to go on")
+    page.js("probe.release()")
+    page.wait("document.querySelectorAll('.call form').length === 1", "the second call")
+    page.click(".call:nth-of-type(2) button")
+    assert page.wait_answer("it.state === 'complete'", 1)["text"]
+    assert len(page.answers()) == 2
+    assert page.sent("INTERRUPT") == []
+    assert page.notice() == ""
+
+
 # Settings -------------------------------------------------------------------------------------
 
 

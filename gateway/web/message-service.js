@@ -184,14 +184,20 @@ export class MessageService extends Emitter {
    * @param {Message} message the answer with the call.
    * @param {string} callId
    * @param {unknown} result any JSON.
-   * @returns {SentMessage | null} null while other calls of the answer wait for their result.
+   * @returns {SentMessage | null} null while other calls of the answer wait for their result, or
+   *   where the message that goes on from them has waited for this one.
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
    */
   sendFunctionResult(message, callId, result) {
     this._check();
     const answered = this._answered.get(message) ?? new Set();
+    // A call may come when the results of those before it were sent, and the model waits for it.
+    const { continuation } = message;
+    const isAwaited =
+      continuation !== null && continuation === this.currentRequestId && !answered.has(callId);
     this._answered.set(message, answered.add(callId));
-    if (message.functionCalls.some(({ call_id }) => !answered.has(call_id ?? ""))) {
+    const areOpen = message.functionCalls.some(({ call_id }) => !answered.has(call_id ?? ""));
+    if (areOpen || isAwaited) {
       this._client.sendFunctionResult(callId, result);
       return null;
     }

@@ -263,8 +263,8 @@ service.on("functioncall", ({ message, call }) => {
   const view = views.get(message);
   view?.addCall(call, (result) => {
     try {
-      const sent = service.sendFunctionResult(message, call.call_id ?? "", result);
-      if (sent === null) notify(texts.say("callWaits"));
+      service.sendFunctionResult(message, call.call_id ?? "", result);
+      if (message.continuation === null) notify(texts.say("callWaits"));
       else closeNotice();
       input.focus();
       return true;

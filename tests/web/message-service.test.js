@@ -272,6 +272,28 @@ test("the model goes on once every call has its result", async () => {
   assert.deepEqual(names(), ["started", "functioncall", "functioncall", "completed", "started", "text", "completed"]);
 });
 
+test("the result of a call that came late goes to the message that waits for it", async () => {
+  const { service, socket } = makeTalk();
+  const sent = service.sendTextMessage("a");
+  const call = (seq, id) => {
+    const function_call = { name: "f", parameters: {}, call_id: id };
+    socket.say("RESPONSE", { request_id: sent.requestId, text_stream_seq: seq, content: {}, function_call });
+  };
+  let message;
+  service.on("functioncall", (event) => (message = event.message));
+  call(0, "call_1");
+  const next = service.sendFunctionResult(message, "call_1", 1);
+  call(1, "call_2");
+  socket.end(sent.requestId);
+  await sent.promise;
+  assert.equal(service.sendFunctionResult(message, "call_2", 2), null);
+  assert.deepEqual(socket.sentOf("FUNCTION_RESULT").at(-1), { call_id: "call_2", result: 2 });
+  assert.deepEqual(socket.sentOf("INTERRUPT"), []);
+  assert.equal(service.currentRequestId, next.requestId);
+  socket.end(next.requestId);
+  assert.equal((await next.promise).state, "complete");
+});
+
 test("a result interrupts another answer, but not the one that it belongs to", async () => {
   const { service, socket } = makeTalk();
   const sent = service.sendTextMessage("a");
