@@ -389,6 +389,32 @@ def test_an_answer_that_was_complete_before_stop_came_ends_complete_with_all_its
     assert ack["payload"]["results"][0]["outcome"] == "ALREADY_DONE"
 
 
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        ("TIMED_OUT", "Stopped. The provider's stream was still open after a second."),
+        (None, "Stopped. The server has not confirmed it."),
+    ],
+)
+def test_an_interrupt_that_did_not_go_well_says_so(
+    page: CheckedPage, long_story: RunningGateway, outcome: str | None, words: str
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    page.js("probe.holds = () => true")
+    page.type(Keys.ESCAPE)
+    if outcome is None:
+        page.js("bargein.client.close()")
+    else:
+        result = {"request_id": request_id, "outcome": outcome, "stream_closed_ms": None}
+        ack = {"interrupt_request_id": request_id, "status": "FAILED", "results": [result]}
+        page.js("probe.inject('INTERRUPT_ACK', arguments[0])", ack)
+    it = page.wait_answer(f"it.status.startsWith({json.dumps(words)})")
+    assert it["state"] == "interrupted"
+    assert "streamClosedMs" not in it
+
+
 def test_ids_of_requests_and_of_messages_are_never_mixed_up(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
@@ -542,6 +568,36 @@ def test_while_a_server_drains_the_page_goes_on_asking_for_a_session(
         assert page.wait_state("complete")["text"] == stop_answer("stop")
 
 
+def test_a_session_that_expires_is_followed_by_a_new_one_and_its_calls_are_over(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("tool-call", session_timeout=2.0))
+    set_example_functions(page)
+    page.ask("Where is hall 3?")
+    assert page.wait_state("complete")["calls"][0]["state"] == "waiting"
+    page.wait_answer("it.calls[0].state === 'gone'")
+    page.wait_connection("ready")
+    words = "Its session is over: a result would not be known there."
+    assert page.js("return document.querySelector('.call .fault').textContent") == words
+    assert not page.shows(".call form")
+    told = page.js("return probe.announced")
+    expired = told.index("The session has expired. Beginning a new one.")
+    assert told[expired + 1].startswith("Connected again. It is a new conversation")
+
+
+def test_what_belongs_to_no_answer_is_told_as_a_notice(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.js("probe.inject('SESSION_WARN', { warn_type: 'EXPIRE_SOON', remaining_seconds: 300 })")
+    assert page.notice() == "The session ends in 300\u00a0s, unless you go on."
+    page.js("probe.inject('ERROR', { error_code: 'MALFORMED_PAYLOAD', error_detail: 'why' })")
+    assert page.notice() == "The server did not understand that. (why)"
+    page.click("#close-notice")
+    assert page.notice() == ""
+    assert page.js("return document.activeElement.id") == "input"
+
+
 LIBRARY = ("websocket-client", "message-service", "audio-service", "events", "ids", "log")
 
 
@@ -672,6 +728,25 @@ def test_an_answer_without_any_text_is_said_to_be_empty(
     page.open(playing("empty"))
     page.ask("Tell me a story")
     assert page.wait_state("complete")["status"] == "No answer came: it was empty."
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "words"),
+    [
+        ("length", "It ends here: the longest answer that is allowed."),
+        ("content_filter", "It ends here: the provider's content filter cut in."),
+        ("stop", ""),
+    ],
+)
+def test_an_answer_that_was_cut_short_says_why(
+    page: CheckedPage, long_story: RunningGateway, finish_reason: str, words: str
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    end = {"request_id": request_id, "text_stream_seq": -1, "content": {}}
+    page.js("probe.inject('RESPONSE', arguments[0])", end | {"finish_reason": finish_reason})
+    assert page.wait_state("complete")["status"] == words
 
 
 # What a model says ----------------------------------------------------------------------------
