@@ -237,6 +237,39 @@ class Page:
         assert self.driver.save_screenshot(str(path))
         return path
 
+    def picture_of(self, selector: str) -> bytes:
+        """What an element looks like, as a PNG."""
+        picture: bytes = self.driver.find_element(By.CSS_SELECTOR, selector).screenshot_as_png
+        return picture
+
+    def boxes_among(self, text: str) -> str:
+        """Those of different characters that are drawn alike: no font has them.
+
+        In place of such a character a browser draws a box, the same for each.
+        """
+        boxes: str = self.js(
+            """
+            const { fontFamily } = getComputedStyle(document.body);
+            const canvas = new OffscreenCanvas(48, 48);
+            const pen = canvas.getContext("2d", { willReadFrequently: true });
+            pen.font = `32px ${fontFamily}`;
+            pen.textBaseline = "middle";
+            const picture = (char) => {
+                pen.clearRect(0, 0, 48, 48);
+                pen.fillText(char, 8, 24);
+                return pen.getImageData(0, 0, 48, 48).data.join();
+            };
+            const pictures = [...arguments[0]].map((char) => [char, picture(char)]);
+            return pictures
+                .filter(([char, one]) =>
+                    pictures.some(([other, same]) => other !== char && same === one))
+                .map(([char]) => char)
+                .join("");
+            """,
+            text,
+        )
+        return boxes
+
     # What goes over the wire.
 
     def sent(self, msg_type: str | None = None) -> list[dict[str, Any]]:

@@ -53,6 +53,12 @@
     for (const one of probe.held.splice(0)) one.hand();
   };
 
+  /** Hand on what was held back up to the first frame of a type, and hold on to the rest. */
+  probe.releaseUpTo = (type) => {
+    const index = probe.held.findIndex(({ frame }) => frame.msg_type === type);
+    for (const one of probe.held.splice(0, index + 1)) one.hand();
+  };
+
   /** How many frames of a type are held back, or how many ends of answers. */
   probe.heldOf = (type) =>
     probe.held.filter(({ frame }) =>
@@ -82,6 +88,16 @@
     const notice = document.getElementById("notice");
     return notice && !notice.hidden ? document.getElementById("notice-text").textContent : "";
   };
+
+  /** All that a screen reader was given to read, also what was taken away since. */
+  probe.announced = [];
+  document.addEventListener("DOMContentLoaded", () =>
+    new MutationObserver((records) => {
+      for (const { addedNodes } of records) {
+        probe.announced.push(...[...addedNodes].map((node) => node.textContent));
+      }
+    }).observe(document.getElementById("announcer") ?? document, { childList: true }),
+  );
 
   const inside = (element, selector) => element.querySelector(selector)?.textContent ?? "";
 

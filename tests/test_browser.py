@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import http.client
+import http.server
 import json
 import os
 import re
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from importlib.resources import files
@@ -16,6 +20,8 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 
+from gateway.pages import WEB
+from gateway.server import ServerSettings
 from llm.stories import answer, stop_answer
 from run import Gateway
 from tests.browser import Page, run_browser
@@ -169,6 +175,29 @@ def test_what_is_said_to_have_been_delivered_is_what_the_screen_shows(
     page.type(Keys.ESCAPE)
     it = page.wait_answer(INTERRUPTED)
     assert "👩‍🚀" in it["text"]
+    [interrupt] = page.sent("INTERRUPT")
+    assert interrupt["payload"]["delivered_text_chars"] == len(it["text"])
+
+
+def test_what_had_come_and_was_not_drawn_is_not_said_to_have_been_delivered(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    # Both in one turn: no frame of the screen is drawn between them.
+    page.js(
+        """
+        const [request_id] = arguments;
+        const content = { text: "NEVER SEEN" };
+        probe.inject("RESPONSE", { request_id, text_stream_seq: 900, content });
+        document.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+        """,
+        request_id,
+    )
+    it = page.wait_answer(INTERRUPTED)
+    assert it["text"]
+    assert "NEVER SEEN" not in it["text"]
     [interrupt] = page.sent("INTERRUPT")
     assert interrupt["payload"]["delivered_text_chars"] == len(it["text"])
 
@@ -360,6 +389,32 @@ def test_an_answer_that_was_complete_before_stop_came_ends_complete_with_all_its
     assert ack["payload"]["results"][0]["outcome"] == "ALREADY_DONE"
 
 
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        ("TIMED_OUT", "Stopped. The provider's stream was still open after a second."),
+        (None, "Stopped. The server has not confirmed it."),
+    ],
+)
+def test_an_interrupt_that_did_not_go_well_says_so(
+    page: CheckedPage, long_story: RunningGateway, outcome: str | None, words: str
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    page.js("probe.holds = () => true")
+    page.type(Keys.ESCAPE)
+    if outcome is None:
+        page.js("bargein.client.close()")
+    else:
+        result = {"request_id": request_id, "outcome": outcome, "stream_closed_ms": None}
+        ack = {"interrupt_request_id": request_id, "status": "FAILED", "results": [result]}
+        page.js("probe.inject('INTERRUPT_ACK', arguments[0])", ack)
+    it = page.wait_answer(f"it.status.startsWith({json.dumps(words)})")
+    assert it["state"] == "interrupted"
+    assert "streamClosedMs" not in it
+
+
 def test_ids_of_requests_and_of_messages_are_never_mixed_up(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
@@ -473,6 +528,127 @@ def test_when_the_server_restarts_the_page_says_so_and_connects_again(
         assert page.wait_state("complete")["text"] == stop_answer("stop")
 
 
+def test_while_a_server_drains_the_page_goes_on_asking_for_a_session(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.expected_faults = "WebSocket connection to .* failed"  # while there is no server
+    url = long_story.provider.base_url
+    with ExitStack() as stack:
+        first = stack.enter_context(run_gateway(model=LONG, llm_url=url))
+        page.open(first.port)
+        # Somebody else's answer, for which the server waits.
+        page.js_async(
+            """
+            const { WebSocketClient } = await import(`${location.origin}/websocket-client.js`);
+            const other = new WebSocketClient({
+                url: bargein.client.url,
+                registration: () => ({ auth: { type: "API_KEY", api_key: "other" } }),
+            });
+            await other.connect();
+            await new Promise((onText) => {
+                const { promise } = other.sendTextRequest("A very long story", { onText });
+                promise.catch(() => undefined);
+            });
+            """
+        )
+
+        first.terminate()
+
+        page.wait(
+            "probe.received.some(({ payload }) => payload.error_code === 'SERVER_BUSY')",
+            "it has asked the server that leaves",
+        )
+        page.wait_connection("waiting")
+        assert page.notice() == "The server is restarting. Connecting again."
+        first.kill()
+        stack.enter_context(run_gateway(model=LONG, llm_url=url, port=first.port))
+        page.wait_connection("ready")
+        assert page.notice() == ""  # nothing has been said that could be forgotten
+        page.ask("stop")
+        assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
+def test_a_session_that_expires_is_followed_by_a_new_one_and_its_calls_are_over(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("tool-call", session_timeout=2.0))
+    set_example_functions(page)
+    page.ask("Where is hall 3?")
+    assert page.wait_state("complete")["calls"][0]["state"] == "waiting"
+    page.wait_answer("it.calls[0].state === 'gone'")
+    page.wait_connection("ready")
+    words = "Its session is over: a result would not be known there."
+    assert page.js("return document.querySelector('.call .fault').textContent") == words
+    assert not page.shows(".call form")
+    told = page.js("return probe.announced")
+    expired = told.index("The session has expired. Beginning a new one.")
+    assert told[expired + 1].startswith("Connected again. It is a new conversation")
+
+
+def test_what_belongs_to_no_answer_is_told_as_a_notice(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.js("probe.inject('SESSION_WARN', { warn_type: 'EXPIRE_SOON', remaining_seconds: 300 })")
+    assert page.notice() == "The session ends in 300\u00a0s, unless you go on."
+    page.js("probe.inject('ERROR', { error_code: 'MALFORMED_PAYLOAD', error_detail: 'why' })")
+    assert page.notice() == "The server did not understand that. (why)"
+    page.click("#close-notice")
+    assert page.notice() == ""
+    assert page.js("return document.activeElement.id") == "input"
+
+
+LIBRARY = ("websocket-client", "message-service", "audio-service", "events", "ids", "log")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[str]:
+    """The library without the page, and the README's client, as a server of its own has them."""
+    for name in LIBRARY:
+        shutil.copy(WEB / f"{name}.js", tmp_path)
+    handler = functools.partial(QuietFiles, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        serving.join()
+
+
+class QuietFiles(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, without a line for each that is asked for."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
+def test_the_readmes_client_works_on_a_page_of_another_origin(
+    page: CheckedPage, playing: Playing, elsewhere: str, tmp_path: Path
+) -> None:
+    page.expected_faults = "favicon.ico"
+    port = playing("story:30", server=ServerSettings(allowed_origins=(elsewhere,)))
+    readme = (WEB / "README.md").read_text(encoding="utf-8")
+    [client] = re.findall(r"```html\n(.*?)```", readme, flags=re.S)
+    assert client.count("127.0.0.1:8000") == 1
+    client = client.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
+    (tmp_path / "index.html").write_text(f"<!doctype html><meta charset=utf-8>{client}", "utf-8")
+    page.driver.get(f"{elsewhere}/")
+    page.wait("document.getElementById('ask').onsubmit", "it is connected")
+    shown = "[...document.querySelectorAll('#answers pre')].map((answer) => answer.textContent)"
+
+    page.write("#ask input", f"Please tell me a very long story{Keys.ENTER}")
+    page.wait(f"{shown}[0]?.length > 20", "an answer streams")
+    page.write("#ask input", f"stop{Keys.ENTER}")
+    page.wait(f"{shown}[1] === {json.dumps(stop_answer('stop'))}", "the next is whole")
+    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[0])", "the old one has its time")
+    page.write("#ask input", f"Another story, please{Keys.ENTER}")
+    page.wait(f"{shown}[2]?.length > 20", "a third streams")
+    page.click("#stop")
+    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[2])", "the button stops it")
+    reasons = [frame["payload"]["reason"] for frame in page.sent("INTERRUPT")]
+    assert reasons == ["USER_NEW_INPUT", "USER_STOP"]
+
+
 # Faults ---------------------------------------------------------------------------------------
 
 BROKEN = "Something went wrong with this answer. Please try again."
@@ -527,12 +703,50 @@ def test_ask_again_asks_the_same_question(page: CheckedPage, playing: Playing) -
     assert page.answer(0)["retry"] == ""
 
 
+def test_ask_again_while_another_answer_streams_interrupts_that_one_now(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("story:30"))
+    page.ask("stop")
+    request_id = page.wait_answer("it.requestId")["requestId"]
+    error = {"request_id": request_id, "error_code": "SERVER_BUSY", "retryable": True}
+    page.js("probe.inject('ERROR', arguments[0])", error)
+    page.wait_state("failed")
+    page.ask("Please tell me a very long story")
+    page.wait_text(60)
+    page.click(".retry")
+    it = page.wait_answer("it.state === 'interrupted' && it.lastPaintMs", 1)
+    # From the click on "Ask again", not from the question, which is about a second ago.
+    asked, clicked = page.js("return probe.acts.slice(-2).map(({ at }) => at)")
+    assert float(it["lastPaintMs"]) < (clicked - asked) / 2
+    assert page.wait_state("complete", 2)["text"] == stop_answer("stop")
+
+
 def test_an_answer_without_any_text_is_said_to_be_empty(
     page: CheckedPage, playing: Playing
 ) -> None:
     page.open(playing("empty"))
     page.ask("Tell me a story")
     assert page.wait_state("complete")["status"] == "No answer came: it was empty."
+
+
+@pytest.mark.parametrize(
+    ("finish_reason", "words"),
+    [
+        ("length", "It ends here: the longest answer that is allowed."),
+        ("content_filter", "It ends here: the provider's content filter cut in."),
+        ("stop", ""),
+    ],
+)
+def test_an_answer_that_was_cut_short_says_why(
+    page: CheckedPage, long_story: RunningGateway, finish_reason: str, words: str
+) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    request_id = page.wait_text()["requestId"]
+    end = {"request_id": request_id, "text_stream_seq": -1, "content": {}}
+    page.js("probe.inject('RESPONSE', arguments[0])", end | {"finish_reason": finish_reason})
+    assert page.wait_state("complete")["status"] == words
 
 
 # What a model says ----------------------------------------------------------------------------
@@ -698,6 +912,30 @@ def test_of_two_calls_the_model_goes_on_with_the_second_result(
     assert ["request_id" in payload for payload in results] == [False, True]
 
 
+def test_a_call_that_comes_after_the_result_of_the_first_interrupts_nothing(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("tool-call-parallel:2"))
+    set_example_functions(page)
+    page.js(
+        """
+        let calls = 0;
+        probe.holds = ({ payload }) => payload.function_call && (calls += 1) === 2;
+        """
+    )
+    page.ask("Where are halls 3 and 4?")
+    page.wait("probe.held.length > 1", "the second call is on its way")
+    page.click(".call:nth-of-type(1) button")
+    page.wait("probe.answers().length === 2", "the model is to go on")
+    page.js("probe.release()")
+    page.wait("document.querySelectorAll('.call form').length === 1", "the second call")
+    page.click(".call:nth-of-type(2) button")
+    assert page.wait_answer("it.state === 'complete'", 1)["text"]
+    assert len(page.answers()) == 2
+    assert page.sent("INTERRUPT") == []
+    assert page.notice() == ""
+
+
 # Settings -------------------------------------------------------------------------------------
 
 
@@ -782,6 +1020,37 @@ def test_escape_closes_the_settings_and_the_answer_goes_on(
     page.wait_text(length + 1)
     assert page.sent("INTERRUPT") == []
     assert page.js("return document.activeElement.id") == "input"
+
+
+def test_the_settings_open_at_their_beginning_with_the_focus_there(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.be_phone(412, 500)
+    page.open(long_story.port)
+    for _ in range(2):
+        page.click("#open-settings")
+        assert page.js("return document.activeElement.id") == "settings-title"
+        assert page.js("return document.querySelector('#settings .fields').scrollTop") == 0
+        page.js("document.querySelector('#settings .fields').scrollTop = 200")
+        page.type(Keys.ESCAPE)
+        page.wait("!document.getElementById('settings').open", "the settings are closed")
+
+
+def test_settings_that_are_saved_while_the_page_registers_are_in_effect(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    # The old ones are on their way, and not yet confirmed.
+    page.js("probe.holds = () => true; bargein.client.close()")
+    page.js("bargein.client.connect().catch(() => undefined)")
+    page.wait("probe.heldOf('REGISTER_ACK')", "the registration is on its way")
+    page.click("#open-settings")
+    page.write("#setting-role", "A keeper of lamps")
+    page.js("probe.held.length = 0; probe.release();")
+    page.click("#save-settings")
+    page.wait_connection("ready")
+    role = page.sent("REGISTER")[-1]["payload"]["system_prompt"]
+    assert role == {"role_description": "A keeper of lamps"}
 
 
 @pytest.mark.parametrize(
@@ -900,6 +1169,29 @@ def test_a_screen_reader_hears_sentences_and_that_it_was_stopped(
     page.wait_answer(INTERRUPTED)
     assert page.js(region) == ["Stopped"]
     assert not page.answer()["isBusy"]
+    page.type(Keys.ESCAPE)
+    assert page.js(region) == ["Stopped", "no request in progress"]
+
+
+def test_an_old_answer_that_ends_late_does_not_cut_the_sentence_that_is_read(
+    page: CheckedPage, playing: Playing
+) -> None:
+    page.open(playing("story:200"))
+    page.js("probe.holds = ({ payload }) => payload.text_stream_seq >= 1")
+    page.ask("stop")
+    page.wait_answer("it.text")
+    page.wait("probe.heldOf('end') === 1", "the rest is on its way")
+    page.ask("Tell me a story")
+    page.wait("probe.heldOf('INTERRUPT_ACK')", "the verdict is on its way")
+    request_id = page.answer()["requestId"]
+    half = {"request_id": request_id, "text_stream_seq": 0, "content": {"text": "Half a "}}
+    page.js("probe.inject('RESPONSE', arguments[0])", half)
+    page.js("probe.releaseUpTo('INTERRUPT_ACK')")
+    page.wait_state("complete", 0)
+    assert page.js("return probe.announced") == []
+    page.js("probe.release()")
+    page.wait("probe.announced.some((one) => /^Half a .+[.]$/.test(one))", "the whole sentence")
+    page.type(Keys.ESCAPE)
 
 
 def test_the_scroll_follows_the_text_until_the_user_looks_back(
@@ -921,30 +1213,38 @@ def test_the_scroll_follows_the_text_until_the_user_looks_back(
     page.wait_text(len(page.answer()["text"]) + 100)
     assert page.js(at_end)
     page.type(Keys.ESCAPE)
+    page.wait_answer(INTERRUPTED)
+    page.js("document.getElementById('scroller').scrollTop = 0")
+    page.wait("!document.getElementById('to-bottom').hidden", "it is shown without new text, too")
+    page.be_phone(1100, 4000)
+    page.wait("document.getElementById('to-bottom').hidden", "all of it is in sight")
 
 
 # Sound ----------------------------------------------------------------------------------------
 
 SOUND = """
     const { AudioService } = await import(`${location.origin}/audio-service.js`);
+    /** 440 Hz in pieces of 50 ms, 16 kHz 16-bit mono. */
+    const pcm = (piece) => Int16Array.from({ length: 800 }, (_, index) =>
+        16000 * Math.sin((2 * Math.PI * 440 * (800 * piece + index)) / 16000),
+    );
+    const play = (pieces) => {
+        for (let piece = 0; piece < pieces; piece += 1) audio.play(pcm(piece));
+    };
+"""
+
+LIVE = (
+    SOUND
+    + """
     const audio = new AudioService();
     await audio.unlock();
     const { context, output } = audio;
-    const analyser = new AnalyserNode(context, { fftSize: 64 });  // 4 ms
+    const analyser = new AnalyserNode(context, { fftSize: 32768 });  // 2 s
     output.connect(analyser);
-    const samples = new Float32Array(analyser.fftSize);
+    const wave = new Float32Array(analyser.fftSize);
     const peak = () => {
-        analyser.getFloatTimeDomainData(samples);
-        return Math.max(...samples.map(Math.abs));
-    };
-    /** 440 Hz in pieces of 50 ms, 16 kHz 16-bit mono. */
-    const play = (pieces) => {
-        for (let piece = 0; piece < pieces; piece += 1) {
-            const pcm = Int16Array.from({ length: 800 }, (_, index) =>
-                16000 * Math.sin((2 * Math.PI * 440 * (800 * piece + index)) / 16000),
-            );
-            audio.play(pcm);
-        }
+        analyser.getFloatTimeDomainData(wave);
+        return Math.max(...wave.slice(-64).map(Math.abs));  // 4 ms
     };
     const turn = () => new Promise((resolve) => {
         const { port1, port2 } = new MessageChannel();
@@ -956,70 +1256,113 @@ SOUND = """
         while (peak() < 0.3 && performance.now() < end) await turn();
         return peak() >= 0.3;
     };
-    const silentAfter = async () => {
-        const [wall, clock] = [performance.now(), context.currentTime];
-        audio.stopAllPlayback();
-        while (peak() > 0.0001 && performance.now() < wall + 2000) await turn();
-        return [performance.now() - wall, (context.currentTime - clock) * 1000];
+    /** What was heard for so many seconds from `time` on; null where the page came too late. */
+    const heardSince = async (time, seconds) => {
+        while (context.currentTime < time + seconds) await turn();
+        analyser.getFloatTimeDomainData(wave);
+        const count = Math.round((context.currentTime - time) * context.sampleRate);
+        return count > wave.length ? null : wave.slice(wave.length - count);
     };
-    const loudestOf = async (ms) => {
-        const end = context.currentTime + ms / 1000;
-        let loudest = 0;
-        while (context.currentTime < end) { loudest = Math.max(loudest, peak()); await turn(); }
-        return loudest;
-    };
+    const isSound = (sample) => sample !== 0;
 """
+)
 
 
 def test_to_stop_playback_silences_it_within_50_ms_and_forgets_what_was_queued(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
+    # When the sound ended is read from the wave that the analyser has kept, on the clock of the
+    # sound. To look again and again whether it is silent measures how often the page may look: on a
+    # busy machine that is not at all for 100 ms now and then, with the sound long gone.
     page.open(long_story.port)
     rounds: list[dict[str, Any]] = page.js_async(
-        SOUND
+        LIVE
         + """
         const rounds = [];
-        for (let round = 0; round < 5; round += 1) {
+        for (let tries = 0; rounds.length < 10 && tries < 30; tries += 1) {
             play(60);  // 3 s of it
             const wasLoud = await loud(2000);
-            const [wallMs, clockMs] = await silentAfter();
-            rounds.push({ wasLoud, wallMs, clockMs, isPlaying: audio.isPlaying,
-                afterwards: await loudestOf(250) });
+            const stoppedAt = context.currentTime;
+            audio.stopAllPlayback();
+            const heard = await heardSince(stoppedAt, 0.25);
+            if (heard === null) continue;
+            const ms = ((heard.findLastIndex(isSound) + 1) * 1000) / context.sampleRate;
+            rounds.push({ wasLoud, ms, isPlaying: audio.isPlaying });
         }
         return rounds;
         """
     )
-    assert all(one["wasLoud"] for one in rounds)
+    assert len(rounds) == 10
+    assert all(one["wasLoud"] for one in rounds), rounds
     assert not any(one["isPlaying"] for one in rounds)
-    assert [one["afterwards"] for one in rounds] == [0] * 5
-    # By the median: a machine that is busy elsewhere is late now and then.
-    for clock in ("wallMs", "clockMs"):
-        assert sorted(one[clock] for one in rounds)[2] < 50, rounds
+    assert max(one["ms"] for one in rounds) < 50, rounds
+
+
+def test_to_stop_playback_is_silence_from_the_next_audio_frame_on(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    # Drawn as fast as it goes, and to the sample: no clock has a say in it.
+    page.open(long_story.port)
+    before, after, again = page.js_async(
+        """
+        const context = new OfflineAudioContext(1, 16000, 16000);
+        // It says `suspended` where a real one, that was unlocked, runs.
+        Object.defineProperty(context, "state", { value: "running" });
+        """
+        + SOUND
+        + """
+        const audio = new AudioService({ createContext: () => context });
+        play(10);
+        const frame = 128;
+        void context.suspend((20 * frame) / 16000).then(() => {
+            audio.stopAllPlayback();
+            return context.resume();
+        });
+        void context.suspend((60 * frame) / 16000).then(() => {
+            play(2);
+            return context.resume();
+        });
+        const wave = (await context.startRendering()).getChannelData(0);
+        const loudest = (from, to) => Math.max(...wave.subarray(from, to).map(Math.abs));
+        const lead = 320;
+        const said = [...pcm(0), ...pcm(1)].map((sample) => sample / 32768);
+        const from = 60 * frame + lead;
+        return [
+            loudest(19 * frame, 20 * frame),
+            loudest(20 * frame, from),
+            said.every((sample, index) => Math.abs(wave[from + index] - sample) < 1e-6)
+                && loudest(from + said.length, wave.length) === 0,
+        ];
+        """
+    )
+    assert before > 0.3
+    assert after == 0
+    assert again  # what is played after that is heard whole, and nothing of what was before
 
 
 def test_what_is_played_after_a_stop_is_heard_at_once_and_whole(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
     page.open(long_story.port)
-    was_loud, heard_seconds, is_playing = page.js_async(
-        SOUND
+    begins_after, lasts, is_playing = page.js_async(
+        LIVE
         + """
-        play(60);
-        await loud(2000);
-        audio.stopAllPlayback();
-        const began = context.currentTime;
-        play(6);  // 300 ms, and not the rest of what was before
-        const wasLoud = await loud(1000);
-        let last = began;
-        await probe.until(() => {
-            if (peak() > 0.01) last = context.currentTime;
-            return !audio.isPlaying && context.currentTime > last + 0.2;
-        }, 3000);
-        return [wasLoud, last - began, audio.isPlaying];
+        for (let tries = 0; tries < 10; tries += 1) {
+            play(60);
+            await loud(2000);
+            const stoppedAt = context.currentTime;
+            audio.stopAllPlayback();
+            play(6);  // 300 ms, and not the rest of what was before
+            const heard = await heardSince(stoppedAt, 0.6);
+            if (heard === null) continue;
+            // What was before may be heard for a frame of 128, and is no part of it.
+            const begins = heard.findIndex((sample, index) => index > 256 && isSound(sample));
+            return [begins, heard.findLastIndex(isSound) - begins, audio.isPlaying];
+        }
         """
     )
-    assert was_loud
-    assert 0.25 < heard_seconds < 0.6
+    assert begins_after < 16 * 50  # samples
+    assert 16 * 295 < lasts <= 16 * 300
     assert not is_playing
 
 
@@ -1071,6 +1414,24 @@ def test_an_interrupt_silences_the_voice_of_the_answer(
     page.js("probe.release()")
     page.wait_answer(INTERRUPTED)
     assert page.js("return bargein.audio.isPlaying") is False
+
+
+def test_speech_that_outlasts_its_text_can_be_stopped(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    page.ask("stop")
+    page.wait_state("complete")
+    page.js("bargein.audio.play(new Int16Array(20 * 16000).fill(1000))")
+    assert page.shows("#stop")
+    page.click("#stop")
+    assert page.js("return bargein.audio.isPlaying") is False
+    assert not page.shows("#stop")
+    assert page.notice() == ""  # there was something to stop
+    page.type(Keys.ESCAPE)
+    assert page.notice() == "no request in progress"
+    assert page.sent("INTERRUPT") == []
+    assert page.answer()["state"] == "complete"
 
 
 # Looks ----------------------------------------------------------------------------------------
@@ -1153,6 +1514,21 @@ def test_on_a_phone_nothing_is_cut_off_and_everything_can_be_touched(
     assert page.js(too_small) == []
 
 
+def test_with_colours_of_the_users_own_a_switch_that_is_on_looks_on(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    features = [{"name": "forced-colors", "value": "active"}]
+    page.cdp("Emulation.setEmulatedMedia", features=features)
+    page.open(long_story.port)
+    page.click("#open-settings")
+    pictures = []
+    for _ in ("on", "off"):
+        page.click("#setting-speech")
+        page.js("document.activeElement.blur()")
+        pictures.append(page.picture_of("#setting-speech"))
+    assert pictures[0] != pictures[1]
+
+
 @pytest.fixture(scope="session")
 def axe() -> str:
     """The source of axe-core, or of the one that the variable AXE names."""
@@ -1209,7 +1585,16 @@ def screenshots(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["desktop", "dark", "phone", "phone-dark-zh"])
+def need_chinese_font(page: Page) -> None:
+    """Without one a test is skipped; in CI, which installs it, it fails."""
+    if page.boxes_among("停止"):
+        words = "no Chinese font is installed (Debian's fonts-wqy-microhei): nothing was checked"
+        if os.environ.get("CI"):
+            pytest.fail(words)
+        pytest.skip(words)
+
+
+@pytest.mark.parametrize("name", ["desktop", "dark", "phone", "desktop-zh", "phone-dark-zh"])
 def test_screenshots_are_made(
     page: CheckedPage, playing: Playing, screenshots: Path, name: str
 ) -> None:
@@ -1231,6 +1616,8 @@ def test_screenshots_are_made(
     if chinese:
         page.speak("zh-CN")
     page.open(playing(FLUENT))
+    if chinese:
+        need_chinese_font(page)
     scenes = ["empty", "chat", "streaming", "everything", "settings"]
     pictures = [page.screenshot(screenshots / f"{name}-{scenes[0]}.png")]
     page.ask("给我讲一个很长的故事" if chinese else "Please tell me a very long story")
@@ -1246,6 +1633,10 @@ def test_screenshots_are_made(
     pictures.append(page.screenshot(screenshots / f"{name}-{scenes[3]}.png"))
     page.click("#open-settings")
     pictures.append(page.screenshot(screenshots / f"{name}-{scenes[4]}.png"))
+    if chinese:
+        shown = set(re.findall("[\u4e00-\u9fff]", page.js("return document.body.innerText")))
+        assert len(shown) > 100
+        assert page.boxes_among("".join(sorted(shown))) == ""
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert len({picture.read_bytes() for picture in pictures}) == len(scenes)

@@ -9,7 +9,7 @@
  * No DOM: a page listens to `MessageEvents` and draws.
  */
 
-import { Emitter } from "./events.js";
+import { Emitter, guarded } from "./events.js";
 import { newId } from "./ids.js";
 import { SILENT } from "./log.js";
 import { RequestError, SYSTEM_CLOCK } from "./websocket-client.js";
@@ -70,7 +70,7 @@ import { RequestError, SYSTEM_CLOCK } from "./websocket-client.js";
  * @typedef {object} MessageServiceOptions
  * @property {Player} [audio]
  * @property {(message: Message) => number} [countRendered] how many Unicode code points of a message
- *   are on the screen; without it, all that has come.
+ *   are on the screen; without it, all that has come. Where it throws, the server counts what it sent.
  * @property {import("./log.js").Log} [log]
  * @property {import("./websocket-client.js").Clock} [clock]
  * @property {() => number} [random]
@@ -154,7 +154,7 @@ export class MessageService extends Emitter {
    * @returns {Promise<InterruptAck> | null} null when nothing runs: nothing was sent.
    */
   interruptCurrentRequest(reason = "USER_STOP") {
-    this._audio?.stopAllPlayback();
+    guarded(() => this._audio?.stopAllPlayback());
     const message = this._current;
     if (message === null) {
       this._log.info("[MessageService] 没有正在进行的请求");
@@ -163,7 +163,11 @@ export class MessageService extends Emitter {
     this._setCurrent(null);
     message.state = "interrupted";
     message.interruptReason = reason;
-    const deliveredTextChars = this._countRendered(message);
+    /** @type {number | undefined} */
+    let deliveredTextChars;
+    guarded(() => {
+      deliveredTextChars = this._countRendered(message);
+    });
     this.emit("interrupted", { message });
     this._log.info(`[MessageService] 发送打断信号 - 请求ID: ${message.requestId}`);
     const promise = this._client.sendInterrupt(message.requestId, reason, { deliveredTextChars });
@@ -180,14 +184,20 @@ export class MessageService extends Emitter {
    * @param {Message} message the answer with the call.
    * @param {string} callId
    * @param {unknown} result any JSON.
-   * @returns {SentMessage | null} null while other calls of the answer wait for their result.
+   * @returns {SentMessage | null} null while other calls of the answer wait for their result, or
+   *   where the message that goes on from them has waited for this one.
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
    */
   sendFunctionResult(message, callId, result) {
     this._check();
     const answered = this._answered.get(message) ?? new Set();
+    // A call may come when the results of those before it were sent, and the model waits for it.
+    const { continuation } = message;
+    const isAwaited =
+      continuation !== null && continuation === this.currentRequestId && !answered.has(callId);
     this._answered.set(message, answered.add(callId));
-    if (message.functionCalls.some(({ call_id }) => !answered.has(call_id ?? ""))) {
+    const areOpen = message.functionCalls.some(({ call_id }) => !answered.has(call_id ?? ""));
+    if (areOpen || isAwaited) {
       this._client.sendFunctionResult(callId, result);
       return null;
     }
@@ -201,10 +211,7 @@ export class MessageService extends Emitter {
   }
 
   _check() {
-    if (this._client.isReady) return;
-    const detail = this._client.state.name;
-    const message = "not connected";
-    throw new RequestError("", { code: "NOT_CONNECTED", message, detail, retryable: true });
+    if (!this._client.isReady) throw this._client.notConnected();
   }
 
   _makeWay() {
@@ -212,7 +219,7 @@ export class MessageService extends Emitter {
       this._log.info("[MessageService] 检测到新输入，打断当前响应");
       void this.interruptCurrentRequest("USER_NEW_INPUT");
     } else {
-      this._audio?.stopAllPlayback(); // speech outlasts text
+      guarded(() => this._audio?.stopAllPlayback()); // speech outlasts text
     }
   }
 
@@ -331,7 +338,8 @@ export class MessageService extends Emitter {
    */
   _acknowledge(message, ack) {
     const result = ack.results.find((one) => one.request_id === message.requestId);
-    if (result?.outcome === "ALREADY_DONE") return; // its end says it all
+    // Its end says it all: it is on its way, or was there before an ack that says nothing of it.
+    if (result?.outcome === "ALREADY_DONE" || message.state !== "interrupted") return;
     message.streamClosedMs = result?.stream_closed_ms ?? null;
     message.roundTripMs = ack.roundTripMs;
     this.emit("acknowledged", { message, ack });

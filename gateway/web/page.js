@@ -105,6 +105,7 @@ function notify(words, kind = "info") {
   notice.dataset.kind = kind;
   notice.hidden = false;
   noticeText.textContent = words;
+  announcer.say(words);
   if (kind === "info") noticeTimer = setTimeout(closeNotice, NOTICE_MS);
 }
 
@@ -121,22 +122,16 @@ let lastTop = 0;
 
 function follow() {
   if (isFollowing) scroller.scrollTop = scroller.scrollHeight;
-  else toBottom.hidden = false;
 }
 
-scroller.addEventListener(
-  "scroll",
-  () => {
-    const { scrollTop, scrollHeight, clientHeight } = scroller;
-    const isAtBottom = scrollHeight - scrollTop - clientHeight <= AT_BOTTOM_PX;
-    // Only upwards is away: text that comes pushes the end on without the user's doing.
-    if (isAtBottom) isFollowing = true;
-    else if (scrollTop < lastTop) isFollowing = false;
-    lastTop = scrollTop;
-    if (isAtBottom) toBottom.hidden = true;
-  },
-  { passive: true },
-);
+function seePlace() {
+  const { scrollTop, scrollHeight, clientHeight } = scroller;
+  if (scrollHeight - scrollTop - clientHeight <= AT_BOTTOM_PX) isFollowing = true;
+  // Only upwards is away: text that comes pushes the end on without the user's doing.
+  else if (scrollTop < lastTop) isFollowing = false;
+  lastTop = scrollTop;
+  toBottom.hidden = isFollowing;
+}
 
 function goToBottom() {
   isFollowing = true;
@@ -144,7 +139,11 @@ function goToBottom() {
   follow();
 }
 
-new ResizeObserver(follow).observe(scroller);
+scroller.addEventListener("scroll", seePlace, { passive: true });
+new ResizeObserver(() => {
+  seePlace(); // all of it may be in sight now
+  follow();
+}).observe(scroller);
 toBottom.addEventListener("click", () => {
   goToBottom();
   input.focus();
@@ -154,6 +153,15 @@ toBottom.addEventListener("click", () => {
 
 /** When the user last acted, on the clock of `performance.now()`. */
 let actedAt = 0;
+for (const type of ["click", "keydown"]) {
+  globalThis.addEventListener(
+    type,
+    (event) => {
+      actedAt = event.timeStamp;
+    },
+    { capture: true },
+  );
+}
 
 /**
  * @param {string} text
@@ -170,27 +178,22 @@ function ask(text) {
   welcome.hidden = true;
   announcer.clear();
   messages.append(makeQuestion(text, texts));
-  question = text;
-  service.sendTextMessage(text);
+  questions.set(service.sendTextMessage(text).messageId, text);
   goToBottom();
   return true;
 }
 
-/** What the next answer is to answer. */
-let question = "";
+/** What each message answers. @type {Map<string, string>} */
+const questions = new Map();
 
-/** @param {Event} event */
-function submit(event) {
-  actedAt = event.timeStamp;
+function submit() {
   const text = input.value.trim();
   if (text === "" || !ask(text)) return;
   input.value = "";
   fitInput();
 }
 
-/** @param {Event} event */
-function stop(event) {
-  actedAt = event.timeStamp;
+function stop() {
   const wasPlaying = audio.isPlaying;
   const isNothing = service.interruptCurrentRequest("USER_STOP") === null && !wasPlaying;
   if (isNothing) notify(texts.say("noticeNothing"));
@@ -210,20 +213,20 @@ function fitInput() {
 
 composer.addEventListener("submit", (event) => {
   event.preventDefault();
-  submit(event);
+  submit();
 });
 input.addEventListener("input", fitInput);
 input.addEventListener("keydown", (event) => {
   // While an input method composes, Enter takes its proposal. (Safari says so by the key code.)
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
-  if (!event.repeat) submit(event);
+  if (!event.repeat) submit();
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape" || event.isComposing || event.keyCode === 229) return;
   if (event.repeat || dialog.open) return;
   event.preventDefault();
-  stop(event);
+  stop();
 });
 stopButton.addEventListener("click", stop);
 for (const button of [stopButton, sendButton]) {
@@ -232,8 +235,7 @@ for (const button of [stopButton, sendButton]) {
   button.addEventListener("mousedown", (event) => event.preventDefault());
 }
 for (const idea of document.querySelectorAll(".idea")) {
-  idea.addEventListener("click", (event) => {
-    actedAt = event.timeStamp;
+  idea.addEventListener("click", () => {
     // The focus would be lost with the button. Only under a finger, it would bring up a keyboard.
     if (ask(idea.textContent ?? "") && !matchMedia("(pointer: coarse)").matches) input.focus();
   });
@@ -248,16 +250,9 @@ byId("close-notice", HTMLButtonElement).addEventListener("click", () => {
 service.on("started", ({ message }) => {
   const view = new AnswerView(message, texts, follow);
   views.set(message, view);
-  questions.set(message, question);
-  question = "";
   messages.append(view.element);
   follow();
-  // A question may follow the other at once: then `state` does not change in between.
-  showStop();
 });
-
-/** @type {WeakMap<Message, string>} */
-const questions = new WeakMap();
 
 service.on("text", ({ message, text }) => {
   views.get(message)?.stream.add(text);
@@ -268,8 +263,8 @@ service.on("functioncall", ({ message, call }) => {
   const view = views.get(message);
   view?.addCall(call, (result) => {
     try {
-      const sent = service.sendFunctionResult(message, call.call_id ?? "", result);
-      if (sent === null) notify(texts.say("callWaits"));
+      service.sendFunctionResult(message, call.call_id ?? "", result);
+      if (message.continuation === null) notify(texts.say("callWaits"));
       else closeNotice();
       input.focus();
       return true;
@@ -294,22 +289,27 @@ service.on("acknowledged", ({ message, ack }) => views.get(message)?.acknowledge
 
 service.on("completed", ({ message }) => {
   views.get(message)?.complete();
-  announcer.finish();
+  finishReading();
   follow();
 });
 
 service.on("failed", ({ message }) => {
   const { code, detail } = message.failure ?? { code: "", detail: "" };
-  const asked = questions.get(message);
+  const asked = questions.get(message.messageId);
   const again = () => {
     input.focus();
     return ask(asked ?? "");
   };
   views.get(message)?.fail(asked ? again : null); // none after a function's result
-  announcer.finish();
+  finishReading();
   announcer.say(texts.sayError(code, detail));
   follow();
 });
+
+/** An interrupted answer may end late, while another is read sentence by sentence. */
+function finishReading() {
+  if (!service.isReceivingResponse) announcer.finish();
+}
 
 service.on("state", showStop);
 audio.on("playing", showStop);
@@ -322,6 +322,8 @@ client.on("state", (state) => {
     if (state.isAgain && messages.childElementCount > 0) {
       retireCalls(messages, texts);
       notify(texts.say("noticeBack"));
+    } else if (notice.dataset.kind === "error") {
+      closeNotice(); // it was about the connection
     }
   } else if (wasReady && state.name === "waiting") {
     /** @type {Record<ConnectionState["cause"], TextName>} */
@@ -392,6 +394,7 @@ function openSettings() {
   fields.debug.checked = settings.debug;
   sayFault("");
   dialog.showModal();
+  byId("settings-fields", HTMLElement).scrollTop = 0;
 }
 
 /** @param {string} words "" takes them away. */
@@ -443,7 +446,9 @@ async function apply(wanted, wantedKey) {
   const url = serverUrl(wanted, document.baseURI);
   const update = sessionSettings(wanted);
   const isSame = JSON.stringify(update) === JSON.stringify(sessionSettings(settings));
-  const isElsewhere = url !== client.url || wantedKey !== key;
+  // A registration that is under way may have taken the old ones with it.
+  const isLate = client.state.name === "connecting" && !isSame;
+  const isElsewhere = url !== client.url || wantedKey !== key || isLate;
   if (!isElsewhere && client.isReady && !isSame) {
     await client.sendTextRequest("", { update }).promise;
   }

@@ -81,12 +81,6 @@ export class StreamText {
     this._draw(this._pending.length);
   }
 
-  /** Forget what was not drawn. */
-  discard() {
-    this._isFrozen = true;
-    this._pending = "";
-  }
-
   /** @param {() => void} callback called once `lastPaintAt` is known. */
   whenPainted(callback) {
     if (this._unpainted === 0) callback();

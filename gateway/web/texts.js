@@ -21,7 +21,7 @@ const EN = {
   connectionOffline: "Not connected",
   connectionConnecting: "Connecting…",
   connectionReady: "Connected",
-  connectionWaiting: "Connecting again in {seconds} s",
+  connectionWaiting: "Connecting again in {seconds}\u00a0s",
   connectionRefused: "Refused",
 
   noticeNothing: "no request in progress",
@@ -31,7 +31,7 @@ const EN = {
   noticeExpired: "The session has expired. Beginning a new one.",
   noticeBack: "Connected again. It is a new conversation: what was said before is no longer known.",
   noticeRefused: "The server did not take the registration. Please look at the settings.",
-  noticeExpireSoon: "The session ends in {seconds} s, unless you go on.",
+  noticeExpireSoon: "The session ends in {seconds}\u00a0s, unless you go on.",
   noticeSaved: "Settings are in effect.",
   noticeSavedOffline: "Settings are kept, and take effect with the connection.",
 

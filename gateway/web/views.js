@@ -84,7 +84,6 @@ export class AnswerView {
    * @param {() => void} onShown
    */
   acknowledge(ack, onShown) {
-    this.stream.discard();
     const { streamClosedMs, roundTripMs } = this._message;
     const outcome = ack.results.find((one) => one.request_id === this._message.requestId)?.outcome;
     const words =

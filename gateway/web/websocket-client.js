@@ -34,6 +34,9 @@ const LONGEST_PAUSE_MS = 20_000;
 /** A session that held for this long was none of a row of failures. */
 const STABLE_MS = 5_000;
 
+/** The close code with which RFC 6455's registry says it. */
+const TRY_AGAIN_LATER = 1013;
+
 /** Half of a surrogate pair, as is left where a text was cut: JSON could not carry it as UTF-8. */
 const LONE_SURROGATES = /\p{Surrogate}/gu;
 
@@ -100,6 +103,7 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  * @property {"STOPPED" | "ALREADY_DONE" | "UNKNOWN" | "TIMED_OUT"} outcome
  * @property {number} delivered_text_chars
  * @property {number | null} stream_closed_ms
+ * @property {"yes" | "no" | "unknown"} [stops_on_close] whether the provider stops to generate then.
  */
 
 // Types: the library.
@@ -153,7 +157,7 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
 /**
  * @typedef {object} ConnectionState
  * @property {"offline" | "connecting" | "ready" | "waiting" | "refused"} name `waiting`: for the
- *   next attempt; `refused`: the server did not take the registration, and is not asked again.
+ *   next attempt; `refused`: the server did not take the registration, nor would it the same again.
  * @property {"none" | "lost" | "restarting" | "expired"} cause of the last loss.
  * @property {number} retryInMs with `waiting`.
  * @property {ServerError | null} error with `refused`.
@@ -513,15 +517,16 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
-   * Say what a function of the model's returned. With `continueWith` the model goes on, as a request
-   * of its own, once every call of that answer has its result.
+   * Say what a function of the model's returned, while other calls of that answer wait for theirs.
    *
    * @param {string} callId
    * @param {unknown} result any JSON.
    * @returns {void}
+   * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
    */
   sendFunctionResult(callId, result) {
-    if (this.isReady) this._send("FUNCTION_RESULT", { call_id: callId, result });
+    if (!this.isReady) throw this.notConnected();
+    this._send("FUNCTION_RESULT", { call_id: callId, result });
   }
 
   /**
@@ -593,16 +598,13 @@ export class WebSocketClient extends Emitter {
     if (signal?.aborted) {
       live.reject(signal.reason);
     } else if (!this.isReady) {
-      const detail = this.state.name;
-      const message = "not connected";
-      live.reject(
-        new RequestError(requestId, { code: "NOT_CONNECTED", message, detail, retryable: true }),
-      );
+      live.reject(this.notConnected(requestId));
     } else {
       this._live.set(requestId, live);
       if (signal) {
         const abort = () => {
           live.reject(signal.reason);
+          live.handlers = {}; // whoever was told that it is over hears no more of it
           void this.sendInterrupt(requestId, "USER_STOP");
         };
         signal.addEventListener("abort", abort);
@@ -611,6 +613,16 @@ export class WebSocketClient extends Emitter {
       this._send(msgType, { request_id: requestId, ...payload });
     }
     return { requestId, promise: live.promise };
+  }
+
+  /**
+   * @param {string} [requestId]
+   * @returns {RequestError} what a request gets that cannot be sent.
+   */
+  notConnected(requestId = "") {
+    const detail = this.state.name;
+    const message = "not connected";
+    return new RequestError(requestId, { code: "NOT_CONNECTED", message, detail, retryable: true });
   }
 
   // Frames.
@@ -691,7 +703,9 @@ export class WebSocketClient extends Emitter {
     }
     const error = serverError(payload);
     if (this.state.name === "connecting") {
-      this._refused(error);
+      // One that drains, or is full, takes the same later on; a wrong key does not become right.
+      if (error.retryable && error.code !== "AUTH_FAILED") this._lost(TRY_AGAIN_LATER);
+      else this._refused(error);
       return;
     }
     this.emit("error", error);

@@ -107,6 +107,19 @@ FakeSocket.all = [];
 /** Everything that is under way in promises has happened. */
 export const settled = () => new Promise((resolve) => setImmediate(resolve));
 
+/** Words of the exceptions that nobody catches while this test runs; they end no process. */
+export function collectFaults(context) {
+  const faults = [];
+  const listeners = process.listeners("uncaughtException");
+  process.removeAllListeners("uncaughtException");
+  process.on("uncaughtException", (error) => faults.push(error.message));
+  context.after(() => {
+    process.removeAllListeners("uncaughtException");
+    for (const listener of listeners) process.on("uncaughtException", listener);
+  });
+  return faults;
+}
+
 /** A client that is registered unless `isOpen` is false, and what stands around it. */
 export function makeStand({ isOpen = true, random = () => 0.5, ...options } = {}) {
   FakeSocket.all = [];

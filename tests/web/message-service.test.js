@@ -2,8 +2,8 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { countCodePoints } from "../../gateway/web/message-service.js";
-import { RequestError } from "../../gateway/web/websocket-client.js";
-import { makeTalk, settled } from "./fakes.js";
+import { ACK_TIMEOUT_MS, RequestError } from "../../gateway/web/websocket-client.js";
+import { collectFaults, makeTalk, settled } from "./fakes.js";
 
 test("it has a state, a request and a message, which are never mixed up", async () => {
   const { service, socket, names } = makeTalk();
@@ -103,6 +103,47 @@ test("a reply that completed while the user pressed stop is complete", async () 
   const message = await sent.promise;
   assert.deepEqual([message.state, message.text, message.interruptReason], ["complete", "almost done", null]);
   assert.deepEqual(names(), ["started", "text", "interrupted", "text", "completed"]);
+});
+
+test("an ack that says nothing of an answer does not stop what has ended by itself", async () => {
+  for (const end of [
+    (socket, id) => socket.end(id),
+    (socket, id) => socket.error("INTERNAL_ERROR", { request_id: id }),
+  ]) {
+    for (const judge of [
+      ({ socket }, id) => socket.ack(id, "STOPPED", { results: undefined }), // another server's
+      ({ time }) => time.pass(ACK_TIMEOUT_MS),
+      ({ socket }) => socket.lose(1006),
+    ]) {
+      const stand = makeTalk();
+      const { names, service, socket } = stand;
+      const sent = service.sendTextMessage("a");
+      const interrupt = service.interruptCurrentRequest();
+      end(socket, sent.requestId);
+      judge(stand, sent.requestId);
+      const message = await sent.promise;
+      await interrupt;
+      assert.ok(["complete", "failed"].includes(message.state), message.state);
+      assert.deepEqual(names().slice(1), ["interrupted", message.state === "complete" ? "completed" : "failed"]);
+    }
+  }
+});
+
+test("a page whose parts fail sends its interrupt all the same", async (context) => {
+  const faults = collectFaults(context);
+  const { audio, service, socket } = makeTalk({
+    rendered: () => {
+      throw new Error("count");
+    },
+  });
+  const { requestId } = service.sendTextMessage("a");
+  audio.stopAllPlayback = () => {
+    throw new Error("silence");
+  };
+  service.interruptCurrentRequest();
+  assert.deepEqual(socket.sentOf("INTERRUPT"), [{ interrupt_request_id: requestId, reason: "USER_STOP" }]);
+  await settled();
+  assert.deepEqual(faults, ["silence", "count"]);
 });
 
 test("a late verdict does not touch the message that runs", async () => {
@@ -229,6 +270,28 @@ test("the model goes on once every call has its result", async () => {
   socket.end(next.requestId);
   assert.equal((await next.promise).text, "go on");
   assert.deepEqual(names(), ["started", "functioncall", "functioncall", "completed", "started", "text", "completed"]);
+});
+
+test("the result of a call that came late goes to the message that waits for it", async () => {
+  const { service, socket } = makeTalk();
+  const sent = service.sendTextMessage("a");
+  const call = (seq, id) => {
+    const function_call = { name: "f", parameters: {}, call_id: id };
+    socket.say("RESPONSE", { request_id: sent.requestId, text_stream_seq: seq, content: {}, function_call });
+  };
+  let message;
+  service.on("functioncall", (event) => (message = event.message));
+  call(0, "call_1");
+  const next = service.sendFunctionResult(message, "call_1", 1);
+  call(1, "call_2");
+  socket.end(sent.requestId);
+  await sent.promise;
+  assert.equal(service.sendFunctionResult(message, "call_2", 2), null);
+  assert.deepEqual(socket.sentOf("FUNCTION_RESULT").at(-1), { call_id: "call_2", result: 2 });
+  assert.deepEqual(socket.sentOf("INTERRUPT"), []);
+  assert.equal(service.currentRequestId, next.requestId);
+  socket.end(next.requestId);
+  assert.equal((await next.promise).state, "complete");
 });
 
 test("a result interrupts another answer, but not the one that it belongs to", async () => {

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { ACK_TIMEOUT_MS, RegistrationError, RequestError } from "../../gateway/web/websocket-client.js";
-import { FakeSocket, makeStand, settled } from "./fakes.js";
+import { FakeSocket, collectFaults, makeStand, settled } from "./fakes.js";
 
 /** Ask, with everything that was handed on kept. */
 function ask(client, text = "hello", options = {}) {
@@ -60,6 +60,20 @@ test("a registration that is refused is not tried again", async () => {
   assert.equal(sockets.length, 1);
   client.connect();
   assert.equal(sockets.length, 2);
+});
+
+test("a server that is busy is asked again to take the registration", async () => {
+  const { client, connected, sockets, time } = makeStand({ isOpen: false, random: () => 0 });
+  for (const [attempt, pause] of [250, 500].entries()) {
+    sockets[attempt].onopen({});
+    sockets[attempt].error("SERVER_BUSY");
+    assert.equal(client.state.name, "waiting");
+    assert.equal(client.state.retryInMs, pause);
+    time.pass(pause);
+  }
+  sockets[2].accept();
+  await connected;
+  assert.equal(client.state.name, "ready");
 });
 
 test("an address that is none is a refusal", async () => {
@@ -323,6 +337,7 @@ test("a lost connection ends every request, and none is sent without one", async
   await settled();
   assert.equal(got.error.code, "CONNECTION_LOST");
   assert.equal(other.error.code, "NOT_CONNECTED");
+  assert.throws(() => client.sendFunctionResult("call_1", 1), { code: "NOT_CONNECTED" });
   assert.equal(socket.sentOf("REQUEST").length, 1);
 });
 
@@ -333,14 +348,7 @@ test("half of a surrogate pair is not put on the wire", () => {
 });
 
 test("a handler's fault does not stop the frames", async (context) => {
-  const faults = [];
-  const listeners = process.listeners("uncaughtException");
-  process.removeAllListeners("uncaughtException");
-  process.on("uncaughtException", (error) => faults.push(error.message));
-  context.after(() => {
-    process.removeAllListeners("uncaughtException");
-    for (const listener of listeners) process.on("uncaughtException", listener);
-  });
+  const faults = collectFaults(context);
   const { client, socket } = makeStand();
   const got = ask(client, "x", {
     onText: () => {
@@ -558,6 +566,19 @@ test("aborting is an interrupt, and rejects at once", async () => {
   assert.deepEqual(socket.sentOf("INTERRUPT"), [{ interrupt_request_id: got.requestId, reason: "USER_STOP" }]);
   socket.text(got.requestId, 0, "late");
   socket.ack(got.requestId);
+  assert.equal(got.text, "");
+});
+
+test("what was aborted is heard of no more, even if it had been complete", async () => {
+  const { client, socket } = makeStand();
+  const controller = new AbortController();
+  const got = ask(client, "a", { signal: controller.signal });
+  controller.abort();
+  socket.text(got.requestId, 0, "all");
+  socket.end(got.requestId);
+  socket.ack(got.requestId, "ALREADY_DONE");
+  await settled();
+  assert.equal(got.error.name, "AbortError");
   assert.equal(got.text, "");
 });
 
