@@ -52,6 +52,8 @@ REFUSALS = (
     "origin",  # a connection of a web page from elsewhere
     "request",  # another one is live, or as many as may be
     "shutdown",
+    "auth",  # credentials that are not accepted
+    "auth_busy",  # too many passwords wait to be checked
 )
 """Values of labels. What the other rooms call these things is held to them by a test."""
 

@@ -34,7 +34,7 @@ from actors.messages import (
     SupervisorMessage,
 )
 from actors.request import RequestActor
-from actors.session import SessionActor, SessionHandle, SessionSettings
+from actors.session import Authenticator, SessionActor, SessionHandle, SessionSettings
 from gateway.protocol import (
     AccountAuth,
     ApiKeyAuth,
@@ -221,6 +221,7 @@ class Given:
         *,
         tell_supervisor: Callable[[SupervisorMessage], None] | None = None,
         takes_requests: bool = True,
+        authenticator: Authenticator | None = None,
         **settings: Any,
     ) -> None:
         self.source = source or FakeSource()
@@ -236,6 +237,7 @@ class Given:
             settings=SessionSettings(**settings),
             metrics=self.metrics,
             takes_requests=takes_requests,
+            authenticator=authenticator,
         )
         self.session_id: str | None = None
 
