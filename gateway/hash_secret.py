@@ -99,6 +99,9 @@ def _ask(prompt: str) -> str:
         try:
             secret = getpass.getpass(prompt)
             secret.encode()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # the line of the prompt ends here
+            raise
         except EOFError:
             print(file=sys.stderr)
             raise _NotGivenError("nothing was given") from None

@@ -153,7 +153,8 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
 /**
  * @typedef {object} ConnectionState
  * @property {"offline" | "connecting" | "ready" | "waiting" | "refused"} name `waiting`: for the
- *   next attempt; `refused`: the server did not take the registration, and is not asked again.
+ *   next attempt; `refused`: the server did not take the registration, and is not asked again
+ *   (unless it was only too busy).
  * @property {"none" | "lost" | "restarting" | "expired"} cause of the last loss.
  * @property {number} retryInMs with `waiting`.
  * @property {ServerError | null} error with `refused`.
@@ -690,11 +691,11 @@ export class WebSocketClient extends Emitter {
       return;
     }
     const error = serverError(payload);
-    if (this.state.name === "connecting") {
+    if (this.state.name === "connecting" && error.code !== "SERVER_BUSY") {
       this._refused(error);
       return;
     }
-    this.emit("error", error);
+    this.emit("error", error); // one that is busy closes now, and is asked again after a pause
     if (error.code === "SESSION_INVALID") {
       this._announced = "expired";
       this._lost(1008);

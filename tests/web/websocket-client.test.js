@@ -62,6 +62,23 @@ test("a registration that is refused is not tried again", async () => {
   assert.equal(sockets.length, 2);
 });
 
+test("a server that is too busy for a registration is asked again", async () => {
+  const { client, socket, sockets, time } = makeStand({ isOpen: false });
+  const errors = [];
+  client.on("error", (error) => errors.push(error.code));
+  socket.onopen({});
+  socket.error("SERVER_BUSY");
+  assert.deepEqual(errors, ["SERVER_BUSY"]);
+  assert.equal(client.state.name, "connecting");
+  socket.lose(1013);
+  assert.equal(client.state.name, "waiting");
+  time.pass(client.state.retryInMs);
+  assert.equal(sockets.length, 2);
+  sockets[1].onopen({});
+  sockets[1].register();
+  assert.equal(client.state.name, "ready");
+});
+
 test("an address that is none is a refusal", async () => {
   class Picky {
     constructor() {
