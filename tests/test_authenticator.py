@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gevent
 import gevent.monkey
 import pykka
 import pytest
@@ -506,6 +507,20 @@ def test_a_thread_that_cannot_be_had_fails_one_registration_and_no_other(
         assert given.outbox.wait_for("ERROR")["error_code"] == "INTERNAL_ERROR"
     assert "Credentials could not be checked" in [line["event"] for line in logs]
     ask(checker, AccountAuth("alice", PASSWORD)).outbox.wait_for("REGISTER_ACK")
+
+
+@pytest.mark.usefixtures("no_actor_left")
+def test_when_it_is_stopped_it_checks_nothing_more(native: NativeThread) -> None:
+    checker = Authenticator(KNOWN)
+    first, second = (ask(checker, AccountAuth("alice", PASSWORD)) for _ in range(2))
+    native.wait_for(1)
+    stopping = gevent.spawn(checker.stop)
+    gevent.sleep(0)  # it has begun
+    native.let_go()
+    stopping.get(timeout=LIMIT)
+    first.outbox.wait_for("REGISTER_ACK")
+    assert native.passwords == [PASSWORD]
+    assert second.outbox.frames == []
 
 
 @pytest.mark.usefixtures("no_actor_left")
