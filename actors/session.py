@@ -334,7 +334,7 @@ class SessionActor(GreenletActor):
             case ErrorCode.SERVER_BUSY:
                 self._metrics.refused.labels("auth_busy").inc()
         # Neither what was wrong, nor for which account: it may be a password in the wrong field.
-        kind = register.auth.__struct_config__.tag
+        kind = _kind(register.auth)
         _log.warning("Refused registration", peer=self._peer, code=code.value, auth=kind)
         self._send(error(code, detail))
         close_code = _CLOSE_BY_REFUSAL.get(code, _CLOSE_INTERNAL_ERROR)
@@ -359,7 +359,9 @@ class SessionActor(GreenletActor):
         self._on_new_request = register.on_new_request or settings.on_new_request
         self._metrics.sessions_active.inc()
         fields = {"session_id": self._session_id, "peer": self._peer}
-        _log.info("Session registered", **fields, **({} if client is None else {"client": client}))
+        if client is not None:
+            fields |= {"client": client, "auth": _kind(register.auth)}
+        _log.info("Session registered", **fields)
         self._send(RegisterAck(self._session_id, math.ceil(settings.session_timeout)))
 
     def _data(self) -> SessionData:
@@ -955,6 +957,11 @@ def _only(data: _S, fields: Collection[str] | None) -> _S:
         return data
     asked = {name: getattr(data, name) for name in data.__struct_fields__ if name in fields}
     return type(data)(**asked)
+
+
+def _kind(auth: ApiKeyAuth | AccountAuth) -> str:
+    """What kind of credentials they are, as the wire calls it."""
+    return str(auth.__struct_config__.tag)
 
 
 def _now_ms() -> int:

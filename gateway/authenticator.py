@@ -24,7 +24,8 @@ _THREADS = 1
 loop's worst delay rose from 9 to 35 ms."""
 
 MOST_WAITING = 100
-"""Passwords that may wait to be checked: 5 s, where clients wait 15 s for their REGISTER_ACK."""
+"""Passwords that may wait to be checked: 5 s with hashes of ours, where clients wait 15 s for their
+REGISTER_ACK."""
 
 _WRONG = "these credentials are not accepted"
 """To everybody the same: a client is not told whether there is such an account."""

@@ -163,6 +163,7 @@ def test_who_has_the_right_credentials_is_let_in_and_the_log_says_who_it_was(
         assert client.wait_terminal(request_id).payload["outcome"] == "COMPLETED"
     [line] = [line for line in logs if line["event"] == "Session registered"]
     assert (line["client"], line["session_id"]) == (name, client.session_id)
+    assert line["auth"] == auth["type"]
     assert KEY not in repr(logs)
     assert PASSWORD not in repr(logs)
 
