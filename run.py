@@ -21,6 +21,7 @@ import dataclasses
 import gc
 import math
 import os
+import re
 import signal
 import socket
 import sys
@@ -39,8 +40,10 @@ from actors.picture import keep_in_picture, log_picture
 from actors.places import Places
 from actors.session import SessionActor, SessionHandle
 from actors.supervisor import Supervision
-from gateway import doctor
+from gateway import doctor, hash_secret
+from gateway.authenticator import Authenticator
 from gateway.config import Config, add_flags, default_config
+from gateway.credentials import Credentials
 from gateway.given import Given
 from gateway.outbox import Outbox
 from gateway.protocol import HealthStatus, InterruptReason
@@ -141,6 +144,11 @@ class Gateway:
         self._teardown.callback(supervision.stop)
         supervision.start()
         cpu = _CpuMeter()
+        credentials = self.settings.credentials
+        authenticator = None if credentials is None else Authenticator(credentials)
+        self._authenticator = authenticator
+        if authenticator is not None:
+            self._teardown.callback(authenticator.stop)
 
         def health_status() -> HealthStatus:
             return HealthStatus("UP", self.server.connections, cpu.percent())
@@ -158,6 +166,7 @@ class Gateway:
                 place=place,
                 requests=self.requests,
                 takes_requests=not self._is_draining,
+                authenticator=authenticator,
             )
             return SessionHandle(ref, place)
 
@@ -222,6 +231,17 @@ class Gateway:
         provider = self._provider_of(settings)
         self._client.reload(provider, settings.fallback)
         self.provider = provider
+
+    def reload_credentials(self, credentials: Credentials) -> bool:
+        """From the next REGISTER on, let these in and nobody else; sessions that stand go on.
+
+        Returns:
+            False when nothing has changed: it was started without authentication.
+        """
+        if self._authenticator is None:
+            return False
+        self._authenticator.credentials = credentials
+        return True
 
     def drain(self) -> None:
         """Take no more requests, and wait until every session has left, but not for ever.
@@ -373,6 +393,9 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
         _say(f"metrics on {gateway.ops.url}")
     if fallback is not None:
         _say(f"fallback {_shown(fallback)}, model {fallback.model}")
+    if settings.credentials is not None:
+        keys, accounts = len(settings.credentials.api_keys), len(settings.credentials.accounts)
+        _say(f"clients need one of the API keys ({keys}) or accounts ({accounts}) that are known")
     # What stands now lives as long as the process: the collector need not look at it again and
     # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
     gc.collect()
@@ -423,6 +446,10 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
     except (OSError, ValueError) as error:  # a file that was right a moment ago
         _log.error("Not reloaded", fault=f"a provider cannot be used ({type(error).__name__})")
         return
+    credentials = settings.credentials
+    if credentials is not None and gateway.reload_credentials(credentials):
+        keys, accounts = len(credentials.api_keys), len(credentials.accounts)
+        _log.info("Credentials reloaded", api_keys=keys, accounts=accounts)
     if need_restart:
         reason = "a running gateway takes up only its providers"
         if "llm_url" in need_restart and settings.provider is None:
@@ -528,6 +555,9 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(
+            r"ignored explicit argument .*", "takes no value", message, flags=re.DOTALL
+        )
         self.exit(2, f"error: {message}\n")
 
 
@@ -558,6 +588,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="examine a running daemon step by step: does it answer, do interruptions stop?",
     )
     doctor.add_arguments(doctor_parser)
+    hash_secret.add_arguments(
+        commands.add_parser(
+            "hash-secret",
+            help="print the hash of a password or of an API key, for the file of --auth-file",
+        )
+    )
     demo_parser = commands.add_parser(
         "demo-llm",
         help="run the demo provider on its own, for any client of OpenAI's API",
@@ -606,11 +642,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, strays = parser.parse_known_args(arguments)
     if strays and args.command in ("demo-llm", "default-config", "doctor"):
         parser.error(f"{args.command} does not know {strays[0].partition('=')[0]}")
+    if strays and args.command == "hash-secret":  # which one, is not said: it may be the secret
+        parser.error("hash-secret takes no more: it asks for the secret, or reads standard input")
     if args.command == "demo-llm":
         configure("info", _log_format())
         return serve_demo(args.host, args.port, args.tokens_per_second)
     if args.command == "doctor":
         return doctor.main(args)
+    if args.command == "hash-secret":
+        return hash_secret.main(args)
     if args.command == "default-config":
         _say(default_config().rstrip())
         return 0

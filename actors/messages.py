@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import pykka
 
-from gateway.protocol import ClientFrame, FrameError, InterruptReason
+from gateway.protocol import ClientFrame, ErrorCode, FrameError, InterruptReason
 from llm.chat import Prompt
 from llm.stream import Result
 
@@ -45,6 +45,21 @@ class ConnectionLost:
     """Nothing can be read from the client or written to it any more."""
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Authenticated:
+    """The credentials of REGISTER are right. `client` is whose they are."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True)
+class AuthenticationFailed:
+    """The credentials of REGISTER are wrong (`AUTH_FAILED`), or could not be checked."""
+
+    code: ErrorCode
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +134,8 @@ SessionMessage: TypeAlias = (
     | BadFrameReceived
     | VoiceReceived
     | ConnectionLost
+    | Authenticated
+    | AuthenticationFailed
     | RequestReported
     | TerminalWritten
     | CallWritten

@@ -22,6 +22,8 @@ from actors.lifetime import Due, Lifetime
 from actors.live import Live, Outlet, PendingInterrupt, completed, interrupted
 from actors.memory import Memory
 from actors.messages import (
+    Authenticated,
+    AuthenticationFailed,
     BadFrameReceived,
     CallWritten,
     ConnectionLost,
@@ -49,6 +51,8 @@ from actors.profile import Profile, UpdateError
 from actors.request import RequestActor, StreamSource
 from actors.voice import VoiceError, VoiceRequests
 from gateway.protocol import (
+    AccountAuth,
+    ApiKeyAuth,
     ClientFrame,
     ErrorCode,
     FrameError,
@@ -89,6 +93,11 @@ _CLOSE_EXPIRED = 1008
 _CLOSE_INTERNAL_ERROR = 1011
 _CLOSE_SERVICE_RESTART = 1012
 _CLOSE_TRY_AGAIN_LATER = 1013
+_CLOSE_BY_REFUSAL = {
+    ErrorCode.AUTH_FAILED: 1008,
+    ErrorCode.SERVER_BUSY: _CLOSE_TRY_AGAIN_LATER,
+}
+"""When credentials were not accepted; with any other code it is our fault."""
 
 _LEAVING = "the gateway is shutting down, or the session is ending"
 
@@ -106,6 +115,13 @@ class Outbox(Protocol):
     ) -> None: ...
     def together(self) -> AbstractContextManager[None]: ...
     def close(self, code: int, reason: str) -> None: ...
+
+
+class Authenticator(Protocol):
+    """Says who may register (`gateway.authenticator.Authenticator`)."""
+
+    def check(self, auth: ApiKeyAuth | AccountAuth, session: pykka.ActorRef[Any]) -> None:
+        """Tell the session `Authenticated` or `AuthenticationFailed`, later and once."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,7 @@ class SessionActor(GreenletActor):
         place: Place,
         requests: Places,
         takes_requests: bool = True,
+        authenticator: Authenticator | None = None,
     ) -> None:
         super().__init__()
         self._outbox = outbox
@@ -166,6 +183,11 @@ class SessionActor(GreenletActor):
         self._place = place
         self._requests = requests
         self._lanes = lanes()
+        self._authenticator = authenticator
+        self._registering: Register | None = None
+        """What waits for its credentials to be checked."""
+        self._client: str | None = None
+        """Whose credentials they were; None where nobody looks at them."""
         self._session_id: str | None = None
         self._created_ms = 0
         self._lifetime = Lifetime(0, 0, 0)
@@ -192,6 +214,8 @@ class SessionActor(GreenletActor):
         return {
             "session_id": self._session_id,
             "peer": self._peer,
+            "client": self._client,
+            "registering": self._registering is not None,
             "live": list(self._live),
             "voice": self._voices.open_id,
             "interrupts_to_answer": len(self._interrupts),
@@ -208,6 +232,10 @@ class SessionActor(GreenletActor):
         match message:
             case FrameReceived(frame, read_at):
                 self._on_frame(frame, read_at)
+            case Authenticated(client):
+                self._on_authenticated(client)
+            case AuthenticationFailed(code, detail):
+                self._on_authentication_failed(code, detail)
             case RequestReported(request_id, result):
                 self._on_report(request_id, result)
             case BadFrameReceived(frame_error):
@@ -276,6 +304,8 @@ class SessionActor(GreenletActor):
                 self._send(HealthCheckAck(_only(self._health(), check_fields)))
             case Register():
                 self._register(payload)
+            case _ if self._registering is not None:
+                self._refuse(ErrorCode.SESSION_INVALID, "wait for REGISTER_ACK")
             case _ if self._session_id is None:
                 self._refuse(ErrorCode.SESSION_INVALID, "the first message must be REGISTER")
             case _ if frame.session_id != self._session_id:
@@ -298,9 +328,38 @@ class SessionActor(GreenletActor):
                 assert_never(payload)
 
     def _register(self, register: Register) -> None:
-        if self._session_id is not None:
-            self._refuse(ErrorCode.MALFORMED_PAYLOAD, "this connection is registered already")
+        if self._session_id is not None or self._registering is not None:
+            self._refuse(ErrorCode.MALFORMED_PAYLOAD, "this connection has sent REGISTER already")
             return
+        if self._authenticator is None:
+            self._open(register, None)
+            return
+        self._registering = register
+        self._authenticator.check(register.auth, self.actor_ref)
+
+    def _on_authenticated(self, client: str) -> None:
+        register, self._registering = self._registering, None
+        assert register is not None
+        self._open(register, client)
+
+    def _on_authentication_failed(self, code: ErrorCode, detail: str) -> None:
+        register, self._registering = self._registering, None
+        assert register is not None
+        match code:
+            case ErrorCode.AUTH_FAILED:
+                self._metrics.refused.labels("auth").inc()
+            case ErrorCode.SERVER_BUSY:
+                self._metrics.refused.labels("auth_busy").inc()
+        # Neither what was wrong, nor for which account: it may be a password in the wrong field.
+        kind = _kind(register.auth)
+        _late_log.warning("Refused registration", peer=self._peer, code=code.value, auth=kind)
+        self._send(error(code, detail))
+        close_code = _CLOSE_BY_REFUSAL.get(code, _CLOSE_INTERNAL_ERROR)
+        self._ended_by = "registration refused"
+        self._end(InterruptReason.OTHER, lambda: self._outbox.close(close_code, self._ended_by))
+
+    def _open(self, register: Register, client: str | None) -> None:
+        """Let the client in, whose credentials are right, or are not looked at."""
         if not self._takes_requests:
             self._refuse_busy("shutdown", _LEAVING)
             self._end_for_restart(InterruptReason.SERVER_SHUTDOWN)
@@ -308,6 +367,7 @@ class SessionActor(GreenletActor):
         if not self._place.take():
             self._send_away("as many sessions as may be are open")
             return
+        self._client = client
         self._session_id = f"sess_{secrets.token_hex(8)}"
         self._created_ms = _now_ms()
         settings = self._settings
@@ -318,7 +378,10 @@ class SessionActor(GreenletActor):
         self._profile = Profile.registered(register)
         self._on_new_request = register.on_new_request or settings.on_new_request
         self._metrics.sessions_active.inc()
-        _late_log.info("Session registered", session_id=self._session_id, peer=self._peer)
+        fields = {"session_id": self._session_id, "peer": self._peer}
+        if client is not None:
+            fields |= {"client": client, "auth": _kind(register.auth)}
+        _late_log.info("Session registered", **fields)
         self._send(RegisterAck(self._session_id, math.ceil(settings.session_timeout)))
 
     def _send_away(self, detail: str) -> None:
@@ -940,6 +1003,11 @@ def _only(data: _S, fields: Collection[str] | None) -> _S:
         return data
     asked = {name: getattr(data, name) for name in data.__struct_fields__ if name in fields}
     return type(data)(**asked)
+
+
+def _kind(auth: ApiKeyAuth | AccountAuth) -> str:
+    """What kind of credentials they are, as the wire calls it."""
+    return str(auth.__struct_config__.tag)
 
 
 def _now_ms() -> int:

@@ -82,6 +82,7 @@ KeyFilePath: TypeAlias = Annotated[
     str, _meta("the path of a file", "KEY_FILE", min_length=1), Private(lambda _: "***")
 ]
 FilePath: TypeAlias = Annotated[str, _meta("the path of a file", "FILE", min_length=1)]
+AuthFilePath: TypeAlias = Annotated[str, _meta("the path of a file", "AUTH_FILE", min_length=1)]
 Headers: TypeAlias = Annotated[
     tuple[str, ...],
     _meta("a list of headers, each as 'Name: value'", "HEADER"),
@@ -124,6 +125,14 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         Origins,
         About("web origin whose pages may connect", ("https://chat.example.com",)),
     ] = ()
+    auth_file: Annotated[
+        AuthFilePath | None,
+        About(
+            "file that says who may connect, by hashes that run.py hash-secret prints; without it, "
+            "anybody; it is read again at a SIGHUP",
+            "/etc/bargein/auth.toml",
+        ),
+    ] = None
     insecure_no_auth: Annotated[
         bool, About("listen beyond loopback although anybody may connect")
     ] = False
@@ -487,7 +496,8 @@ Secrets are not written here. llm_api_key_env names the environment variable tha
 llm_api_key_file the file; ${{VARIABLE}} in a header or a proxy's URL is put in from the
 environment.
 
-At a SIGHUP this file is read anew: providers are asked as it says then, the rest needs a restart.
+At a SIGHUP this file is read anew, and the file of auth_file: from then on providers are asked,
+and clients let in, as they say. The rest needs a restart.
 """
 
 

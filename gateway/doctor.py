@@ -336,11 +336,16 @@ def _registration_refused(cross: Cross, target: Target) -> Cross:
     if ErrorCode.SERVER_BUSY in cross.seen:
         return Cross(cross.seen, "The daemon stops, or has no room: try again, see /readyz.")
     if ErrorCode.AUTH_FAILED in cross.seen and target.secrets:
-        return Cross(cross.seen, f"Is what {KEY_VARIABLE} (or …_ACCOUNT, …_PASSWORD) holds right?")
+        return Cross(
+            cross.seen,
+            f"It refuses the credentials. Is what {KEY_VARIABLE} (or …_ACCOUNT, …_PASSWORD) holds "
+            "right, and is it in the daemon's file (--auth-file)?",
+        )
     if ErrorCode.AUTH_FAILED in cross.seen:
         return Cross(
             cross.seen,
-            f"Set {KEY_VARIABLE}, or {ACCOUNT_VARIABLE} and {PASSWORD_VARIABLE}.",
+            f"It wants credentials. Set {KEY_VARIABLE}, or {ACCOUNT_VARIABLE} and "
+            f"{PASSWORD_VARIABLE}.",
         )
     return cross
 

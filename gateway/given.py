@@ -28,7 +28,7 @@ _RESTART = frozenset(
     {"llm_total_timeout", "llm_breaker_failures", "llm_breaker_timeout"}
     | {key for key in Config.__struct_fields__ if not key.startswith("llm_")}
 )
-"""What a running gateway does not take up: everything but its providers."""
+"""What a running gateway does not take up: everything but its providers, and who may connect."""
 
 
 class Given:
@@ -67,10 +67,14 @@ class Given:
     def need_restart(self, running: Config) -> list[str]:
         """Keys that differ from a running gateway's, and that it does not take up."""
         config = self.config
-        changed = [key for key in SETTINGS if getattr(config, key) != getattr(running, key)]
+        taken_up = set(SETTINGS) - _RESTART
         if (config.llm_url is None) != (running.llm_url is None):
-            return changed  # the demo provider runs in its place, or does not
-        return [key for key in changed if key in _RESTART]
+            taken_up.clear()  # the demo provider runs in its place, or does not
+        if None not in (config.auth_file, running.auth_file):
+            # To switch authentication on needs a restart too: those who are in were never asked.
+            taken_up.add("auth_file")
+        changed = [key for key in SETTINGS if getattr(config, key) != getattr(running, key)]
+        return [key for key in changed if key not in taken_up]
 
     def report(self) -> list[str]:
         """A line for each setting that has not its default, with what gave it that value; to be

@@ -16,6 +16,8 @@ from urllib.parse import quote
 from actors.session import SessionSettings
 from actors.supervisor import SupervisorSettings
 from gateway.config import SETTINGS, blot_url
+from gateway.credentials import Credentials, CredentialsError
+from gateway.credentials import parse as parse_credentials
 from gateway.given import Given
 from gateway.outbox import OutboxSettings
 from gateway.server import ServerSettings
@@ -39,6 +41,8 @@ _SECRET_HEADER = re.compile(r"(proxy-)?authorization|cookie|(.*-)?api-key", re.I
 _CREDENTIALS_IN_URL = re.compile(r"[^/?#]*//[^/?#]*@")
 
 _MOST_KEY_BYTES = 64 * 1024
+_MOST_AUTH_FILE_BYTES = 1024 * 1024
+"""8,000 accounts, which take 0.1 s to read; while a running gateway does, everybody waits."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Settings:
     server: ServerSettings = field(default_factory=ServerSettings)
     supervisor: SupervisorSettings = field(default_factory=SupervisorSettings)
     session: SessionSettings = field(default_factory=SessionSettings)
+    credentials: Credentials | None = None
+    """Who may register; None is anybody."""
     ops_host: str = "127.0.0.1"
     ops_port: int = 0
     """Where metrics are served; 0 serves none."""
@@ -109,13 +115,7 @@ class _Check:
             for key in SETTINGS:
                 if key.startswith("llm_fallback_"):
                     self._needs(key, "llm_fallback_url")
-        if not (config.insecure_no_auth or _is_loopback(config.host)):
-            self._needs(
-                "host",
-                "insecure_no_auth",
-                "it is not loopback, there is no authentication yet, and anybody who can reach it "
-                "could spend your key",
-            )
+        credentials = self._credentials()
         if self._faults:
             raise SettingsError(list(self._faults))
         return Settings(
@@ -145,6 +145,7 @@ class _Check:
                 history_messages=config.history_messages,
                 history_chars=config.history_chars,
             ),
+            credentials=credentials,
             ops_host=config.ops_host,
             ops_port=config.ops_port,
             drain_timeout=config.drain_timeout,
@@ -164,6 +165,48 @@ class _Check:
             f"{self._given.name(key)}{shown} needs {SETTINGS[other].flag}"
             + (f": {why}" if why else "")
         )
+
+    # Who may connect.
+
+    def _credentials(self) -> Credentials | None:
+        config, given = self._config, self._given
+        if config.auth_file is not None and config.insecure_no_auth:
+            # Else it would lie in wait until somebody takes the file away.
+            self._fault(
+                f"{given.name('insecure_no_auth')} lets anybody in, and {given.name('auth_file')} "
+                "only those that it names: take one of them away"
+            )
+        if config.auth_file is not None:
+            return self._read_credentials(config.auth_file)
+        is_meant = config.insecure_no_auth or given.in_doubt & {"auth_file", "insecure_no_auth"}
+        if not (is_meant or _is_loopback(config.host)):
+            self._fault(
+                f"{given.name('host')} {config.host} needs --auth-file, or --insecure-no-auth: it "
+                "is not loopback, and anybody who can reach it could spend your key"
+            )
+        return None
+
+    def _read_credentials(self, path: str) -> Credentials | None:
+        name = f"{self._given.name('auth_file')} {path!r}"
+        if not Path(path).is_file():  # nor is a pipe one, which could keep everybody waiting
+            self._fault(f"{name} is no file")
+            return None
+        try:
+            with Path(path).open("rb") as file:
+                content = file.read(_MOST_AUTH_FILE_BYTES + 1)
+            if len(content) > _MOST_AUTH_FILE_BYTES:
+                self._fault(f"{name} is over {_MOST_AUTH_FILE_BYTES} bytes long")
+                return None
+            # Editors on Windows begin a file with a byte order mark.
+            return parse_credentials(content.decode("utf-8-sig"))
+        except OSError as error:
+            self._fault(f"{name} cannot be read: {error.strerror or error}")
+        except UnicodeDecodeError as error:
+            self._fault(f"{name} is not UTF-8 (byte {error.start})")
+        except CredentialsError as error:
+            for fault in error.faults:
+                self._fault(f"{path}: {fault}")
+        return None
 
     # Providers.
 

@@ -55,6 +55,8 @@ REFUSALS = (
     "max_sessions",
     "max_requests",
     "max_connections",  # of clients that have not registered
+    "auth",  # credentials that are not accepted
+    "auth_busy",  # too many passwords wait to be checked
 )
 """Values of labels. What the other rooms call these things is held to them by a test."""
 

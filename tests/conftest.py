@@ -18,7 +18,7 @@ from tests.fakes import LIMIT, Clock
 from tests.harness.client import Client
 from tests.harness.provider_process import ProviderProcess
 
-_OF_SETTINGS = {"server", "supervisor", "fallback", "generation", "ops_port"}
+_OF_SETTINGS = {"server", "supervisor", "fallback", "generation", "credentials", "ops_port"}
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def make_gateway(provider: ProviderProcess) -> Iterator[Callable[..., Gateway]]:
 
     Keyword arguments of what is made: fields of `Provider` (its `base_url` is the scripted
     provider's unless given) and of `SessionSettings`; `server`, `supervisor`, `fallback`,
-    `generation`, `ops_port` of `Settings`.
+    `generation`, `credentials`, `ops_port` of `Settings`.
     """
     gateways: list[Gateway] = []
 

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
+from structlog.testing import capture_logs
 
+from gateway.credentials import Credentials, hash_api_key
 from gateway.pages import WEB
 from gateway.server import ServerSettings
 from llm.stories import answer, stop_answer
@@ -1005,6 +1007,33 @@ def test_settings_that_cannot_be_are_told_and_not_kept(
     page.click("#open-settings")
     kept = page.js("return document.querySelector(arguments[0]).value", field)
     assert kept != value
+
+
+@pytest.mark.parametrize(
+    ("language", "words"), [("en", "wants an access key that it knows"), ("zh", "有效的访问密钥")]
+)
+def test_who_has_no_key_is_told_so_once_and_is_let_in_with_one(
+    page: CheckedPage, playing: Playing, language: str, words: str
+) -> None:
+    key = "key-of-the-page-0123456789"
+    digest = bytes.fromhex(hash_api_key(key).partition(":")[2])
+    page.speak(language)
+    with capture_logs() as logs:
+        page.open(playing("echo", credentials=Credentials({digest: "page"})), ready=False)
+        page.wait_connection("refused")
+        assert words in page.notice()
+        # What the server says, which speaks English only, adds nothing.
+        assert "credentials" not in page.notice()
+        page.click("#open-settings")
+        page.js("document.querySelector('#settings details').open = true")
+        page.write("#setting-key", f" {key} ")  # as it comes when it is copied
+        page.click("#save-settings")
+        page.wait_connection("ready")
+        page.ask("Good evening")
+        assert page.wait_state("complete")["text"] == "Good evening"
+    events = [line["event"] for line in logs]
+    assert events.count("Refused registration") == 1
+    assert [line["client"] for line in logs if line["event"] == "Session registered"] == ["page"]
 
 
 def test_escape_closes_the_settings_and_the_answer_goes_on(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import re
 import signal
@@ -320,6 +321,22 @@ def test_a_registration_that_is_refused_says_so(
     with pytest.raises(FrameRefused, match="MALFORMED_PAYLOAD") as refused:
         gateway.connect(**fields)
     assert refused.value.error.error_code == ErrorCode.MALFORMED_PAYLOAD
+
+
+def test_clients_have_the_credentials_of_their_gateway(tmp_path: Path) -> None:
+    key = "key-of-these-tests-0123456789"
+    auth_file = tmp_path / "auth.toml"
+    auth_file.write_text(
+        f'[api_keys]\ntests = "sha256:{hashlib.sha256(key.encode()).hexdigest()}"\n'
+    )
+    auth = {"type": "API_KEY", "api_key": key}
+    with run_gateway("--auth-file", str(auth_file), model="echo", auth=auth) as gateway:
+        with gateway.connect() as client:
+            assert client.ask("Good evening").collect().text == "Good evening"
+        with pytest.raises(FrameRefused, match="AUTH_FAILED"):
+            gateway.connect(auth={"type": "API_KEY", "api_key": "another"})
+        assert '"client":"tests"' in gateway.log
+        assert key not in gateway.log
 
 
 def test_an_interrupt_that_is_refused_says_so(gateway: RunningGateway) -> None:

@@ -35,7 +35,7 @@ from actors.messages import (
 )
 from actors.places import Places
 from actors.request import RequestActor
-from actors.session import SessionActor, SessionHandle, SessionSettings
+from actors.session import Authenticator, SessionActor, SessionHandle, SessionSettings
 from gateway.protocol import (
     AccountAuth,
     ApiKeyAuth,
@@ -224,6 +224,7 @@ class Given:
         takes_requests: bool = True,
         sessions: Places | None = None,
         requests: Places | None = None,
+        authenticator: Authenticator | None = None,
         **settings: Any,
     ) -> None:
         self.source = source or FakeSource()
@@ -243,6 +244,7 @@ class Given:
             place=self.sessions.place(),
             requests=self.requests,
             takes_requests=takes_requests,
+            authenticator=authenticator,
         )
         self.session_id: str | None = None
 

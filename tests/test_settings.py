@@ -72,7 +72,7 @@ class Bench:
     def base(self, without: str) -> None:
         """Give what makes every setting useful, in the file."""
         for key, value in BASE.items():
-            if key != without:
+            if key != without and (key, without) != ("insecure_no_auth", "auth_file"):
                 self.give("file", key, value)
 
     def read(self) -> Given:
@@ -91,6 +91,12 @@ class Bench:
         """The path of a file that holds this key."""
         path = self.path.with_name("key")
         path.write_text(key, encoding="utf-8")
+        return str(path)
+
+    def auth_file(self) -> str:
+        """The path of a file that lets one key in."""
+        path = self.path.with_name("auth.toml")
+        path.write_text(f'[api_keys]\nkiosk = "sha256:{64 * "0"}"', encoding="utf-8")
         return str(path)
 
     def settings(self) -> Settings:
@@ -142,6 +148,7 @@ SAMPLES: dict[str, tuple[Any, Any]] = {
     "NAME": ("KEY_1", "KEY_2"),
     "FILE": (certifi.where(), f"/{certifi.where()}"),
     "KEY_FILE": ("/run/secrets/one", "/run/secrets/two"),
+    "AUTH_FILE": ("/etc/one.toml", "/etc/two.toml"),
     "HEADER": (["X-Team: blue", "X-Title: a: b"], ["X-Team: red"]),
     "ORIGIN": (["https://one.example", "http://two.example:81"], ["https://three.example"]),
     "JSON": ({"temperature": 0.5, "user": "me"}, {"seed": 5}),
@@ -152,6 +159,7 @@ WRONG_TEXT = {
     "URL": "ftp://127.0.0.1",
     "FILE": "/nowhere/ca.pem",
     "KEY_FILE": "/nowhere/key",
+    "AUTH_FILE": "/nowhere/auth.toml",
     "HEADER": "no header",
     "ORIGIN": "chat.example.com",
     "JSON": "{",
@@ -166,6 +174,7 @@ WANTED = {
     "URL": "URL|http://",
     "FILE": "file",
     "KEY_FILE": "path of a file",
+    "AUTH_FILE": "file",
     "HEADER": "header",
     "ORIGIN": "list of web origins",
     "JSON": "JSON object",
@@ -304,8 +313,14 @@ def test_every_setting_reaches_the_program(bench: Bench, key: str) -> None:
     if key in BASE:
         bench.give("file", key, BASE[key])
     before = bench.settings()
-    is_key_file = SETTINGS[key].metavar == "KEY_FILE"
-    bench.give("flag", key, bench.key_file("sk-one") if is_key_file else samples(key)[0])
+    match SETTINGS[key].metavar:
+        case "KEY_FILE":
+            value = bench.key_file("sk-one")
+        case "AUTH_FILE":
+            value = bench.auth_file()
+        case _:
+            value = samples(key)[0]
+    bench.give("flag", key, value)
     after = bench.settings()
     assert (after == before) is (key in NOT_IN_SETTINGS)
 
@@ -950,13 +965,35 @@ def test_what_needs_a_restart_is_named_and_what_a_provider_is_needs_none(bench: 
     for key in KEYS:
         other = Bench(bench.path.parent)
         other.base(without=key)
-        if key == "insecure_no_auth":
-            continue  # it is not at its default
+        if key in ("insecure_no_auth", "auth_file"):
+            continue  # it is not at its default; the two of them see below
         other.give("file", key, samples(key)[0])
         assert other.read().need_restart(running) == ([key] if key in needy else [])
     assert bench.read().need_restart(running) == []
     demo = given().config
     assert set(bench.read().need_restart(demo)) == set(BASE)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ("/etc/one.toml", "/etc/two.toml", []),
+        (None, "/etc/one.toml", ["auth_file"]),
+        ("/etc/one.toml", None, ["auth_file"]),
+    ],
+)
+@pytest.mark.parametrize("with_provider", [False, True])
+def test_who_may_connect_is_taken_up_but_whether_everybody_may_needs_a_restart(
+    before: str | None, after: str | None, expected: list[str], with_provider: bool
+) -> None:
+    def config_of(path: str | None) -> Given:
+        return given(*(["--auth-file", path] if path else []))
+
+    running = config_of(before).config
+    assert config_of(after).need_restart(running) == expected
+    if with_provider:  # which needs a restart, since the demo one runs
+        arguments = ["--llm-url", "http://h/v1", *(["--auth-file", after] if after else [])]
+        assert given(*arguments).need_restart(running) == [*expected, "llm_url"]
 
 
 def test_a_fault_of_the_extra_fields_names_the_field() -> None:
@@ -1130,12 +1167,13 @@ def test_each_line_of_the_default_file_is_a_setting_with_its_default(
     )
 
 
-def test_the_default_file_works_with_all_its_examples_too(tmp_path: Path) -> None:
+def test_the_default_file_works_with_all_its_examples_too(bench: Bench, tmp_path: Path) -> None:
     text = "\n".join(lines_of_default_config()).replace("ca.pem", certifi.where())
     text = re.sub(r"^llm_proxy.*$", "", text, flags=re.MULTILINE)
     key_file = tmp_path / "key"
     key_file.write_text("sk-0")
     text = re.sub(r"/run/secrets/\w+", str(key_file), text)
+    text = text.replace("/etc/bargein/auth.toml", bench.auth_file())
     path = tmp_path / "bargein.toml"
     path.write_text(text)
     environ = {"TEAM": "blue", "OTHER_API_KEY": "sk-1", "OPENAI_API_KEY": "sk-2"}

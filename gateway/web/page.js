@@ -336,7 +336,10 @@ client.on("state", (state) => {
     notify(texts.say(words[state.cause]), "error");
   } else if (state.name === "refused") {
     const { code, detail } = state.error ?? { code: "INTERNAL_ERROR", detail: "" };
-    notify(`${texts.say("noticeRefused")} ${texts.sayError(code, detail)}`, "error");
+    // Of a key there is nothing more to say, and least of all in the server's language.
+    const isKey = code === "AUTH_FAILED";
+    const words = isKey ? "" : `${texts.say("noticeRefused")} `;
+    notify(words + texts.sayError(code, isKey ? "" : detail), "error");
   }
   wasReady = state.name === "ready";
 });
@@ -481,7 +484,7 @@ byId("settings-form", HTMLFormElement).addEventListener("submit", async (event) 
   if (fault !== "") return;
   saveButton.disabled = true;
   try {
-    const words = await apply(wanted, fields.key.value);
+    const words = await apply(wanted, fields.key.value.trim());
     texts = new Texts(settings.language || pickLanguage(navigator.languages));
     speakLanguage();
     showConnection(client.state);

@@ -21,7 +21,7 @@
 const SETTINGS = "bargein.settings";
 const KEY = "bargein.key";
 
-/** The protocol wants one, though nobody looks at it yet. */
+/** The protocol wants one, also of gateways that let anybody in. */
 const NO_KEY = "anonymous";
 
 /**

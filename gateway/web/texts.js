@@ -46,7 +46,7 @@ const EN = {
   statusEmpty: "No answer came: it was empty.",
   announceStopped: "Stopped",
 
-  codeAUTH_FAILED: "The server does not accept this access key.",
+  codeAUTH_FAILED: "The server wants an access key that it knows. Please look at Settings, Connection.",
   codeSESSION_INVALID: "The session is no longer valid. A new one begins.",
   codeSTREAM_SEQ_ERROR: "The voice came in the wrong order. Please try again.",
   codePAYLOAD_TOO_LARGE: "That was too long. Please make it shorter.",
@@ -141,7 +141,7 @@ const ZH = {
   statusEmpty: "没有得到回答：内容为空。",
   announceStopped: "已停止",
 
-  codeAUTH_FAILED: "服务器不接受这个访问密钥。",
+  codeAUTH_FAILED: "服务器需要有效的访问密钥，请检查“设置”中的“连接”。",
   codeSESSION_INVALID: "会话已失效，将开始新的会话。",
   codeSTREAM_SEQ_ERROR: "语音顺序有误，请再试一次。",
   codePAYLOAD_TOO_LARGE: "内容太长，请缩短一些。",

@@ -120,7 +120,8 @@ class RunningGateway:
     Args:
         process: of the gateway.
         provider: behind it.
-        client_timeout: seconds that any wait of its clients may take.
+        timeout: seconds that any wait of its clients may take.
+        auth: what its clients register with.
     """
 
     def __init__(
@@ -129,10 +130,12 @@ class RunningGateway:
         found: re.Match[str],
         provider: RunningProvider | None,
         timeout: float,
+        auth: Mapping[str, str] | None = None,
     ) -> None:
         self._process = process
         self._provider = provider
         self._client_timeout = timeout
+        self._register = {} if auth is None else {"auth": dict(auth)}
         self._clients: list[ChatClient] = []
         self.url = found["url"]
         """Where clients connect to."""
@@ -150,10 +153,14 @@ class RunningGateway:
 
         Args:
             timeout: seconds that any of its waits may take; None is the gateway's `client_timeout`.
-            register: fields of its REGISTER frame, `system_prompt` for example.
+            register: fields of its REGISTER frame, `system_prompt` for example; `auth` in place of
+                the gateway's.
+
+        Raises:
+            FrameRefused: the gateway does not let it in.
         """
         timeout = self._client_timeout if timeout is None else timeout
-        client = ChatClient(self.port, timeout=timeout, **register)
+        client = ChatClient(self.port, timeout=timeout, **self._register | register)
         self._clients.append(client)
         return client
 
@@ -194,6 +201,7 @@ def run_gateway(
     tokens_per_second: float = 300.0,
     port: int = 0,
     env: Mapping[str, str] | None = None,
+    auth: Mapping[str, str] | None = None,
     log_level: str = "info",
     client_timeout: float = 10.0,
     process_timeout: float = 15.0,
@@ -209,6 +217,9 @@ def run_gateway(
         port: of the gateway, on 127.0.0.1; 0 takes a free one.
         env: more environment variables of the gateway. Those that begin with `OPENAI_` are not
             handed down from ours.
+        auth: what clients register with, where the gateway asks for credentials (`--auth-file`):
+            `{"type": "API_KEY", "api_key": …}`, or `{"type": "ACCOUNT", …}` with `account` and
+            `password`.
         log_level: of the gateway: debug, info, warning or error.
         client_timeout: seconds that any wait of its clients may take.
         process_timeout: seconds that a process may take to start, or to end before it is killed.
@@ -228,7 +239,7 @@ def run_gateway(
         process, found = _start(
             stack, ["serve", *own, *form, *arguments], env, LISTENING, process_timeout
         )
-        gateway = RunningGateway(process, found, provider, client_timeout)
+        gateway = RunningGateway(process, found, provider, client_timeout, auth)
         stack.callback(gateway.drop_clients)  # else it would wait for them to say goodbye
         try:
             yield gateway
