@@ -36,6 +36,7 @@ from gateway.protocol import (
     Request,
     RequestContent,
 )
+from llm.lanes import lanes
 from run import Gateway
 from tests.fakes import LIMIT
 from tests.harness import scripts
@@ -161,6 +162,7 @@ def test_who_has_the_right_credentials_is_let_in_and_the_log_says_who_it_was(
     with capture_logs() as logs, registered(gateway.server.port, auth) as client:
         request_id = client.request(provider.fresh(scripts.answer(["Hello"])))
         assert client.wait_terminal(request_id).payload["outcome"] == "COMPLETED"
+        lanes().wait_turn()  # lines are written later
     [line] = [line for line in logs if line["event"] == "Session registered"]
     assert (line["client"], line["session_id"]) == (name, client.session_id)
     assert line["auth"] == auth["type"]
@@ -174,6 +176,7 @@ def test_who_has_not_is_told_so_and_nothing_else(gateway: Gateway, auth: dict[st
         register(client, auth)
         frame = refused(client)
         wait_until(lambda: gateway.server.connections == 0, "it is gone")
+        lanes().wait_turn()
     assert frame.session_id is None
     assert frame.payload == {
         "error_code": "AUTH_FAILED",
@@ -294,6 +297,7 @@ def test_who_is_gone_when_the_check_is_through_harms_nobody(
         native.let_go()
         with registered(port, BY_ACCOUNT):
             pass
+        lanes().wait_turn()
     assert [line for line in logs if line["log_level"] in ("warning", "error")] == []
     assert sample(gateway, "auth") == 0
 
@@ -321,6 +325,7 @@ def test_without_credentials_everybody_is_let_in(make_gateway: Callable[..., Gat
     for auth in WRONG:
         with capture_logs() as logs, registered(gateway.server.port, auth) as client:
             assert client.session_id
+            lanes().wait_turn()
         [line] = [line for line in logs if line["event"] == "Session registered"]
         assert "client" not in line
 
