@@ -690,7 +690,8 @@ export class WebSocketClient extends Emitter {
       return;
     }
     const error = serverError(payload);
-    if (this.state.name === "connecting") {
+    // A server that is full, or about to go, closes the connection; it is tried again later.
+    if (this.state.name === "connecting" && error.code !== "SERVER_BUSY") {
       this._refused(error);
       return;
     }

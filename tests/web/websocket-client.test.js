@@ -62,6 +62,23 @@ test("a registration that is refused is not tried again", async () => {
   assert.equal(sockets.length, 2);
 });
 
+test("a server that has no room is asked again later", async () => {
+  const { client, connected, socket, sockets, time } = makeStand({ isOpen: false });
+  const errors = [];
+  client.on("error", (error) => errors.push(error.code));
+  socket.onopen({});
+  socket.error("SERVER_BUSY");
+  socket.lose(1013);
+  assert.equal(client.state.name, "waiting");
+  assert.ok(client.state.retryInMs > 0);
+  assert.deepEqual(errors, ["SERVER_BUSY"]);
+  time.pass(client.state.retryInMs);
+  assert.equal(sockets.length, 2);
+  sockets[1].accept();
+  await connected;
+  assert.equal(client.state.name, "ready");
+});
+
 test("an address that is none is a refusal", async () => {
   class Picky {
     constructor() {
