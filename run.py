@@ -281,7 +281,7 @@ class Gateway:
         all_ended = gevent.event.Event()
         reason = InterruptReason.SERVER_SHUTDOWN
         self.supervision.tell(ShutDown(reason, spread_seconds, all_ended.set))
-        if not all_ended.wait(until - time.monotonic()):
+        if not all_ended.wait(max(0.0, until - time.monotonic())):
             _log.error("Sessions did not end in time", seconds=round(seconds, 3))
         self.server.wait_until_empty(max(0.0, until - time.monotonic()))
 
