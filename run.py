@@ -293,6 +293,7 @@ class Gateway:
         else:
             seconds = min(max(0.0, self._ends_at - now), _MOST_END_SECONDS)
         seconds -= min(seconds * _TEARDOWN_SHARE, _MOST_TEARDOWN_SECONDS)
+        until = now + seconds
         census = self.supervision.census()
         if census is None:
             return  # there is nobody who could do it in order
@@ -300,9 +301,9 @@ class Gateway:
         all_ended = gevent.event.Event()
         reason = InterruptReason.SERVER_SHUTDOWN
         self.supervision.tell(ShutDown(reason, spread_seconds, all_ended.set))
-        if not all_ended.wait(seconds):
+        if not all_ended.wait(max(0.0, until - time.monotonic())):
             _log.error("Sessions did not end in time", seconds=round(seconds, 3))
-        self.server.wait_until_empty(max(0.0, now + seconds - time.monotonic()))
+        self.server.wait_until_empty(max(0.0, until - time.monotonic()))
 
     def _start_demo(self) -> str:
         provider = demo.DemoProvider()
@@ -480,7 +481,9 @@ def _allow_files(settings: Settings) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     connections, requests = settings.server.max_connections, settings.session.max_requests
     has_limits = connections > 0 and requests > 0
-    wanted = connections + requests + _MORE_FILES if has_limits else count(hard)
+    # One for a request's connection; the demo provider has the other end of it.
+    per_request = 2 if settings.provider is None else 1
+    wanted = connections + requests * per_request + _MORE_FILES if has_limits else count(hard)
     allowed = min(wanted, count(hard))
     if allowed < wanted:
         _log.warning("Open files are fewer than clients may be", limit=hard, wanted=wanted)

@@ -427,13 +427,13 @@ def test_before_it_has_started_it_says_so() -> None:
     assert Gateway(Settings()).unready() == "starting"
 
 
-def test_when_it_is_full_it_takes_up_new_settings_all_the_same(
-    make_gateway: Callable[..., Gateway],
-) -> None:
-    limited = Limited(make_gateway, max_sessions=1)
-    with Client(limited.port):
-        assert limited.gateway.unready() is not None
-        assert limited.gateway.is_serving
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP here")
+def test_when_it_is_full_it_takes_up_new_settings_all_the_same(provider: ProviderProcess) -> None:
+    arguments = (*provider_arguments(provider), "--max-sessions", "1")
+    with Daemon(*arguments) as daemon, Client(daemon.port):
+        assert get(daemon.port, "/readyz")[0] == 503
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: '"Reloaded"' in daemon.log, "it has taken them up", LIMIT)
 
 
 @pytest.fixture
@@ -565,7 +565,7 @@ def test_without_file_descriptors_new_clients_wait_and_the_others_go_on(
 def test_it_allows_itself_as_many_files_as_clients_may_come() -> None:
     limits = ("--max-sessions", "100", "--max-requests", "50")
     with Daemon(*limits, launcher=files(64, 5000)) as daemon:
-        assert open_files(daemon) == (100 + 128 + 50 + 256, 5000)
+        assert open_files(daemon) == (100 + 128 + 2 * 50 + 256, 5000)
         assert "files" not in daemon.log
     with Daemon("--max-sessions", "0", launcher=files(64, 5000)) as daemon:
         assert open_files(daemon) == (5000, 5000)

@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 from actors.greenlet import ActorFailedError, GreenletActor, Timer, tell
 from llm.lanes import lanes
+from metrics.logs import get_logger
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 
@@ -143,6 +144,18 @@ def test_an_actor_that_fails_is_logged_with_where_it_failed_and_whose_it_was(
     assert line["exc_info"] is error
     ids = {} if is_broken else {"session_id": "sess_1", "request_id": "req_1"}
     assert {name: line[name] for name in ("session_id", "request_id") if name in line} == ids
+
+
+def test_its_failure_is_logged_behind_what_it_came_of() -> None:
+    running = Running()
+    assert running.next() == "opened"
+    lanes().wait_turn()
+    with capture_logs() as lines:
+        lanes().call_later(get_logger("WS").info, "Received message")
+        tell(running.ref, ValueError("broken"))
+        assert running.ref.actor_stopped.wait(LIMIT)
+        lanes().wait_turn()
+    assert [line["event"] for line in lines] == ["Received message", "Actor failed"]
 
 
 @any_error
