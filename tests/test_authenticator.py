@@ -97,7 +97,7 @@ class NativeThread:
         def held(credentials: Credentials, auth: AccountAuth) -> Any:
             self.passwords.append(auth.password)
             self.idents.add(get_ident())
-            self.was_let_go = self._go_on.wait(LIMIT) and self.was_let_go
+            self.was_let_go = self._go_on.wait(4 * LIMIT) and self.was_let_go
             return check(credentials, auth)
 
         monkeypatch.setattr("gateway.authenticator._is_password", held)
