@@ -181,6 +181,26 @@ def test_what_is_said_to_have_been_delivered_is_what_the_screen_shows(
     assert interrupt["payload"]["delivered_text_chars"] == len(it["text"])
 
 
+def test_a_key_that_is_held_down_acts_once(page: CheckedPage, long_story: RunningGateway) -> None:
+    page.open(long_story.port)
+    page.ask("Please tell me a very long story")
+    page.wait_text()
+    page.js(
+        """
+        const press = (key, repeat) => document.getElementById("input").dispatchEvent(
+            new KeyboardEvent("keydown", { key, repeat, bubbles: true, cancelable: true }),
+        );
+        document.getElementById("input").value = "stop";
+        press("Enter", true);
+        press("Escape", true);
+        """
+    )
+    assert page.sent("INTERRUPT") == []
+    page.type(Keys.ESCAPE)
+    page.wait_answer(INTERRUPTED)
+    assert len(page.sent("REQUEST")) == 1
+
+
 def test_what_had_come_and_was_not_drawn_is_not_said_to_have_been_delivered(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
@@ -528,6 +548,24 @@ def test_when_the_server_restarts_the_page_says_so_and_connects_again(
         assert page.notice().startswith("Connected again.")
         page.type(Keys.ENTER)
         assert page.wait_state("complete")["text"] == stop_answer("stop")
+
+
+@pytest.mark.parametrize("event", ["online", "visibilitychange"])
+def test_when_the_network_or_the_user_is_back_the_page_does_not_wait(
+    page: CheckedPage, long_story: RunningGateway, event: str
+) -> None:
+    page.open(long_story.port)
+    states = page.js(
+        """
+        probe.sockets.at(-1).socket.onclose({ code: 1006 });
+        const before = probe.connection();
+        document.dispatchEvent(new Event(arguments[0], { bubbles: true }));
+        return [before, probe.connection()];
+        """,
+        event,
+    )
+    assert states == ["waiting", "connecting"]
+    page.wait_connection("ready")
 
 
 def test_while_a_server_drains_the_page_goes_on_asking_for_a_session(
