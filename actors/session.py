@@ -7,7 +7,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, assert_never
 
@@ -113,7 +112,6 @@ class Outbox(Protocol):
     def send_control(
         self, payload: bytes, on_written: Callable[[float], None] | None = None
     ) -> None: ...
-    def together(self) -> AbstractContextManager[None]: ...
     def close(self, code: int, reason: str) -> None: ...
 
 
@@ -777,18 +775,15 @@ class SessionActor(GreenletActor):
     def _settle(self) -> None:
         """Answer every interrupt that has its answer, then end every request that nobody waits
         for, then begin what was waiting: acks before terminal frames before new answers."""
-        with self._outbox.together():
-            for pending in [pending for pending in self._interrupts if pending.ready]:
-                self._interrupts.remove(pending)
-                self._acknowledge(pending)
-            for live in [live for live in self._live.values() if live.stopping]:
-                if live.settled and not self._is_awaited(live):
-                    self._send(live.terminal())
-                    self._forget(
-                        live, Outcome.INTERRUPTED if live.interrupted_by else Outcome.REAPED
-                    )
-                elif self._on_new_request is not OnNewRequest.PARALLEL:
-                    break  # nothing of the next one before the end of this one
+        for pending in [pending for pending in self._interrupts if pending.ready]:
+            self._interrupts.remove(pending)
+            self._acknowledge(pending)
+        for live in [live for live in self._live.values() if live.stopping]:
+            if live.settled and not self._is_awaited(live):
+                self._send(live.terminal())
+                self._forget(live, Outcome.INTERRUPTED if live.interrupted_by else Outcome.REAPED)
+            elif self._on_new_request is not OnNewRequest.PARALLEL:
+                break  # nothing of the next one before the end of this one
         if self._live:
             self._start_next()
         elif self._farewell is not None:

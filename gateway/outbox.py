@@ -15,7 +15,7 @@ import contextlib
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +34,7 @@ MAX_FRAME_CHARS = 16 * 1024
 interrupted, so this also bounds what text may still follow."""
 
 MAX_FRAMES_IN_A_WRITE = 16
-"""Control frames that go to the kernel together: an ack and what follows it, in one call."""
+"""Control frames that go to the kernel together, where some wait: in one call."""
 
 MAX_CONTROL_FRAMES = 256
 """Control frames that may wait: beyond it the client is not read from, since it is the one who
@@ -117,7 +117,7 @@ class Outbox:
         self._data_bytes = 0
         self._wire: _Wire | None = None
         self._writer: gevent.Greenlet[[], None] | None = None
-        self._writing = self._holding = False
+        self._writing = False
         self._closing = False
         self._dead = False
         self._room = gevent.event.Event()
@@ -152,16 +152,6 @@ class Outbox:
             on_written: called with `time.monotonic()` when the kernel has taken all of it.
         """
         self._put_control(_Frame(payload, on_written=on_written))
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What is put inside of the block goes out at its end, in as few writes as can be."""
-        self._holding = True
-        try:
-            yield
-        finally:
-            self._holding = False
-            self._start_writing()
 
     def send_wire(self, writes: list[bytes]) -> None:
         """Put what the protocol wants sent (pongs, a close frame, the end) ahead of all data."""
@@ -265,7 +255,7 @@ class Outbox:
 
     def _start_writing(self) -> None:
         # What is put while a frame's end is being told is picked up by the loop that tells it.
-        if self._writer is not None or self._writing or self._holding:
+        if self._writer is not None or self._writing:
             return
         if not self._write():
             self._writer = gevent.spawn(self._write_rest)

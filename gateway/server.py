@@ -39,14 +39,11 @@ from gateway.protocol import (
     decode,
 )
 from gateway.protocol import Request as RequestPayload
-from llm.lanes import LateLog, lanes
+from llm.lanes import LateLog, Readable, lanes
 from metrics.instruments import Metrics
 from metrics.listening import Listening
 from metrics.logs import get_logger
 from metrics.slices import in_slices
-
-_READ = 1
-"""The event of gevent's `loop.io` for "readable"."""
 
 _READ_BYTES = 16 * 1024
 _HANDSHAKE_SECONDS = 10.0
@@ -287,10 +284,8 @@ class _Connection:
         self._lanes = lanes()
         _tune(sock)
         sock.settimeout(0)  # every wait is explicit, so that writes never block
-        loop = gevent.get_hub().loop
-        # What clients say goes before what providers say: it may be an INTERRUPT. (libuv, on
-        # Windows, knows no priorities.)
-        self._readable = loop.io(sock.fileno(), _READ, priority=getattr(loop, "MAXPRI", None))
+        # What clients say goes before what providers say: it may be an INTERRUPT.
+        self._readable = Readable(sock.fileno(), is_control=True)
         self._outbox = Outbox(
             sock, self._protocol, server.settings.outbox, server.metrics, self._died
         )
@@ -362,8 +357,7 @@ class _Connection:
 
     def _read(self) -> bytes:
         while True:
-            # Always through the loop, so that a client that never pauses gets one read in a turn.
-            gevent.get_hub().wait(self._readable)
+            self._readable.wait()
             try:
                 data: bytes = self._sock.recv(_READ_BYTES)
             except BlockingIOError:

@@ -42,6 +42,7 @@ from llm.errors import (
     StreamError,
 )
 from llm.events import Events, NotEventsError
+from llm.lanes import lanes
 from llm.lines import BodyEnded, Lines
 from llm.provider import Provider
 from llm.retries import parse_retry_after
@@ -148,6 +149,9 @@ class Attempt:
             )
             if not self._is_sent:  # it answered before it had read all
                 self._sent()
+            # There is no longer work than to make a request and to take its answer up. So here, and
+            # before it connects, others have their turn: one of them may be an interrupt.
+            lanes().wait_turn()
             if answer.status != 200:
                 raise self._bad_status(answer)
             self._read_events(self._open(answer))

@@ -229,12 +229,14 @@ class _Remembering(HTTPConnection):
 
 class _Connection(_Remembering):
     def connect(self) -> None:
+        lanes().wait_turn()
         with _connect_limit(self):
             super().connect()
 
 
 class _TlsConnection(_Remembering, HTTPSConnection):
     def connect(self) -> None:
+        lanes().wait_turn()
         with _connect_limit(self):
             super().connect()
 

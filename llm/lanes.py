@@ -177,16 +177,22 @@ class Readable:
 
     Args:
         fileno: of the socket.
+        is_control: whether what comes goes before all data, or is data and waits for its turn.
     """
 
-    def __init__(self, fileno: int) -> None:
+    def __init__(self, fileno: int, *, is_control: bool = False) -> None:
         self._lanes = lanes()
-        self._watcher: Any = gevent.get_hub().loop.io(fileno, _READ)
+        loop: Any = gevent.get_hub().loop
+        # (libuv, on Windows, knows no priorities.)
+        priority = getattr(loop, "MAXPRI", None) if is_control else None
+        self._watcher: Any = loop.io(fileno, _READ, priority=priority)
+        self._is_control = is_control
         self._reader: Any = None  # the greenlet that waits
         self._is_watched = self._is_queued = False
 
     def wait(self) -> None:
-        """Wait until there is something to read, and it is this reader's turn."""
+        """Wait until there is something to read, and it is this reader's turn. Always through the
+        loop, so that a peer that never pauses gets one read in a turn."""
         hub = gevent.get_hub()
         if not self._lanes.has_priorities:
             hub.wait(self._watcher)
@@ -208,6 +214,8 @@ class Readable:
         if self._reader is None or self._is_queued:
             self._is_watched = False
             self._watcher.stop()
+        elif self._is_control:
+            self._reader.switch()
         else:
             self._is_queued = True
             self._lanes.take_turn(self)

@@ -99,9 +99,6 @@ class FakeOutbox:
         if on_written is not None:
             on_written(time.monotonic())
 
-    def together(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
     def close(self, code: int, reason: str) -> None:
         if self.closed is None:
             self.closed = (code, reason)

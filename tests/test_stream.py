@@ -22,9 +22,11 @@ from typing import Any, Literal, Protocol
 import gevent
 import gevent.event
 import pytest
+from urllib3.connection import HTTPConnection
 
 from llm.answer import Answer
 from llm.chat import Delta, Message, Prompt, ToolCall, Usage
+from llm.client import ProviderClient
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -1864,6 +1866,39 @@ def test_progress_is_any_byte_of_the_provider(client: LlmClient, provider: Provi
 
 
 # Connections ------------------------------------------------------------------------------------
+
+
+def test_control_has_its_turn_before_a_request_connects_and_before_its_answer_is_taken_up(
+    client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def then_control(cls: type, name: str, when: str) -> None:
+        original = getattr(cls, name)
+
+        def step(self: object, *args: Any, **kwargs: Any) -> Any:
+            result = original(self, *args, **kwargs)
+            order.append(when)
+            lanes().call(order.append, "control")
+            return result
+
+        monkeypatch.setattr(cls, name, step)
+
+    def noted(cls: type, name: str) -> None:
+        original = getattr(cls, name)
+
+        def step(self: object, *args: Any, **kwargs: Any) -> Any:
+            order.append(name)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, step)
+
+    then_control(HTTPConnection, "putrequest", "made")
+    noted(HTTPConnection, "connect")
+    then_control(ProviderClient, "post", "answered")
+    noted(RecordingSink, "opened")
+    Run(client, provider.fresh(scripts.answer(["a"]))).start().wait_completed()
+    assert order == ["made", "control", "connect", "answered", "control", "opened"]
 
 
 @pytest.mark.parametrize("port", ["http", "tls"])
