@@ -19,7 +19,7 @@ from greenlet import greenlet
 from actors.greenlet import GreenletActor
 from metrics.slices import in_slices
 
-_LIBRARIES = ("gevent", "greenlet")
+_WAITING_PLACES = ("gevent", "greenlet", "llm.lanes")
 """Where greenlets wait on somebody's behalf: who that is says more."""
 
 _lasting: weakref.WeakSet[greenlet] = weakref.WeakSet()
@@ -82,7 +82,7 @@ def _place(one: greenlet) -> str:
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
-    ours = [frame for frame in frames if not _is_of_library(frame)]
+    ours = [frame for frame in frames if not _is_waiting_place(frame)]
     if not ours or isinstance(one, gevent.hub.Hub):
         return ""
     code = ours[-1].f_code
@@ -92,5 +92,6 @@ def _place(one: greenlet) -> str:
     return f"{code.co_qualname}, at {stands.f_code.co_qualname} ({where})"
 
 
-def _is_of_library(frame: FrameType) -> bool:
-    return frame.f_globals.get("__name__", "").partition(".")[0] in _LIBRARIES
+def _is_waiting_place(frame: FrameType) -> bool:
+    name = frame.f_globals.get("__name__", "") + "."
+    return any(name.startswith(place + ".") for place in _WAITING_PLACES)

@@ -4,9 +4,12 @@ line, where everybody could read it."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
+import os
 import sys
 import warnings
+from pathlib import Path
 
 from gateway.credentials import (
     PasswordHash,
@@ -66,6 +69,9 @@ def main(args: argparse.Namespace) -> int:
     except (_NotGivenError, ValueError) as error:
         return _refuse(str(error), 2)
     except OSError as error:
+        with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
+            # What is left in its buffer would fail once more when the interpreter ends: code 120.
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
         return _refuse(f"cannot be read or written: {error.strerror or error}", 2)
     return 0
 

@@ -135,7 +135,10 @@ class Lanes:
             while self._data:
                 function, args = self._data.popleft()
                 function(*args)
+                # What takes long has a slice for itself.
                 if function is not _let_go_on or time.monotonic() > until:
+                    break
+                if self._data and self._data[0][0] is not _let_go_on:
                     break
         if self._data:
             self._go_on_with_data()
