@@ -62,7 +62,9 @@ _NOTSENT_BYTES = 16 * 1024
 """What the kernel may hold unsent for a client: more would be stale, and out of our reach."""
 
 _TURN_FRAMES = 32
-"""After so many frames from one client everybody else gets a turn."""
+"""After so many frames from one client everybody else gets a turn. And when the log is as many
+messages of its behind, it is not read until they are in there: else whoever sends faster than
+that is written fills the memory, and answers, which wait in the same lane, come to nobody."""
 
 _log = get_logger("WS")  # for what runs in the data lane, and for what comes before any frame
 _late_log = LateLog(_log)
@@ -281,6 +283,7 @@ class _Connection:
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
         self._is_paused = False
+        self._messages = self._unlogged_turns = 0
         self._lanes = lanes()
         _tune(sock)
         sock.settimeout(0)  # every wait is explicit, so that writes never block
@@ -381,7 +384,7 @@ class _Connection:
                 frames += 1
                 if frames % _TURN_FRAMES == 0:
                     self._pause_reading()
-        if frames > 1 or not self._outbox.has_room_for_control:
+        if frames > 1 or self._is_log_behind or not self._outbox.has_room_for_control:
             self._pause_reading()  # after a single one, its session runs before the next is read
         if self._protocol.state is not OPEN:
             # No frame may follow a close frame. The end of TCP may be long in coming.
@@ -391,8 +394,23 @@ class _Connection:
         # A client that never pauses must not starve the others, nor outrun its session.
         self._lanes.wait_for_control()
         self._is_paused = True
+        if self._is_log_behind:
+            self._lanes.wait_turn()
         self._outbox.wait_for_room_for_control()
         self._is_paused = False
+
+    @property
+    def _is_log_behind(self) -> bool:
+        return self._unlogged_turns > 1
+
+    def _count_message(self) -> None:
+        self._messages += 1
+        if self._messages % _TURN_FRAMES == 0:
+            self._unlogged_turns += 1
+            self._lanes.call_later(self._caught_up)
+
+    def _caught_up(self) -> None:
+        self._unlogged_turns -= 1
 
     def _take(self, frame: Frame) -> None:
         if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
@@ -406,6 +424,7 @@ class _Connection:
         if frame.fin and self._session is not None:
             message, self._message = b"".join(self._message), []
             self._deliver(self._session, message)
+            self._count_message()
 
     def _deliver(self, session: Session, message: bytes) -> None:
         read_at = self._heard_at

@@ -15,6 +15,7 @@ import gateway.server
 from gateway.outbox import OutboxSettings
 from gateway.protocol import PATH
 from gateway.server import ServerSettings
+from llm.lanes import lanes
 from llm.provider import Provider
 from run import Gateway, Settings, bargein_version
 from tests.harness import scripts
@@ -787,3 +788,31 @@ def test_what_has_no_session_is_dropped_as_soon_as_it_stops_listening(gateway: G
         assert silent.recv(1) == b""
         client.send("HEALTH_CHECK", {})
         client.wait_for(lambda frame: frame.msg_type == "HEALTH_CHECK_ACK")
+
+
+# Those who send faster than the log is written
+
+
+@pytest.mark.parametrize("in_a_packet", [1, 500])
+def test_who_sends_faster_than_the_log_is_written_is_not_read_meanwhile(
+    client: Client, monkeypatch: pytest.MonkeyPatch, in_a_packet: int
+) -> None:
+    """What waits for its line is a part of the lane in which the answers of all others wait."""
+    lane = lanes()
+    waiting: list[int] = []
+    call_later = lane.call_later
+
+    def counted(function: Callable[..., object], *args: Any) -> None:
+        waiting.append(len(lane._data))
+        call_later(function, *args)
+
+    monkeypatch.setattr(lane, "call_later", counted)
+    messages = 4000
+    for _ in range(messages // in_a_packet):
+        with client.one_packet():
+            for _ in range(in_a_packet):
+                client.send("HEARTBEAT_REPLY", {"client_status": "OK"})
+    client.send("SESSION_QUERY", {"query_fields": ["platform"]})
+    client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO")
+    assert len(waiting) > messages  # each has its line
+    assert max(waiting) < 4 * gateway.server._TURN_FRAMES
