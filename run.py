@@ -452,7 +452,7 @@ def reload(gateway: Gateway, running: Config, given: Given) -> None:
         keys, accounts = len(credentials.api_keys), len(credentials.accounts)
         _log.info("Credentials reloaded", api_keys=keys, accounts=accounts)
     if need_restart:
-        reason = "a running gateway takes up only its providers"
+        reason = "a running gateway takes up only its providers, and what its auth_file says"
         if "llm_url" in need_restart and settings.provider is None:
             reason = "llm_url is gone, and the demo provider starts only with the process"
         elif "llm_url" in need_restart:

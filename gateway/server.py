@@ -10,6 +10,7 @@ from __future__ import annotations
 import email.utils
 import http
 import ipaddress
+import math
 import socket
 import time
 from collections.abc import Callable
@@ -57,6 +58,11 @@ _MAX_LOGGED_CHARS = 64
 _BACKLOG = 1024
 _SPARE_CONNECTIONS = 128
 """Beyond the sessions that may be: for health checks, and those who are told that it is full."""
+
+_STRANGER_SECONDS = 1.0
+_STRANGERS_AT_ONCE = 16
+"""Without file descriptors so many make way at a time who have not registered for so long: whoever
+means to does so at once."""
 
 _NOTSENT_BYTES = 16 * 1024
 """What the kernel may hold unsent for a client: more would be stale, and out of our reach."""
@@ -182,6 +188,7 @@ class Server:
         self._listener = Listening(
             (self.settings.host, self.settings.port), self._serve, backlog=_BACKLOG
         )
+        self._listener.make_room = self._make_room_for_files
         self._listener.start()
         self._checker = gevent.spawn(self._check_for_ever)
 
@@ -250,11 +257,25 @@ class Server:
         a new one from its health check, or its REGISTER."""
         if not 0 < self.settings.max_connections < len(self._connections):
             return
+        self._send_oldest_stranger_away("more connections than may be, and it had not registered")
+
+    def _make_room_for_files(self) -> None:
+        """There are no file descriptors left, whatever the limit on connections is: neither may
+        those who only hold some keep everybody else out."""
+        too_new = time.monotonic() - _STRANGER_SECONDS
+        for _ in range(_STRANGERS_AT_ONCE):
+            self._send_oldest_stranger_away(
+                "no open files left, and it had not registered", too_new
+            )
+
+    def _send_oldest_stranger_away(self, reason: str, before: float = math.inf) -> None:
         while self._strangers:
             oldest = next(iter(self._strangers))
+            if oldest.opened_at > before:
+                return
             del self._strangers[oldest]
             if not oldest.is_registered:
-                oldest.refuse("more connections than may be, and it had not registered")
+                oldest.refuse(reason)
                 return
 
     def _check_for_ever(self) -> None:
@@ -279,7 +300,7 @@ class _Connection:
         self._session: Session | None = None
         self._message: list[bytes] = []
         self._message_opcode = Opcode.TEXT
-        self._heard_at = self._opened_at = time.monotonic()
+        self._heard_at = self.opened_at = time.monotonic()
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
         self._is_paused = False
@@ -341,7 +362,7 @@ class _Connection:
         """Called every few seconds: finds connections that are dead, or too slow to shake hands."""
         settings = self._server.settings
         if self._protocol.state is State.CONNECTING:
-            if now - self._opened_at > _HANDSHAKE_SECONDS:
+            if now - self.opened_at > _HANDSHAKE_SECONDS:
                 self.drop("no handshake in time")
         elif self._protocol.state is not OPEN:
             self._closing_since = self._closing_since or now

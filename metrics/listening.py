@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
+from collections.abc import Callable
 from typing import Any
 
 import gevent
@@ -28,6 +29,9 @@ class Listening(gevent.server.StreamServer):
     gevent's own prints a traceback each time.
     """
 
+    make_room: Callable[[], None] | None = None
+    """Called before each pause: connections may be closed that can be done without."""
+
     _logged_at = float("-inf")
 
     def do_read(self) -> Any:
@@ -44,6 +48,8 @@ class Listening(gevent.server.StreamServer):
         # What waits would wake us at once, again and again.
         self.stop_accepting()
         gevent.spawn_later(_RETRY_SECONDS, self._resume)
+        if self.make_room is not None:
+            self.make_room()
         now = time.monotonic()
         if now - self._logged_at > _LOG_SECONDS:
             self._logged_at = now

@@ -561,6 +561,27 @@ def test_without_file_descriptors_new_clients_wait_and_the_others_go_on(
     assert any(line["event"] == "Open files are fewer than clients may be" for line in lines)
 
 
+@needs_limits
+@pytest.mark.parametrize("max_sessions", ["10000", "0"])
+def test_without_file_descriptors_who_does_not_register_makes_way(max_sessions: str) -> None:
+    """However many may be connected: else whoever answers pings could keep all others out."""
+    arguments = ("--max-sessions", max_sessions, "--ops-port", "0")
+    with (
+        Daemon(*arguments, launcher=files(48, 48)) as daemon,
+        Client(daemon.port) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        strangers = []
+        while "Cannot accept connections" not in daemon.log:
+            strangers.append(stack.enter_context(Client(daemon.port, register=False)))
+        with Client(daemon.port) as late:
+            assert late.session_id
+        assert strangers[0].wait_closed() == 1013
+        client.send("SESSION_QUERY", {"query_fields": []})  # those who are in are not touched
+        client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO")
+        assert "no open files left, and it had not registered" in daemon.log
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only there it can be seen from outside")
 def test_it_allows_itself_as_many_files_as_clients_may_come() -> None:
     limits = ("--max-sessions", "100", "--max-requests", "50")

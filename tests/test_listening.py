@@ -85,6 +85,16 @@ def test_after_a_while_it_says_so_again(
     assert len(logs) == 3
 
 
+def test_before_each_pause_somebody_may_make_room(
+    refusing: Callable[[int, int], Refusing],
+) -> None:
+    one = refusing(errno.EMFILE, 3)
+    asked: list[None] = []
+    one.server.make_room = lambda: asked.append(None)
+    assert one.answer() == b"!"
+    assert len(asked) == 3
+
+
 def test_one_that_was_stopped_meanwhile_stays_so(
     refusing: Callable[[int, int], Refusing], monkeypatch: pytest.MonkeyPatch
 ) -> None:

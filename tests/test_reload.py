@@ -207,7 +207,8 @@ def test_what_needs_a_restart_is_named_and_the_rest_is_taken_up(stand: Stand) ->
         assert restart["event"] == "Settings need a restart"
         assert restart["level"] == "warning"
         assert restart["settings"] == ["llm_breaker_failures", "session_timeout"]
-        assert restart["reason"] == "a running gateway takes up only its providers"
+        words = "a running gateway takes up only its providers, and what its auth_file says"
+        assert restart["reason"] == words
         assert reloaded["event"] == "Reloaded"
     assert stand.complete() == NEW
     stand.write(session_timeout=3600, llm_breaker_failures=5)
