@@ -196,6 +196,8 @@ class ConnectionReader(io.RawIOBase):
 
     def hang_up(self) -> None:
         """Close the connection, at once."""
+        with contextlib.suppress(OSError):  # the peer was faster
+            self._sock.shutdown(socket.SHUT_RDWR)  # it hears of it before all that is left to do
         self._let_go()
         self._sock.close()
 
