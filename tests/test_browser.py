@@ -1074,6 +1074,24 @@ def test_who_has_no_key_is_told_so_once_and_is_let_in_with_one(
     assert [line["client"] for line in logs if line["event"] == "Session registered"] == ["page"]
 
 
+def test_settings_are_saved_though_the_server_that_refused_has_gone(
+    page: CheckedPage, make_gateway: Callable[..., Gateway]
+) -> None:
+    page.expected_faults = "WebSocket connection to .* failed"  # while there is no server
+    gateway = make_gateway(credentials=Credentials({b"": "nobody"}))
+    page.open(gateway.server.port, ready=False)
+    page.wait_connection("refused")
+    gateway.stop()
+    page.click("#open-settings")
+    page.write("#setting-role", "a guide")
+    page.click("#save-settings")
+    page.wait("!document.getElementById('settings').open", "the settings are closed")
+    assert page.js("return probe.connection()") == "waiting"
+    page.click("#open-settings")
+    assert page.js("return document.getElementById('setting-role').value") == "a guide"
+    assert page.js("return document.getElementById('save-settings').disabled") is False
+
+
 def test_escape_closes_the_settings_and_the_answer_goes_on(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:

@@ -443,7 +443,8 @@ function faultOf(wanted) {
  * @param {Settings} wanted
  * @param {string} wantedKey
  * @returns {Promise<TextName>} what to tell.
- * @throws {RequestError | RegistrationError} the server does not take them; they are not kept then.
+ * @throws {RequestError | RegistrationError} the server does not take them. A session that stands
+ *   goes on as it was then, and they are not kept.
  */
 async function apply(wanted, wantedKey) {
   const url = serverUrl(wanted, document.baseURI);
@@ -465,8 +466,22 @@ async function apply(wanted, wantedKey) {
     client.connect().catch(() => undefined); // the connection's state says it
     return "noticeSavedOffline";
   }
-  if (wasRefused) await client.connect();
+  if (wasRefused) await connectOnce();
   return client.isReady ? "noticeSaved" : "noticeSavedOffline";
+}
+
+/**
+ * Connect, but wait no longer than for one attempt: a server that is not there is tried for ever.
+ *
+ * @throws {RegistrationError} the server does not take the registration.
+ */
+async function connectOnce() {
+  /** @type {() => void} */
+  let forget = () => undefined;
+  const missed = new Promise((resolve) => {
+    forget = client.on("state", (state) => state.name === "waiting" && resolve(undefined));
+  });
+  await Promise.race([client.connect(), missed]).finally(forget);
 }
 
 byId("open-settings", HTMLButtonElement).addEventListener("click", openSettings);
