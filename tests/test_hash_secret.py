@@ -7,7 +7,6 @@ import re
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,13 +153,15 @@ def test_the_example_of_the_page_is_right() -> None:
 # At a terminal -----------------------------------------------------------------------------------
 
 WITH_TERMINAL = """
-import fcntl, sys, termios
+import fcntl, signal, sys, termios
+signal.signal(signal.SIGINT, signal.default_int_handler)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 sys.path.insert(0, ".")
 import run
 sys.exit(run.main(["hash-secret", *sys.argv[1:]]))
 """
-"""The command, with its standard input as its terminal: so Ctrl-C is a signal."""
+"""The command, with its standard input as its terminal: so Ctrl-C is a signal, also where the tests
+run in the background of a shell, which has it ignored."""
 
 
 class Terminal:
@@ -188,22 +189,9 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._typist, keys.encode())
 
-    def end(self, keys: str = "") -> tuple[int, list[str]]:
-        """Its exit code, and what it printed; `shown` is all that was seen then.
-
-        Args:
-            keys: are typed again while it has not ended.
-        """
-        give_up_at = time.monotonic() + LIMIT
-        while True:
-            try:
-                code = self.process.wait(1.0 if keys else LIMIT)
-                break
-            except subprocess.TimeoutExpired:
-                # A signal that comes just before Python begins to read is heard after it.
-                if not keys or time.monotonic() > give_up_at:
-                    raise
-                self.type(keys)
+    def end(self) -> tuple[int, list[str]]:
+        """Its exit code, and what it printed; `shown` is all that was seen then."""
+        code = self.process.wait(LIMIT)
         while self._read(0):
             pass
         printed = self.process.stdout.read() if self.process.stdout else b""
@@ -298,6 +286,6 @@ def test_who_does_not_want_to_say_it_gets_a_line(
     terminal = at_terminal()
     terminal.wait_for("Password: ")
     terminal.type(keys)
-    assert terminal.end(keys) == (code, [])
+    assert terminal.end() == (code, [])
     assert terminal.shown.splitlines()[-1] == words
     assert "Traceback" not in terminal.shown

@@ -296,12 +296,13 @@ def test_answers_that_nobody_reads_stay_within_a_bound_even_when_they_are_asked_
         with client.one_packet():
             for _ in range(20_000):
                 client.send_text(b"")
+        wait_until(lambda: max(waiting, default=0) > MAX_CONTROL_FRAMES, "it is not read any more")
         with Client(gateway.server.port) as other:
             for _ in range(100):
                 other.send("HEALTH_CHECK", {})
                 other.wait_for(lambda frame: frame.msg_type == "HEALTH_CHECK_ACK")
         # The bound, and what had been read already.
-        assert MAX_CONTROL_FRAMES < max(waiting) <= MAX_CONTROL_FRAMES + 64
+        assert max(waiting) <= MAX_CONTROL_FRAMES + 64
         for _ in range(20_000):
             assert client.next().payload["error_code"] == "MALFORMED_PAYLOAD"
 
