@@ -546,9 +546,13 @@ def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        # What is left in its buffer would fail once more when the interpreter ends, with code 120.
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        _leave_standard_output()
+
+
+def _leave_standard_output() -> None:
+    # What is left in its buffer would fail once more when the interpreter ends, with code 120.
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -653,7 +657,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "doctor":
         return doctor.main(args)
     if args.command == "hash-secret":
-        return hash_secret.main(args)
+        try:
+            return hash_secret.main(args)
+        except OSError as error:
+            _leave_standard_output()
+            parser.error(f"cannot be read or written: {error.strerror or error}")
     if args.command == "default-config":
         _say(default_config().rstrip())
         return 0

@@ -4,12 +4,9 @@ line, where everybody could read it."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import getpass
-import os
 import sys
 import warnings
-from pathlib import Path
 
 from gateway.credentials import (
     PasswordHash,
@@ -47,7 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Run the command; returns the exit code: 0, 2 for a secret that cannot be used, 130 for
-    Ctrl-C. A hash is on standard output, everything else on standard error."""
+    Ctrl-C. A hash is on standard output, everything else on standard error.
+
+    Raises:
+        OSError: the secret cannot be read, or what is to be printed written.
+    """
     try:
         if args.new_api_key:
             api_key = new_api_key()
@@ -68,11 +69,6 @@ def main(args: argparse.Namespace) -> int:
         return _refuse("interrupted", 130)
     except (_NotGivenError, ValueError) as error:
         return _refuse(str(error), 2)
-    except OSError as error:
-        with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
-            # What is left in its buffer would fail once more when the interpreter ends: code 120.
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        return _refuse(f"cannot be read or written: {error.strerror or error}", 2)
     return 0
 
 
