@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import pykka
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Struct, UnsetType, field
 
 from actors.greenlet import Timer
 from actors.history import Ending as TurnEnding
@@ -34,6 +33,12 @@ from llm.errors import LimitPassedError
 from llm.stream import Ending, Result
 
 _NO_RESULT = Result(Ending.CLOSED)
+_WORDS = {
+    InterruptOutcome.STOPPED: "stopped",
+    InterruptOutcome.ALREADY_DONE: "already finished",
+    InterruptOutcome.UNKNOWN: "unknown request",
+    InterruptOutcome.TIMED_OUT: "told to stop, but its stream is still open",
+}
 
 
 class Outlet(RequestOutlet, Protocol):
@@ -49,8 +54,7 @@ class Outlet(RequestOutlet, Protocol):
     def shut(self) -> None: ...
 
 
-@dataclass
-class Live:
+class Live(Struct, eq=False):
     """A request from its acceptance until its terminal frame was handed to the kernel.
 
     Args:
@@ -157,8 +161,7 @@ class Live:
         )
 
 
-@dataclass
-class PendingInterrupt:
+class PendingInterrupt(Struct, eq=False):
     """An INTERRUPT that still owes its ack."""
 
     frame: Interrupt
@@ -236,17 +239,13 @@ def interrupted(
 def _ack_message(results: list[InterruptResult]) -> str:
     if not results:
         return "no request in progress"
-    words = {
-        InterruptOutcome.STOPPED: "stopped",
-        InterruptOutcome.ALREADY_DONE: "already finished",
-        InterruptOutcome.UNKNOWN: "unknown request",
-        InterruptOutcome.TIMED_OUT: "told to stop, but its stream is still open",
-    }
-    return "; ".join(f"{result.request_id}: {words[result.outcome]}" for result in results)
+    return "; ".join([f"{result.request_id}: {_WORDS[result.outcome]}" for result in results])
 
 
 def _usage(result: Result) -> Usage | None:
     usage = result.usage
+    if usage is None and result.estimate is not None:
+        usage = result.estimate()
     if usage is None:
         return None
     return Usage(

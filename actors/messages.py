@@ -6,10 +6,10 @@ Mailboxes carry control only; tokens go through the outlet. Times are `time.mono
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pykka
+from msgspec import Struct
 
 from gateway.protocol import ClientFrame, ErrorCode, FrameError, InterruptReason
 from llm.chat import Prompt
@@ -18,114 +18,98 @@ from llm.stream import Result
 # To a session.
 
 
-@dataclass(frozen=True, slots=True)
-class FrameReceived:
+class FrameReceived(Struct, frozen=True):
     """The client sent a frame."""
 
     frame: ClientFrame
     read_at: float
 
 
-@dataclass(frozen=True, slots=True)
-class BadFrameReceived:
+class BadFrameReceived(Struct, frozen=True):
     """The client sent something that was not understood."""
 
     error: FrameError
 
 
-@dataclass(frozen=True, slots=True)
-class VoiceReceived:
+class VoiceReceived(Struct, frozen=True):
     """The client sent a binary frame."""
 
     voice: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionLost:
+class ConnectionLost(Struct, frozen=True):
     """Nothing can be read from the client or written to it any more."""
 
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Authenticated:
+class Authenticated(Struct, frozen=True):
     """The credentials of REGISTER are right. `client` is whose they are."""
 
     client: str
 
 
-@dataclass(frozen=True, slots=True)
-class AuthenticationFailed:
+class AuthenticationFailed(Struct, frozen=True):
     """The credentials of REGISTER are wrong (`AUTH_FAILED`), or could not be checked."""
 
     code: ErrorCode
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestReported:
+class RequestReported(Struct, frozen=True):
     """A request-actor's one report: its reader is dead and its stream closed."""
 
     request_id: str
     result: Result
 
 
-@dataclass(frozen=True, slots=True)
-class TerminalWritten:
+class TerminalWritten(Struct, frozen=True):
     """The terminal frame of a request was handed to the kernel."""
 
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class CallWritten:
+class CallWritten(Struct, frozen=True):
     """A function call of the model was handed to the kernel: there is one more in its list."""
 
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class TimeIsDue:
+class TimeIsDue(Struct, frozen=True):
     """The session's time says that there is something to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class StopOverdue:
+class StopOverdue(Struct, frozen=True):
     """A request that was told to stop has not reported within the time that an ack may wait."""
 
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class ReapRequest:
+class ReapRequest(Struct, frozen=True):
     """The supervisor found a request without progress, or too old."""
 
     request_id: str
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Leave:
+class Leave(Struct, frozen=True):
     """The gateway is to shut down: take no more requests, and say goodbye when none is live, but
     not before a pause, so that not all clients come back at once."""
 
     pause_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class PauseIsOver:
+class PauseIsOver(Struct, frozen=True):
     """The pause before a goodbye."""
 
 
-@dataclass(frozen=True, slots=True)
-class EndSession:
+class EndSession(Struct, frozen=True):
     """The gateway shuts down."""
 
     reason: InterruptReason
 
 
-@dataclass(frozen=True, slots=True)
-class RegisterAgain:
+class RegisterAgain(Struct, frozen=True):
     """A new supervisor asks those alive for their names."""
 
 
@@ -151,25 +135,21 @@ SessionMessage: TypeAlias = (
 # To a request.
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     """Begin: nothing that must end first is left. `prompt` is what the model is asked."""
 
     prompt: Prompt
 
 
-@dataclass(frozen=True, slots=True)
-class StreamOpened:
+class StreamOpened(Struct, frozen=True):
     """The provider answered with an event stream."""
 
 
-@dataclass(frozen=True, slots=True)
-class FirstToken:
+class FirstToken(Struct, frozen=True):
     """The first token of any kind came."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """Stop and close the stream."""
 
     reaped: bool = False
@@ -177,13 +157,11 @@ class Stop:
     """Why, for the log."""
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Struct, frozen=True):
     """The client has its terminal frame, or is gone: nothing is owed any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReaderEnded:
+class ReaderEnded(Struct, frozen=True):
     """The reader is dead."""
 
     result: Result
@@ -196,22 +174,19 @@ RequestMessage: TypeAlias = (
 # To the supervisor.
 
 
-@dataclass(frozen=True, slots=True)
-class SessionStarted:
+class SessionStarted(Struct, frozen=True):
     """A connection has a session."""
 
     session: pykka.ActorRef[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class SessionEnded:
+class SessionEnded(Struct, frozen=True):
     """A session is over, and so is everything it owed its client."""
 
     session_urn: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestAccepted:
+class RequestAccepted(Struct, frozen=True):
     """A request is live from now on.
 
     `progress_at` gives the time of its last progress, and `kill_again` is the last resort against
@@ -227,34 +202,29 @@ class RequestAccepted:
     kill_again: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOver:
+class RequestOver(Struct, frozen=True):
     """The client has its terminal frame, or is gone: the request is live no more."""
 
     request_urn: str
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationEnded:
+class GenerationEnded(Struct, frozen=True):
     """A request-actor has ended, and its stream is closed."""
 
     request_urn: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reap:
+class Reap(Struct, frozen=True):
     """Look for stale requests."""
 
     now: float
 
 
-@dataclass(frozen=True, slots=True)
-class TakeCensus:
+class TakeCensus(Struct, frozen=True):
     """Answered with a `Census`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Census:
+class Census(Struct, frozen=True):
     """What is alive.
 
     `streams` counts generations whose stream is not closed yet, of live requests or not.
@@ -265,8 +235,7 @@ class Census:
     streams: int
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
+class Drain(Struct, frozen=True):
     """Let every session leave when it has nothing live; `done` is called when none is left.
 
     The first may leave at once, the last after `spread_seconds`.
@@ -276,8 +245,7 @@ class Drain:
     done: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class ShutDown:
+class ShutDown(Struct, frozen=True):
     """End every session in order; `done` is called when none is left.
 
     The first may be told at once, the last after `spread_seconds`.

@@ -30,7 +30,7 @@ from actors.messages import (
 from gateway.protocol import FunctionCall
 from llm.chat import Delta, Prompt, ToolCall
 from llm.errors import StreamError
-from llm.lanes import LateLog
+from llm.lanes import LateLog, lanes
 from llm.stream import Ending, Result, Sink
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
@@ -55,22 +55,20 @@ class RequestState(enum.Enum):
     REAPED = "reaped"
 
 
-_ENDS = frozenset(
-    {
-        RequestState.COMPLETED,
-        RequestState.INTERRUPTED,
-        RequestState.FAILED,
-        RequestState.REAPED,
-    }
+_ENDS = (
+    RequestState.COMPLETED,
+    RequestState.INTERRUPTED,
+    RequestState.FAILED,
+    RequestState.REAPED,
 )
-_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
-    RequestState.CONNECTING: _ENDS | {RequestState.WAITING},
-    RequestState.WAITING: _ENDS | {RequestState.STREAMING},
+_TRANSITIONS: dict[RequestState, tuple[RequestState, ...]] = {
+    RequestState.CONNECTING: (RequestState.WAITING, *_ENDS),
+    RequestState.WAITING: (RequestState.STREAMING, *_ENDS),
     RequestState.STREAMING: _ENDS,
-    RequestState.COMPLETED: frozenset(),
-    RequestState.INTERRUPTED: frozenset(),
-    RequestState.FAILED: frozenset(),
-    RequestState.REAPED: frozenset(),
+    RequestState.COMPLETED: (),
+    RequestState.INTERRUPTED: (),
+    RequestState.FAILED: (),
+    RequestState.REAPED: (),
 }
 
 
@@ -279,7 +277,7 @@ class RequestActor(GreenletActor):
         self._advance(self._final_state(result))
         # Nothing but what others wait for: the books are kept when the client has its ack.
         tell(self._session, RequestReported(self._request_id, result))
-        self._tell_supervisor(GenerationEnded(self.actor_urn))
+        lanes().call_later(self._tell_supervisor, GenerationEnded(self.actor_urn))
         if self._is_closed:
             self._keep_books(_late_log)  # it has failed, and will not hear of a release
 
@@ -319,7 +317,7 @@ class RequestActor(GreenletActor):
             )
         if result.error is not None:
             metrics.llm_errors.labels(_kind(result.error)).inc()
-        if result.usage is not None and not result.usage.estimated:
+        if result.usage is not None:
             self._count_tokens("prompt", result.usage.prompt_tokens)
             self._count_tokens("completion", result.usage.completion_tokens)
 

@@ -685,7 +685,7 @@ class SessionActor(GreenletActor):
         """Stop a request; False when its terminal frame is on its way already."""
         if live.outlet.done:
             return False
-        self._shut_down(live, Stop(reason=reason.value))
+        self._shut_down(live, Stop(reason=reason))
         live.interrupted_by = live.interrupted_by or reason
         return True
 
@@ -695,7 +695,7 @@ class SessionActor(GreenletActor):
         live.place.give_back()
         if not live.stopping and live.result is None:
             tell(live.actor, stop)
-            self._lanes.call_after_look(self._limit_stop, live)
+            self._lanes.call_later(self._limit_stop, live)  # most have stopped by then
 
     def _limit_stop(self, live: Live) -> None:
         if live.result is None:

@@ -22,6 +22,7 @@ from typing import Protocol
 import gevent
 import gevent.event
 import gevent.socket
+from msgspec import Struct
 from websockets.frames import CloseCode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
@@ -62,8 +63,7 @@ class FrameEncoder(Protocol):
     def encode_call(self, seq: int, call: FunctionCall, timestamp_ms: int) -> bytes: ...
 
 
-@dataclass(slots=True)
-class _Frame:
+class _Frame(Struct, eq=False):
     payload: bytes
     """JSON of a text frame, or bytes for the wire where `raw`."""
     raw: bool = False
@@ -74,8 +74,7 @@ class _Frame:
     on_written: Callable[[float], None] | None = None
 
 
-@dataclass(slots=True)
-class _Wire:
+class _Wire(Struct, eq=False):
     """What is being written: one data frame or some control frames, and what is left of it."""
 
     frames: list[_Frame]
@@ -241,6 +240,8 @@ class Outbox:
         self._start_writing()
 
     def _drop(self, belongs: Callable[[_Frame], bool]) -> int:
+        if not self._data:
+            return 0
         kept = [frame for frame in self._data if not belongs(frame)]
         dropped = len(self._data) - len(kept)
         if dropped:

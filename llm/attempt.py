@@ -7,6 +7,7 @@ it as one of `llm/errors.py`: this is the border where everybody else's exceptio
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
@@ -121,7 +122,8 @@ class Attempt:
         self._text_chars = self._token_events = 0
         self._reasoning_put = self._call_chars = 0
         self._calls = CallAssembler()
-        self._usage: Usage | None = None
+        self.usage: Usage | None = None
+        """The tokens, as the provider counted them."""
 
     @property
     def may_cost(self) -> bool:
@@ -129,12 +131,13 @@ class Attempt:
         return self._is_sent and not self._is_refused
 
     @property
-    def usage(self) -> Usage | None:
-        """The tokens, guessed where the provider did not say; None where it had nothing to do."""
-        if self._usage is None and self.may_cost:
-            chars = self._text_chars + self.reasoning_chars
-            return estimate_usage(self._prompt, self._token_events, chars)
-        return self._usage
+    def estimate(self) -> Callable[[], Usage] | None:
+        """Guesses the tokens, where the provider has not said and had something to do. Later, since
+        a long conversation takes its time, and an interrupt may wait for this attempt's end."""
+        if self.usage is not None or not self.may_cost:
+            return None
+        chars = self._text_chars + self.reasoning_chars
+        return functools.partial(estimate_usage, self._prompt, self._token_events, chars)
 
     def run(self) -> None:
         """POST, hand on what comes, return at the end of the answer; then `finish()` is due.
@@ -252,7 +255,7 @@ class Attempt:
             self._text_chars += chars
         is_finish = bool(delta.finish_reason) and self.finish_reason is None
         self.finish_reason = delta.finish_reason or self.finish_reason
-        self._usage = delta.usage or self._usage
+        self.usage = delta.usage or self.usage
         if is_token := delta.is_token:
             self._token_events += 1
             if self._on_first_token is not None:

@@ -22,6 +22,7 @@ class ProviderClient:
 
     def __init__(self, provider: Provider) -> None:
         self.provider = provider
+        self.name = provider.name
         self.url = completions_url(provider.base_url)
         self._secrets = provider.secrets
         self._connections = Connections(

@@ -175,6 +175,7 @@ class ConnectionReader(io.RawIOBase):
         self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
         self._lanes = lanes()
         self._readable = Readable(raw.fileno())
+        self._is_answered = False
 
     def readable(self) -> bool:
         return True
@@ -192,14 +193,21 @@ class ConnectionReader(io.RawIOBase):
                     error.closed_at = time.monotonic()
                     self._lanes.wait_turn()
                 raise
+        self._is_answered = True
         return self._recv_into(buffer)
 
     def hang_up(self) -> None:
-        """Close the connection, at once."""
+        """Close the connection, at once.
+
+        Whoever answers hears of the end, and whatever he still sends is met with a reset: all that
+        is left to do is to free the descriptor, which its reader does on his way out. Who does not
+        answer may not be reading either, and hears nothing but a reset.
+        """
         with contextlib.suppress(OSError):  # the peer was faster
-            self._sock.shutdown(socket.SHUT_RDWR)  # it hears of it before all that is left to do
-        self._let_go()
-        self._sock.close()
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if not self._is_answered:
+            self._let_go()
+            self._sock.close()
 
     def close(self) -> None:
         self._let_go()

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import gevent
+from msgspec import Struct
 
 from llm.attempt import Attempt
 from llm.attempt import Sink as AttemptSink
@@ -71,15 +72,15 @@ class Ending(enum.Enum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """The one report of a generation, there when its reader is dead.
 
     Args:
         ending: how it ended.
         error: why, where it failed.
         finish_reason: the provider's, such as ``stop`` or ``length``.
-        usage: tokens; None where no provider had anything to do.
+        usage: tokens; None where the provider did not say.
+        estimate: a guess at them, where it did not; None where it had nothing to do, too.
         reasoning_chars: reasoning text that was not relayed, in Unicode code points.
         closed_at: `time.monotonic()` of the moment the connection was closed or given back; None
             when the reader was killed before it did anything.
@@ -91,6 +92,7 @@ class Result:
     error: StreamError | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
+    estimate: Callable[[], Usage] | None = None
     reasoning_chars: int = 0
     closed_at: float | None = None
     provider: str = ""
@@ -128,7 +130,7 @@ class LlmClient:
         )
 
     def _breaker_changed(self, state: BreakerState) -> None:
-        provider = self.first.provider.name
+        provider = self.first.name
         if state is BreakerState.OPEN:
             seconds = self.settings.breaker_seconds
             _log.warning("Provider left alone", provider=provider, seconds=seconds)
@@ -221,7 +223,7 @@ class Generation:
     def _kill(self) -> None:
         # In the hub. Like `Greenlet.kill`, but now, and its end is told now.
         stopped = Stopped()
-        self._reader.throw(stopped)
+        self._lanes.throw(self._reader, stopped)
         self._closed_at = self._closed_at or stopped.closed_at
         if self.ended:
             # Another client's INTERRUPT may have come meanwhile: its stream is closed first.
@@ -251,9 +253,10 @@ class Generation:
             error,
             attempt.finish_reason,
             attempt.usage,
+            attempt.estimate,
             attempt.reasoning_chars,
             self._closed_at,
-            provider.name,
+            attempt.client.name,
             provider.stops_on_close if attempt.may_cost else None,
         )
 
@@ -306,9 +309,9 @@ class Generation:
             failure = self._try(first, trial)
             if failure is None:
                 return
-            self._sink.falling_back(first.provider.name, failure)
+            self._sink.falling_back(first.name, failure)
         else:
-            self._sink.falling_back(first.provider.name, None)
+            self._sink.falling_back(first.name, None)
         self._ask(fallback, None)
 
     def _try(self, client: ProviderClient, trial: Trial) -> StreamError | None:
@@ -360,7 +363,7 @@ class Generation:
             if number >= client.provider.retries or not may_retry(error):
                 raise
             pause = pause_seconds(number, error, client.provider.retry_after_cap)
-            self._sink.retrying(client.provider.name, _forget_how(error), pause)
+            self._sink.retrying(client.name, _forget_how(error), pause)
             return pause
         finally:
             if attempt.may_cost and client in self._without_usage:

@@ -235,6 +235,52 @@ def test_what_nobody_reads_does_not_keep_the_loop_busy(
     readable.close()
 
 
+def test_an_error_is_thrown_into_whoever_waits_to_read_and_he_may_wait_again(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    mine, other = pairs[0]
+    readable = Readable(mine.fileno())
+    caught: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            readable.wait()
+        except LookupError as error:
+            caught.append(error)
+        readable.wait()
+
+    reader = gevent.spawn(read)
+    gevent.sleep(0)
+    error = LookupError("stop")
+    in_the_poll_phase(lanes().throw, reader, error)
+    assert caught == [error]
+    assert not reader.dead
+    other.send(b"x")
+    reader.join(LIMIT)
+    assert reader.successful()
+    readable.close()
+    assert not lanes().waiting
+
+
+def test_an_error_is_thrown_into_whoever_waits_for_something_else_or_for_his_start() -> None:
+    caught: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            gevent.event.Event().wait()
+        except LookupError as error:
+            caught.append(error)
+
+    waiter, beginner = gevent.spawn(wait), gevent.Greenlet(wait)
+    gevent.sleep(0)
+    error = LookupError("stop")
+    in_the_poll_phase(lanes().throw, waiter, error)
+    assert waiter.successful()
+    assert caught == [error]
+    in_the_poll_phase(lanes().throw, beginner, gevent.GreenletExit())
+    assert beginner.dead
+
+
 def test_a_reader_is_woken_once_for_what_has_come_however_long_it_waits_for_its_turn(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:

@@ -32,6 +32,7 @@ from actors.request import RequestActor
 from gateway.protocol import FunctionCall
 from llm.chat import Delta, ToolCall, Usage
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
+from llm.lanes import lanes
 from llm.provider import Provider
 from llm.stream import Ending, LlmClient, Result
 from metrics.instruments import Metrics
@@ -102,8 +103,9 @@ class Given:
         return stream
 
     def report(self) -> Result:
-        """Wait for the one report."""
+        """Wait for the one report, and until the supervisor was told of it, too."""
         message = self.session_mail.get(timeout=LIMIT)
+        lanes().wait_turn()
         assert isinstance(message, RequestReported)
         assert message.request_id == "req_1"
         return message.result
@@ -120,6 +122,7 @@ class Given:
         """Wait until the actor has ended, and all that it said has been heard."""
         assert self.ref.actor_stopped.wait(LIMIT)
         self.session.ask("are you through?", timeout=LIMIT)
+        lanes().wait_turn()
 
     def assert_over(self) -> None:
         """Nothing was reported but what a test took, and nothing is counted as going on."""
@@ -476,6 +479,7 @@ def test_a_failed_session_does_not_keep_a_request_from_ending() -> None:
     assert given.ref.actor_stopped.wait(LIMIT)
     assert stream.close_asked.is_set()
     assert given.states() == {}
+    lanes().wait_turn()
     assert GenerationEnded(given.ref.actor_urn) in given.supervisor_mail
 
 

@@ -6,10 +6,12 @@ bounds, fairness, and a close that works at whatever point the reader is.
 
 from __future__ import annotations
 
+import errno
 import gc
 import gzip
 import re
 import socket
+import sys
 import time
 import tracemalloc
 import weakref
@@ -27,6 +29,7 @@ from urllib3.connection import HTTPConnection
 from llm.answer import Answer
 from llm.chat import Delta, Message, Prompt, ToolCall, Usage
 from llm.client import ProviderClient
+from llm.connections import Stopped
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -38,7 +41,7 @@ from llm.errors import (
     ProviderReportedError,
     StreamError,
 )
-from llm.lanes import lanes
+from llm.lanes import Lanes, lanes
 from llm.lines import MAX_EVENT_LINES
 from llm.provider import Provider
 from llm.stream import Ending, Generation, LlmClient, Result
@@ -49,6 +52,8 @@ from tests.harness.scripts import Script, chunk, done, finish_event, send, text_
 PATIENCE_SECONDS = 5.0
 """Bounds a failure, and nothing else."""
 KEY = "sk-very-secret-0123456789"
+RESET = (errno.ECONNRESET, errno.EPIPE)
+"""What a socket knows whose peer has sent a reset; the second where an end came before."""
 Port = Literal["http", "tls"]
 
 
@@ -77,6 +82,7 @@ class RecordingSink:
 
     def posted(self) -> None:
         self.posts += 1
+        self._news.set()
 
     def retrying(self, provider: str, error: StreamError, pause_seconds: float) -> None:
         self.retries.append((provider, error, pause_seconds))
@@ -1609,6 +1615,60 @@ def test_close_while_the_request_is_not_read_resets_the_connection(
             with pytest.raises(ConnectionResetError):
                 while accepted.recv(1 << 16):
                     pass
+
+
+@pytest.fixture
+def readers_stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Whoever is stopped does not find his way out while the test runs."""
+    leave = gevent.event.Event()
+
+    def wait_turn(self: Lanes) -> None:
+        if isinstance(sys.exc_info()[1], Stopped):
+            assert leave.wait(PATIENCE_SECONDS)
+
+    monkeypatch.setattr(Lanes, "wait_turn", wait_turn)
+    yield
+    leave.set()
+
+
+@pytest.mark.usefixtures("readers_stay")
+def test_a_provider_that_answers_hears_of_the_close_before_its_reader_has_left(
+    make_client: MakeClient,
+) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        client = make_client(base_url=f"http://127.0.0.1:{server.getsockname()[1]}/v1")
+        run = Run(client, "x").start()
+        accepted, _ = server.accept()
+        with closing(accepted):
+            accepted.settimeout(PATIENCE_SECONDS)
+            while not accepted.recv(1 << 16).endswith(b"}"):
+                pass
+            accepted.sendall(scripts.sse_head() + chunk(text_event("a")))
+            run.sink.wait_text("a")
+            run.generation.close()
+            assert run.wait_end().ending is Ending.CLOSED
+            assert accepted.recv(1) == b""
+            with pytest.raises((ConnectionResetError, BrokenPipeError)):
+                while True:  # one that does not look at what it reads learns of it when it sends
+                    accepted.sendall(chunk(text_event("b")))
+                    gevent.sleep(0)
+
+
+@pytest.mark.usefixtures("readers_stay")
+def test_a_provider_that_reads_nothing_hears_of_the_close_before_its_reader_has_left(
+    make_client: MakeClient,
+) -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+        client = make_client(base_url=f"http://127.0.0.1:{server.getsockname()[1]}/v1")
+        run = Run(client, "x").start()
+        accepted, _ = server.accept()
+        with closing(accepted):
+            accepted.settimeout(PATIENCE_SECONDS)
+            run.sink.wait_for(lambda: run.sink.posts == 1, "the POST")
+            run.generation.close()
+            assert run.wait_end().ending is Ending.CLOSED
+            # Known to whoever waits on the connection, though all that was sent is unread.
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in RESET
 
 
 def test_close_leaves_the_other_generations_alone(
