@@ -51,7 +51,7 @@ class Outlet(RequestOutlet, Protocol):
     @property
     def done(self) -> bool: ...
     def finish(self, payload: bytes, on_written: Callable[[float], None]) -> None: ...
-    def shut(self) -> None: ...
+    def shut(self) -> bool: ...
 
 
 class Live(Struct, eq=False):
@@ -107,11 +107,10 @@ class Live(Struct, eq=False):
         before = self.turn.goes_on
         return before is None or (before.ending is not None and before.resolved)
 
-    def heard(self, chars: int | None) -> None:
+    def heard(self, chars: int) -> None:
         """The client says how many code points the user got."""
-        if chars is not None:
-            before = chars if self.heard_chars is None else self.heard_chars
-            self.heard_chars = min(chars, before)
+        before = chars if self.heard_chars is None else self.heard_chars
+        self.heard_chars = min(chars, before)
 
     def as_heard(self, outcome: Outcome) -> tuple[str, TurnEnding]:
         """What the user got of the answer, and how it ended to them."""
@@ -178,27 +177,32 @@ class PendingInterrupt(Struct, eq=False):
     @property
     def ready(self) -> bool:
         """True when the ack can be given."""
-        return all(
-            isinstance(target, InterruptResult) or target.settled
-            for target in self.targets.values()
-        )
+        for target in self.targets.values():
+            if not (isinstance(target, InterruptResult) or target.settled):
+                return False
+        return True
 
     def ack(self) -> InterruptAck:
         """The answer."""
-        results = [
-            target if isinstance(target, InterruptResult) else target.stop_result(self.read_at)
-            for target in self.targets.values()
-        ]
-        stopped = [one.request_id for one in results if one.outcome is InterruptOutcome.STOPPED]
+        results: list[InterruptResult] = []
+        stopped: list[str] = []
+        words: list[str] = []
+        for target in self.targets.values():
+            result = (
+                target if isinstance(target, InterruptResult) else target.stop_result(self.read_at)
+            )
+            results.append(result)
+            if result.outcome is InterruptOutcome.STOPPED:
+                stopped.append(result.request_id)
+            words.append(f"{result.request_id}: {_WORDS[result.outcome]}")
         if not stopped:
             status = AckStatus.FAILED
         elif len(stopped) == len(results):
             status = AckStatus.SUCCESS
         else:
             status = AckStatus.PARTIAL
-        return InterruptAck(
-            stopped, status, _ack_message(results), results, self.frame.interrupt_request_id
-        )
+        message = "; ".join(words) or "no request in progress"
+        return InterruptAck(stopped, status, message, results, self.frame.interrupt_request_id)
 
 
 def completed(
@@ -234,12 +238,6 @@ def interrupted(
         finish_reason=result.finish_reason,
         usage=_usage(result),
     )
-
-
-def _ack_message(results: list[InterruptResult]) -> str:
-    if not results:
-        return "no request in progress"
-    return "; ".join([f"{result.request_id}: {_WORDS[result.outcome]}" for result in results])
 
 
 def _usage(result: Result) -> Usage | None:

@@ -657,7 +657,7 @@ class SessionActor(GreenletActor):
         pending = PendingInterrupt(interrupt, read_at)
         for request_id in [target] if target is not None else list(self._live):
             live = self._live.get(request_id)
-            if live is not None:
+            if live is not None and interrupt.delivered_text_chars is not None:
                 live.heard(interrupt.delivered_text_chars)
             if live is not None and self._stop_request(live, interrupt.known_reason):
                 pending.targets[request_id] = live
@@ -683,19 +683,20 @@ class SessionActor(GreenletActor):
 
     def _stop_request(self, live: Live, reason: InterruptReason) -> bool:
         """Stop a request; False when its terminal frame is on its way already."""
-        if live.outlet.done:
+        if not self._shut_down(live, Stop(reason=reason)):
             return False
-        self._shut_down(live, Stop(reason=reason))
         live.interrupted_by = live.interrupted_by or reason
         return True
 
-    def _shut_down(self, live: Live, stop: Stop) -> None:
+    def _shut_down(self, live: Live, stop: Stop) -> bool:
         # First the outlet: from here on, nothing of this request is written.
-        live.outlet.shut()
+        if not live.outlet.shut():
+            return False
         live.place.give_back()
         if not live.stopping and live.result is None:
             tell(live.actor, stop)
             self._lanes.call_later(self._limit_stop, live)  # most have stopped by then
+        return True
 
     def _limit_stop(self, live: Live) -> None:
         if live.result is None:
@@ -738,8 +739,7 @@ class SessionActor(GreenletActor):
 
     def _on_reap(self, request_id: str, detail: str) -> None:
         live = self._live.get(request_id)
-        if live is not None and not live.stopping and not live.outlet.done:
-            self._shut_down(live, Stop(reaped=True))
+        if live is not None and not live.stopping and self._shut_down(live, Stop(reaped=True)):
             live.reaped = detail
             self._metrics.requests_reaped.inc()
             self._settle()
@@ -775,9 +775,10 @@ class SessionActor(GreenletActor):
     def _settle(self) -> None:
         """Answer every interrupt that has its answer, then end every request that nobody waits
         for, then begin what was waiting: acks before terminal frames before new answers."""
-        for pending in [pending for pending in self._interrupts if pending.ready]:
-            self._interrupts.remove(pending)
-            self._acknowledge(pending)
+        for pending in self._interrupts.copy():
+            if pending.ready:
+                self._interrupts.remove(pending)
+                self._acknowledge(pending)
         for live in [live for live in self._live.values() if live.stopping]:
             if live.settled and not self._is_awaited(live):
                 self._send(live.terminal())

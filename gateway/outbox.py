@@ -213,8 +213,7 @@ class Outbox:
 
     def purge(self, outlet: Outlet) -> None:
         """Drop what is queued of an outlet, but for a frame that was begun."""
-        purged = self._drop(lambda frame: frame.outlet is outlet)
-        if purged:
+        if self._data and (purged := self._drop(lambda frame: frame.outlet is outlet)):
             self._metrics.frames_purged.inc(purged)
 
     def begun_frame(self, outlet: Outlet) -> _Frame | None:
@@ -240,8 +239,6 @@ class Outbox:
         self._start_writing()
 
     def _drop(self, belongs: Callable[[_Frame], bool]) -> int:
-        if not self._data:
-            return 0
         kept = [frame for frame in self._data if not belongs(frame)]
         dropped = len(self._data) - len(kept)
         if dropped:
@@ -265,35 +262,30 @@ class Outbox:
         """Write what the kernel takes now; True when nothing is left."""
         self._writing = True
         try:
-            return self._write_until_full()
+            while self._wire is not None or self._control or self._data:
+                wire = self._wire or self._take_next()
+                if wire is None:
+                    continue
+                try:
+                    sent = self._sock.send(wire.rest)
+                except BlockingIOError:
+                    if not wire.begun:
+                        self._put_back(wire)
+                    return False
+                except OSError as error:
+                    self.die(f"connection lost: {error.strerror or error}")
+                    break
+                self.accepted_at = time.monotonic()
+                wire.begun = True
+                if sent < len(wire.rest):
+                    wire.rest = memoryview(wire.rest)[sent:]
+                else:
+                    self._wire = None
+                    for frame in wire.frames:
+                        self._written(frame)
+            return True
         finally:
             self._writing = False
-
-    def _write_until_full(self) -> bool:
-        while not self._dead:
-            if self._wire is None and not self._take_next():
-                return True
-            wire = self._wire
-            if wire is None:
-                continue
-            try:
-                sent = self._sock.send(wire.rest)
-            except BlockingIOError:
-                if not wire.begun:
-                    self._put_back(wire)
-                return False
-            except OSError as error:
-                self.die(f"connection lost: {error.strerror or error}")
-                return True
-            self.accepted_at = time.monotonic()
-            wire.begun = True
-            if sent < len(wire.rest):
-                wire.rest = memoryview(wire.rest)[sent:]
-            else:
-                self._wire = None
-                for frame in wire.frames:
-                    self._written(frame)
-        return True
 
     def _put_back(self, wire: _Wire) -> None:
         # Nothing of it was taken: until then, others may go before it, or it may be purged.
@@ -304,20 +296,18 @@ class Outbox:
             self._data.appendleft(wire.frames[0])
             self._data_bytes += len(wire.frames[0].payload)
 
-    def _take_next(self) -> bool:
-        """Begin what comes next; False when there is nothing."""
+    def _take_next(self) -> _Wire | None:
+        """Begin what comes next; None where nothing of that is to be written."""
         if self._control:
             self._take_control()
-        elif self._data:
+        else:
             frame = self._data.popleft()
             self._data_bytes -= len(frame.payload)
             if not self._room.is_set():
                 self._make_room()
             if self._protocol.state is State.OPEN:  # else it is too late for any frame
                 self._wire = _Wire([frame], self._text_frame(frame))
-        else:
-            return False
-        return True
+        return self._wire
 
     def _take_control(self) -> None:
         frames: list[_Frame] = []
@@ -456,21 +446,27 @@ class Outlet:
                 _Frame(payload, outlet=self, terminal=True, on_written=on_written)
             )
 
-    def shut(self) -> None:
+    def shut(self) -> bool:
         """From here on nothing is written, and what was queued is dropped.
 
         Only a frame that was begun is finished; it counts as delivered already.
+
+        Returns:
+            False, and nothing is done, when the terminal frame cannot be held back any more.
         """
+        begun = self._outbox.begun_frame(self)
+        if self._terminal_written or (begun is not None and begun.terminal):
+            return False
         self._shut = True
         self._pieces.clear()
         self._outbox.purge(self)
-        begun = self._outbox.begun_frame(self)
         if begun is not None:
             self._count(begun)
             begun.text = ""
-            if begun.on_written is not None and not begun.terminal:
+            if begun.on_written is not None:
                 on_written, begun.on_written = begun.on_written, None
                 on_written(time.monotonic())
+        return True
 
     def progress_at(self) -> float:
         """`time.monotonic()` of the client's last progress while all waits for it, else 0."""

@@ -318,7 +318,7 @@ class _Connection:
         """Serve the connection until it ends, in its own greenlet."""
         reason = "closed by the client"
         try:
-            while (data := self._read()) and not self._is_over():
+            while (data := self._read()) and self._protocol.state is not State.CLOSED:
                 self._protocol.receive_data(data)
                 self._after_receiving()
             self._protocol.receive_eof()
@@ -389,12 +389,10 @@ class _Connection:
             self._heard_at = time.monotonic()
             return data
 
-    def _is_over(self) -> bool:
-        return self._protocol.state is State.CLOSED
-
     def _after_receiving(self) -> None:
         # Pongs and close frames first, lest they get into the bytes of a frame of the outbox's.
-        self._outbox.send_wire(self._protocol.data_to_send())
+        if answers := self._protocol.data_to_send():
+            self._outbox.send_wire(answers)
         frames = 0
         for event in self._protocol.events_received():
             if isinstance(event, Request):

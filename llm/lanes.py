@@ -30,7 +30,7 @@ _SLICE_SECONDS = 0.0003
 _READ = 1
 """The event of gevent's `loop.io` for "readable"."""
 
-_Calls = deque[tuple[Callable[..., object], tuple[Any, ...]]]
+_Call = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 class Lanes:
@@ -42,12 +42,12 @@ class Lanes:
     def __init__(self) -> None:
         loop: Any = gevent.get_hub().loop
         self._loop = loop
-        self._control: _Calls = deque()
-        self._after_look: _Calls = deque()
+        self._control: deque[_Call] = deque()
+        self._after_look: deque[_Call] = deque()
         self.waiting: set[Any] = set()
         """The greenlets that wait for something to read."""
-        self._data: _Calls = deque()
-        """With `_let_go_on` those readers whose turn it is; anything else takes long."""
+        self._data: deque[Readable | _Call] = deque()
+        """A reader whose turn it is, or a call, which takes long."""
         self._control_is_due = self._slice_is_due = self._in_a_hurry = False
         self._control_ran = self._has_given_way = False
         """Whether control was run since the last look, and whether data waited for that once."""
@@ -97,11 +97,12 @@ class Lanes:
             self._loop.run_callback(_guarded, function, args)
             return
         self._data.append((_guarded, (function, args)))
-        self._go_on_with_data()
+        if not self._slice_is_due:
+            self._go_on_with_data()
 
     def take_turn(self, readable: Readable) -> None:
         """Let somebody read as soon as it is his turn. Runs in the hub."""
-        self._data.append((_let_go_on, (readable,)))
+        self._data.append(readable)
         if not self._slice_is_due:
             self._slice_is_due = True
             self._slice.feed(0, self._hand_on)
@@ -112,7 +113,8 @@ class Lanes:
             return
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
         self._data.append((waiter.switch, (None,)))
-        self._go_on_with_data()
+        if not self._slice_is_due:
+            self._go_on_with_data()
         waiter.get()
 
     def throw(self, greenlet: gevent.Greenlet[..., Any], error: BaseException) -> None:
@@ -146,12 +148,13 @@ class Lanes:
             self._has_given_way = False
             until = time.monotonic() + _SLICE_SECONDS
             while self._data:
-                function, args = self._data.popleft()
-                function(*args)
-                # What takes long has a slice for itself.
-                if function is not _let_go_on or time.monotonic() > until:
-                    break
-                if self._data and self._data[0][0] is not _let_go_on:
+                turn = self._data.popleft()
+                if isinstance(turn, tuple):
+                    function, args = turn
+                    function(*args)
+                    break  # what takes long has a slice for itself
+                turn.go_on()
+                if time.monotonic() > until or (self._data and isinstance(self._data[0], tuple)):
                     break
         if self._data:
             self._go_on_with_data()
@@ -249,10 +252,6 @@ class Readable:
         self._is_queued = False
         if self._reader is not None:
             self._reader.switch(None)
-
-
-def _let_go_on(readable: Readable) -> None:
-    readable.go_on()
 
 
 def _guarded(function: Callable[..., object], args: tuple[Any, ...]) -> None:

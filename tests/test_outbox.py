@@ -470,10 +470,11 @@ def test_a_terminal_frame_that_was_begun_cannot_be_held_back(pair: Pair) -> None
     outlet.finish(terminal, written.append)
     assert outlet.done
     assert written == []
-    outlet.shut()
+    assert not outlet.shut()
     pair.read_texts(1)
     assert len(written) == 1
     assert outlet.done
+    assert not outlet.shut()
 
 
 def test_a_terminal_frame_that_waits_is_not_done(pair: Pair) -> None:

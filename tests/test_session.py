@@ -194,9 +194,12 @@ class FakeOutlet:
         self._do(write)
         self._outbox.finishing.set()
 
-    def shut(self) -> None:
+    def shut(self) -> bool:
+        if self.done:
+            return False
         self._shut = True
         self._queued.clear()
+        return True
 
     def progress_at(self) -> float:
         return 0.0
