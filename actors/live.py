@@ -241,9 +241,7 @@ def interrupted(
 
 
 def _usage(result: Result) -> Usage | None:
-    usage = result.usage
-    if usage is None and result.estimate is not None:
-        usage = result.estimate()
+    usage = result.usage or result.estimate_usage()
     if usage is None:
         return None
     return Usage(

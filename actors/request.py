@@ -43,7 +43,7 @@ _log = get_logger("LLM")  # for what comes behind something of the data lane
 _late_log = LateLog(_log)
 
 
-class RequestState(enum.Enum):
+class RequestState(enum.StrEnum):
     """Where a generation is. The last four are terminal: nothing leads out of them."""
 
     CONNECTING = "connecting"
@@ -55,20 +55,22 @@ class RequestState(enum.Enum):
     REAPED = "reaped"
 
 
-_ENDS = (
-    RequestState.COMPLETED,
-    RequestState.INTERRUPTED,
-    RequestState.FAILED,
-    RequestState.REAPED,
+_ENDS = frozenset(
+    {
+        RequestState.COMPLETED,
+        RequestState.INTERRUPTED,
+        RequestState.FAILED,
+        RequestState.REAPED,
+    }
 )
-_TRANSITIONS: dict[RequestState, tuple[RequestState, ...]] = {
-    RequestState.CONNECTING: (RequestState.WAITING, *_ENDS),
-    RequestState.WAITING: (RequestState.STREAMING, *_ENDS),
+_TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
+    RequestState.CONNECTING: _ENDS | {RequestState.WAITING},
+    RequestState.WAITING: _ENDS | {RequestState.STREAMING},
     RequestState.STREAMING: _ENDS,
-    RequestState.COMPLETED: (),
-    RequestState.INTERRUPTED: (),
-    RequestState.FAILED: (),
-    RequestState.REAPED: (),
+    RequestState.COMPLETED: frozenset(),
+    RequestState.INTERRUPTED: frozenset(),
+    RequestState.FAILED: frozenset(),
+    RequestState.REAPED: frozenset(),
 }
 
 
@@ -144,12 +146,12 @@ class RequestActor(GreenletActor):
         self._reader_result: Result | None = None
         """There as soon as the reader is dead."""
         self._reported = self._released = self._books_kept = False
-        metrics.requests_active.labels(self._state.value).inc()
+        metrics.requests_active.labels(self._state).inc()
 
     def describe(self, now: float) -> dict[str, Any]:
         return {
             **self._log_fields,
-            "state": self._state.value,
+            "state": self._state,
             "seconds": round(now - self._created_at, 1),
             "seconds_without_progress": round(now - self._progress_at(), 1),
             "told_to_stop": self._told_to_stop is not None,
@@ -285,7 +287,7 @@ class RequestActor(GreenletActor):
         if self._books_kept:
             return
         self._books_kept = True
-        self._metrics.requests_active.labels(self._active_state.value).dec()
+        self._metrics.requests_active.labels(self._active_state).dec()
         self._count(self._result)
         if self._state is RequestState.INTERRUPTED and self._started_at is not None:
             reason = self._told_to_stop.reason if self._told_to_stop else ""
@@ -312,7 +314,7 @@ class RequestActor(GreenletActor):
         metrics = self._metrics
         if self._started_at is not None:
             ended_at = result.closed_at or time.monotonic()
-            metrics.generation_seconds.labels(self._state.value).observe(
+            metrics.generation_seconds.labels(self._state).observe(
                 max(0.0, ended_at - self._started_at)
             )
         if result.error is not None:
@@ -331,8 +333,8 @@ class RequestActor(GreenletActor):
         self._state = state
         if state not in _ENDS:
             active = self._metrics.requests_active
-            active.labels(self._active_state.value).dec()
-            active.labels(state.value).inc()
+            active.labels(self._active_state).dec()
+            active.labels(state).inc()
             self._active_state = state
 
 

@@ -367,7 +367,7 @@ class SessionActor(GreenletActor):
             return
         self._client = client
         self._session_id = f"sess_{secrets.token_hex(8)}"
-        self._created_ms = _now_ms()
+        self._created_ms = time.time_ns() // 1_000_000
         settings = self._settings
         self._lifetime = Lifetime(
             settings.session_timeout, settings.heartbeat_interval, time.monotonic()
@@ -961,7 +961,7 @@ class SessionActor(GreenletActor):
         self._outbox.send_control(self._encode(payload))
 
     def _encode(self, payload: ServerPayload) -> bytes:
-        return encode(payload, self._session_id, _now_ms())
+        return encode(payload, self._session_id, time.time_ns() // 1_000_000)
 
 
 class SessionHandle:
@@ -1004,7 +1004,3 @@ def _only(data: _S, fields: Collection[str] | None) -> _S:
 def _kind(auth: ApiKeyAuth | AccountAuth) -> str:
     """What kind of credentials they are, as the wire calls it."""
     return str(auth.__struct_config__.tag)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000

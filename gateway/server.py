@@ -422,12 +422,6 @@ class _Connection:
     def _is_log_behind(self) -> bool:
         return self._unlogged_turns > 1
 
-    def _count_message(self) -> None:
-        self._messages += 1
-        if self._messages % _TURN_FRAMES == 0:
-            self._unlogged_turns += 1
-            self._lanes.call_later(self._caught_up)
-
     def _caught_up(self) -> None:
         self._unlogged_turns -= 1
 
@@ -443,7 +437,10 @@ class _Connection:
         if frame.fin and self._session is not None:
             message, self._message = b"".join(self._message), []
             self._deliver(self._session, message)
-            self._count_message()
+            self._messages += 1
+            if self._messages % _TURN_FRAMES == 0:
+                self._unlogged_turns += 1
+                self._lanes.call_later(self._caught_up)
 
     def _deliver(self, session: Session, message: bytes) -> None:
         read_at = self._heard_at

@@ -7,7 +7,6 @@ it as one of `llm/errors.py`: this is the border where everybody else's exceptio
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
@@ -130,14 +129,13 @@ class Attempt:
         """True when the provider has the request and did not refuse it."""
         return self._is_sent and not self._is_refused
 
-    @property
-    def estimate(self) -> Callable[[], Usage] | None:
-        """Guesses the tokens, where the provider has not said and had something to do. Later, since
-        a long conversation takes its time, and an interrupt may wait for this attempt's end."""
-        if self.usage is not None or not self.may_cost:
+    def estimate_usage(self) -> Usage | None:
+        """A guess at the tokens; None where the provider had nothing to do. It takes its time where
+        the conversation is long."""
+        if not self.may_cost:
             return None
         chars = self._text_chars + self.reasoning_chars
-        return functools.partial(estimate_usage, self._prompt, self._token_events, chars)
+        return estimate_usage(self._prompt, self._token_events, chars)
 
     def run(self) -> None:
         """POST, hand on what comes, return at the end of the answer; then `finish()` is due.

@@ -80,7 +80,7 @@ class Result(Struct, frozen=True):
         error: why, where it failed.
         finish_reason: the provider's, such as ``stop`` or ``length``.
         usage: tokens; None where the provider did not say.
-        estimate: a guess at them, where it did not; None where it had nothing to do, too.
+        estimate_usage: gives a guess at them, where it did not; None where it had nothing to do.
         reasoning_chars: reasoning text that was not relayed, in Unicode code points.
         closed_at: `time.monotonic()` of the moment the connection was closed or given back; None
             when the reader was killed before it did anything.
@@ -92,7 +92,7 @@ class Result(Struct, frozen=True):
     error: StreamError | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
-    estimate: Callable[[], Usage] | None = None
+    estimate_usage: Callable[[], Usage | None] = lambda: None
     reasoning_chars: int = 0
     closed_at: float | None = None
     provider: str = ""
@@ -253,7 +253,7 @@ class Generation:
             error,
             attempt.finish_reason,
             attempt.usage,
-            attempt.estimate,
+            attempt.estimate_usage,
             attempt.reasoning_chars,
             self._closed_at,
             attempt.client.name,

@@ -7,6 +7,7 @@ with the provider). See README.md for what the figures mean.
 import argparse
 import math
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,6 +30,10 @@ STOP_SECONDS = 10.0
 LOAD_CORE_LIMIT = 0.85  # busier than this, the figures are the load's as much as the server's
 TOKENS_SHARE = 0.9  # of what the provider sends; the rest is lost to interrupts and new requests
 FOREIGN_LIMIT = 0.10  # of a core, used by processes that are none of ours
+ROUNDS = 5  # at least: the machine's speed changes from one minute to the next
+INTERRUPTS = 1000  # a side and level, at least: a p99 rests on a hundredth of them
+INTERRUPTS_PER_SECOND = 0.5  # of a stream: one in INTERRUPT_AFTER_SECONDS, on the average
+DRAWS = 200  # of rounds, for the range of a ratio
 
 Reports = dict[str, list[Report]]  # side -> one report per run
 
@@ -186,10 +191,17 @@ class Bench:
                 raise Failed(f"the provider ended with {self.provider.returncode}")
         return msgspec.json.decode(output, type=Report)
 
+    def rounds(self, streams: int) -> int:
+        """How many runs each side gets at a level."""
+        if self.options.rounds is not None:
+            return int(self.options.rounds)
+        interrupts_per_run: float = streams * INTERRUPTS_PER_SECOND * self.options.seconds
+        return max(ROUNDS, math.ceil(INTERRUPTS / interrupts_per_run))
+
     def level(self, streams: int, sides: Sequence[str]) -> Reports:
-        """Every side `rounds` times, each round in the reverse order of the one before: A B B A."""
+        """Every side in each round, in the reverse order of the one before: A B B A."""
         reports: Reports = {side: [] for side in sides}
-        for number in range(self.options.rounds):
+        for number in range(self.rounds(streams)):
             for side in sides if number % 2 == 0 else reversed(sides):
                 print(f"  {streams} streams, {side} ...", file=sys.stderr, flush=True)
                 reports[side].append(self.run(side, streams, seed=number))
@@ -257,13 +269,34 @@ MUST_BE_0 = {
 }
 
 
+def _ratio(row: Mapping[str, float]) -> float:
+    return row["gateway"] / row["relay"] if row["relay"] else math.nan
+
+
+def ratio_range(figure: Callable[[list[Report]], float], reports: Reports) -> tuple[float, float]:
+    """Between which ratios of a figure 95 % lie when its rounds are drawn again, with replacement
+    and in pairs (the percentile bootstrap). A single round says nothing of that: not numbers."""
+    rounds = range(len(next(iter(reports.values()))))
+    if len(rounds) < 2:
+        return math.nan, math.nan
+    draw = random.Random(0)
+    ratios = []
+    for _ in range(DRAWS):
+        drawn = draw.choices(rounds, k=len(rounds))
+        ratios.append(
+            _ratio({side: figure([runs[n] for n in drawn]) for side, runs in reports.items()})
+        )
+    return percentile(ratios, 0.025), percentile(ratios, 0.975)
+
+
 def summarise(bench: Bench, reports: Reports) -> dict[str, dict[str, float]]:
     """Figures and checks by name and side, with the ratio where both sides were measured."""
     summary: dict[str, dict[str, float]] = {}
     for name, figure in (FIGURES | CHECKS).items():
         row = {side: figure(runs) for side, runs in reports.items()}
         if name in FIGURES and len(row) == 2:
-            row["ratio"] = row["gateway"] / row["relay"] if row["relay"] else math.nan
+            row["ratio"] = _ratio(row)
+            row["from"], row["to"] = ratio_range(figure, reports)
         summary[name] = row
     for label, core in zip(("server's", "load's"), bench.cores, strict=True):
         if core is not None:
@@ -303,7 +336,7 @@ def _doubts(bench: Bench, streams: int, run: Report) -> Iterator[str]:
 
 
 def print_level(title: str, sides: Sequence[str], summary: dict[str, dict[str, float]]) -> None:
-    columns = [*sides, "ratio"] if len(sides) == 2 else list(sides)
+    columns = [*sides, "ratio", "from", "to"] if len(sides) == 2 else list(sides)
     print(f"\n{title}\n{'':44}" + "".join(f"{column:>12}" for column in columns))
     for name, row in summary.items():
         print(f"{name:44}" + "".join(_cell(row.get(column), name) for column in columns))
@@ -318,9 +351,14 @@ def _cell(value: float | None, name: str) -> str:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--streams", default="20,100,400", help="levels, separated by commas")
-    parser.add_argument("--seconds", type=float, default=10, help="the measured window of a run")
+    parser.add_argument("--seconds", type=float, default=8, help="the measured window of a run")
     parser.add_argument("--warmup", type=float, default=3, help="seconds before the window")
-    parser.add_argument("--rounds", type=int, default=2, help="runs a side and level (2: A B B A)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help=f"runs a side and level, 2 being A B B A (default: {ROUNDS}, or what it takes for "
+        f"{INTERRUPTS:,} interrupts)",
+    )
     parser.add_argument("--rate", type=float, default=30, help="tokens per second and stream")
     parser.add_argument("--only", choices=sorted(SIDES), help="one side")
     parser.add_argument("--quick", action="store_true", help="20 and 100 streams, 1 round of 3 s")
@@ -347,7 +385,7 @@ def main() -> int:
                 summary = summarise(bench, reports)
                 title = (
                     f"{streams} streams of {options.rate:g} tokens/s, "
-                    f"{options.rounds} x {options.seconds:g} s a side"
+                    f"{bench.rounds(streams)} x {options.seconds:g} s a side"
                 )
                 print_level(title, sides, summary)
                 for warning in warnings(bench, streams, reports):
