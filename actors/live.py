@@ -107,10 +107,11 @@ class Live(Struct, eq=False):
         before = self.turn.goes_on
         return before is None or (before.ending is not None and before.resolved)
 
-    def heard(self, chars: int) -> None:
+    def heard(self, chars: int | None) -> None:
         """The client says how many code points the user got."""
-        before = chars if self.heard_chars is None else self.heard_chars
-        self.heard_chars = min(chars, before)
+        if chars is not None:
+            before = chars if self.heard_chars is None else self.heard_chars
+            self.heard_chars = min(chars, before)
 
     def as_heard(self, outcome: Outcome) -> tuple[str, TurnEnding]:
         """What the user got of the answer, and how it ended to them."""

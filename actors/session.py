@@ -367,7 +367,7 @@ class SessionActor(GreenletActor):
             return
         self._client = client
         self._session_id = f"sess_{secrets.token_hex(8)}"
-        self._created_ms = time.time_ns() // 1_000_000
+        self._created_ms = _now_ms()
         settings = self._settings
         self._lifetime = Lifetime(
             settings.session_timeout, settings.heartbeat_interval, time.monotonic()
@@ -657,7 +657,7 @@ class SessionActor(GreenletActor):
         pending = PendingInterrupt(interrupt, read_at)
         for request_id in [target] if target is not None else list(self._live):
             live = self._live.get(request_id)
-            if live is not None and interrupt.delivered_text_chars is not None:
+            if live is not None:
                 live.heard(interrupt.delivered_text_chars)
             if live is not None and self._stop_request(live, interrupt.known_reason):
                 pending.targets[request_id] = live
@@ -695,7 +695,7 @@ class SessionActor(GreenletActor):
         live.place.give_back()
         if not live.stopping and live.result is None:
             tell(live.actor, stop)
-            self._lanes.call_later(self._limit_stop, live)  # most have stopped by then
+            self._lanes.call_behind_reports(self._limit_stop, live)  # most have stopped by then
         return True
 
     def _limit_stop(self, live: Live) -> None:
@@ -961,7 +961,7 @@ class SessionActor(GreenletActor):
         self._outbox.send_control(self._encode(payload))
 
     def _encode(self, payload: ServerPayload) -> bytes:
-        return encode(payload, self._session_id, time.time_ns() // 1_000_000)
+        return encode(payload, self._session_id, _now_ms())
 
 
 class SessionHandle:
@@ -1004,3 +1004,7 @@ def _only(data: _S, fields: Collection[str] | None) -> _S:
 def _kind(auth: ApiKeyAuth | AccountAuth) -> str:
     """What kind of credentials they are, as the wire calls it."""
     return str(auth.__struct_config__.tag)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

@@ -454,12 +454,12 @@ class Outlet:
         Returns:
             False, and nothing is done, when the terminal frame cannot be held back any more.
         """
-        begun = self._outbox.begun_frame(self)
-        if self._terminal_written or (begun is not None and begun.terminal):
+        if self.done:
             return False
         self._shut = True
         self._pieces.clear()
         self._outbox.purge(self)
+        begun = self._outbox.begun_frame(self)
         if begun is not None:
             self._count(begun)
             begun.text = ""

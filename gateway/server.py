@@ -318,7 +318,7 @@ class _Connection:
         """Serve the connection until it ends, in its own greenlet."""
         reason = "closed by the client"
         try:
-            while (data := self._read()) and self._protocol.state is not State.CLOSED:
+            while (data := self._read()) and not self._is_over():
                 self._protocol.receive_data(data)
                 self._after_receiving()
             self._protocol.receive_eof()
@@ -389,6 +389,9 @@ class _Connection:
             self._heard_at = time.monotonic()
             return data
 
+    def _is_over(self) -> bool:
+        return self._protocol.state is State.CLOSED
+
     def _after_receiving(self) -> None:
         # Pongs and close frames first, lest they get into the bytes of a frame of the outbox's.
         if answers := self._protocol.data_to_send():
@@ -422,6 +425,12 @@ class _Connection:
     def _is_log_behind(self) -> bool:
         return self._unlogged_turns > 1
 
+    def _count_message(self) -> None:
+        self._messages += 1
+        if self._messages % _TURN_FRAMES == 0:
+            self._unlogged_turns += 1
+            self._lanes.call_later(self._caught_up)
+
     def _caught_up(self) -> None:
         self._unlogged_turns -= 1
 
@@ -437,10 +446,7 @@ class _Connection:
         if frame.fin and self._session is not None:
             message, self._message = b"".join(self._message), []
             self._deliver(self._session, message)
-            self._messages += 1
-            if self._messages % _TURN_FRAMES == 0:
-                self._unlogged_turns += 1
-                self._lanes.call_later(self._caught_up)
+            self._count_message()
 
     def _deliver(self, session: Session, message: bytes) -> None:
         read_at = self._heard_at

@@ -199,17 +199,20 @@ class ConnectionReader(io.RawIOBase):
     def hang_up(self) -> None:
         """Close the connection, at once.
 
-        Whoever answers hears of the end, and whatever he still sends is met with a reset: all that
-        is left to do is to free the descriptor, which its reader does on his way out. Who does not
-        answer may not be reading either, and hears nothing but a reset.
+        The peer hears of the end by the shutdown, and the reset that frees the socket takes as long
+        again, so it comes behind the reports of this. But one that has not begun to answer, or
+        sends faster than it is read, may not be reading: it hears nothing but the reset.
         """
-        try:  # noqa: SIM105 -- `contextlib.suppress` takes as long again
+        with contextlib.suppress(OSError):  # the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the peer was faster
-        if not self._is_answered:
-            self._let_go()
-            self._sock.close()
+        if self._is_answered and not self._readable.has_come:
+            self._lanes.call_behind_reports(self._free)
+        else:
+            self._free()
+
+    def _free(self) -> None:
+        self._let_go()
+        self._sock.close()
 
     def close(self) -> None:
         self._let_go()

@@ -44,8 +44,8 @@ class Lanes:
         self._loop = loop
         self._control: deque[_Call] = deque()
         self._after_look: deque[_Call] = deque()
-        self.waiting: set[Any] = set()
-        """The greenlets that wait for something to read."""
+        self._waiting: set[Any] = set()
+        """The greenlets that wait in a `Readable`."""
         self._data: deque[Readable | _Call] = deque()
         """A reader whose turn it is, or a call, which takes long."""
         self._control_is_due = self._slice_is_due = self._in_a_hurry = False
@@ -91,14 +91,18 @@ class Lanes:
         if not self._in_a_hurry:
             self._be_quick()
 
+    def call_behind_reports(self, function: Callable[..., object], *args: Any) -> None:
+        """Call it when what is called after the next look was run, too, and all control that came
+        of that (reports, acks), but before any more data: it may wait for these, and no longer."""
+        self.call_after_look(self.call_after_look, function, *args)
+
     def call_later(self, function: Callable[..., object], *args: Any) -> None:
         """Call it in the data lane: what nobody waits for."""
         if not self.has_priorities:
             self._loop.run_callback(_guarded, function, args)
             return
         self._data.append((_guarded, (function, args)))
-        if not self._slice_is_due:
-            self._go_on_with_data()
+        self._go_on_with_data()
 
     def take_turn(self, readable: Readable) -> None:
         """Let somebody read as soon as it is his turn. Runs in the hub."""
@@ -113,17 +117,16 @@ class Lanes:
             return
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
         self._data.append((waiter.switch, (None,)))
-        if not self._slice_is_due:
-            self._go_on_with_data()
+        self._go_on_with_data()
         waiter.get()
 
     def throw(self, greenlet: gevent.Greenlet[..., Any], error: BaseException) -> None:
         """Raise an error in a greenlet, now. Runs in the hub.
 
         Like its own `throw`; but where it waits for something to read, it is let go on, and raises
-        it itself: an exception takes ten times as long to come through the loop's `switch`.
+        it itself: an exception takes several times as long to come through the loop's `switch`.
         """
-        if greenlet in self.waiting:
+        if greenlet in self._waiting:
             greenlet.switch(error)
         else:
             greenlet.throw(error)
@@ -220,18 +223,23 @@ class Readable:
             self._is_watched = True
             self._watcher.start(self._has_come)
         self._reader = reader = gevent.getcurrent()
-        waiting = self._lanes.waiting
+        waiting = self._lanes._waiting
         waiting.add(reader)
         try:
             error = hub.switch()
         finally:
             self._reader = None
             waiting.discard(reader)
-        if error is not None:
+        if isinstance(error, BaseException):
             try:
                 raise error
             finally:
                 del error  # it leads to this frame: no cycle is left for the collector
+
+    @property
+    def has_come(self) -> bool:
+        """Whether there is something to read for which its reader had no turn yet."""
+        return self._is_queued
 
     def close(self) -> None:
         """Watch no more; to be called before the socket is closed."""

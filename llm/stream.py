@@ -3,7 +3,7 @@
 Only the reader touches the socket. To stop a generation, in whatever phase it is (resolving,
 connecting, in the TLS handshake, waiting for headers or an event, in the middle of a chunk, under
 a flood, waiting for a slow client, or for the time to ask again), its greenlet is killed, which
-raises inside whatever it is blocked in; the connection is closed before it finds its way out. That
+raises inside whatever it is blocked in; the connection is ended before it finds its way out. That
 is why `close()` may be called by anybody at any time, never blocks, and cannot close a connection
 that serves somebody else by now.
 

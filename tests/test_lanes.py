@@ -259,7 +259,7 @@ def test_an_error_is_thrown_into_whoever_waits_to_read_and_he_may_wait_again(
     reader.join(LIMIT)
     assert reader.successful()
     readable.close()
-    assert not lanes().waiting
+    assert not lanes()._waiting
 
 
 def test_an_error_is_thrown_into_whoever_waits_for_something_else_or_for_his_start() -> None:

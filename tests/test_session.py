@@ -59,7 +59,7 @@ from gateway.protocol import (
 )
 from llm.chat import ToolCall, Usage
 from llm.errors import BadStatusError, LimitPassedError
-from llm.lanes import lanes
+from llm.lanes import Lanes, lanes
 from llm.stream import Ending, Result
 from metrics.instruments import Metrics
 from tests.fakes import LIMIT, PROMPT, FakeSource, FakeStream
@@ -805,6 +805,24 @@ def test_a_stream_that_stays_open_is_acknowledged_as_timed_out_and_counted() -> 
     ]
     given.interrupt("req_1")
     assert given.outbox.wait_ack()["results"][0]["outcome"] == "ALREADY_DONE"
+
+
+def test_a_stuck_stream_is_not_waited_for_any_longer_when_data_is_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = stuck(ack_timeout=0.02)
+    given.request("req_1")
+    stream = given.source.next()
+    put_off: list[tuple[Any, ...]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Lanes, "call_later", lambda _, *call: put_off.append(call))
+        given.interrupt("req_1")
+        (result,) = given.outbox.wait_ack()["results"]
+    assert result["outcome"] == "TIMED_OUT"
+    for call in put_off:
+        lanes().call_later(*call)
+    stream.end_closed()
+    given.settle_requests()
 
 
 def test_a_session_with_a_stuck_request_answers_its_next_interrupt_at_once() -> None:

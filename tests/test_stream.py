@@ -6,30 +6,29 @@ bounds, fairness, and a close that works at whatever point the reader is.
 
 from __future__ import annotations
 
-import errno
 import gc
 import gzip
 import re
+import select
 import socket
-import sys
 import time
 import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import gevent
 import gevent.event
+import gevent.monkey
 import pytest
 from urllib3.connection import HTTPConnection
 
 from llm.answer import Answer
 from llm.chat import Delta, Message, Prompt, ToolCall, Usage
 from llm.client import ProviderClient
-from llm.connections import Stopped
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -41,19 +40,18 @@ from llm.errors import (
     ProviderReportedError,
     StreamError,
 )
-from llm.lanes import Lanes, lanes
+from llm.lanes import Lanes, Readable, lanes
 from llm.lines import MAX_EVENT_LINES
 from llm.provider import Provider
 from llm.stream import Ending, Generation, LlmClient, Result
 from tests.harness import scripts
+from tests.harness.client import wait_until
 from tests.harness.provider_process import ProviderProcess
 from tests.harness.scripts import Script, chunk, done, finish_event, send, text_event, wait
 
 PATIENCE_SECONDS = 5.0
 """Bounds a failure, and nothing else."""
 KEY = "sk-very-secret-0123456789"
-RESET = (errno.ECONNRESET, errno.EPIPE)
-"""What a socket knows whose peer has sent a reset; the second where an end came before."""
 Port = Literal["http", "tls"]
 
 
@@ -1618,57 +1616,114 @@ def test_close_while_the_request_is_not_read_resets_the_connection(
 
 
 @pytest.fixture
-def readers_stay(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Whoever is stopped does not find his way out while the test runs."""
-    leave = gevent.event.Event()
+def no_data_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[gevent.event.Event]:
+    """A data lane that is behind: when the event is cleared nobody has a turn until it is set."""
+    turns = gevent.event.Event()
+    turns.set()
+    take_turn = Lanes.take_turn
 
     def wait_turn(self: Lanes) -> None:
-        if isinstance(sys.exc_info()[1], Stopped):
-            assert leave.wait(PATIENCE_SECONDS)
+        assert turns.wait(PATIENCE_SECONDS)
+
+    def take_turn_later(self: Lanes, readable: Readable) -> None:
+        if turns.is_set():
+            take_turn(self, readable)
 
     monkeypatch.setattr(Lanes, "wait_turn", wait_turn)
-    yield
-    leave.set()
+    monkeypatch.setattr(Lanes, "take_turn", take_turn_later)
+    yield turns
+    turns.set()
 
 
-@pytest.mark.usefixtures("readers_stay")
-def test_a_provider_that_answers_hears_of_the_close_before_its_reader_has_left(
-    make_client: MakeClient,
-) -> None:
+@dataclass
+class Peer:
+    """A provider's end of a connection, in this process."""
+
+    run: Run
+    sock: socket.socket
+    at_report: list[int] = field(default_factory=list)
+    """What its kernel knew when the end of the generation was reported."""
+
+    def __post_init__(self) -> None:
+        self.sock.settimeout(PATIENCE_SECONDS)
+        report = self.run.generation._on_end
+        assert report is not None
+
+        def look_and_report(result: Result) -> None:
+            self.at_report.append(self.knows())
+            report(result)
+
+        self.run.generation._on_end = look_and_report
+
+    def knows(self) -> int:
+        """POLLRDHUP when the end of the stream has come, POLLERR when it was reset."""
+        poll = gevent.monkey.get_original("select", "poll")()
+        poll.register(self.sock.fileno(), select.POLLRDHUP)
+        return sum(events for _, events in poll.poll(0))
+
+    def answer(self, body: bytes = b"") -> None:
+        while not self.sock.recv(1 << 16).endswith(b"}"):
+            pass
+        self.sock.sendall(scripts.sse_head() + chunk(text_event("a")) + body)
+        self.run.sink.wait_text("a")
+
+    def close_generation(self) -> None:
+        self.run.generation.close()
+        assert self.run.wait_end().ending is Ending.CLOSED
+
+
+@pytest.fixture
+def peer(make_client: MakeClient) -> Iterator[Peer]:
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
         client = make_client(base_url=f"http://127.0.0.1:{server.getsockname()[1]}/v1")
         run = Run(client, "x").start()
         accepted, _ = server.accept()
         with closing(accepted):
-            accepted.settimeout(PATIENCE_SECONDS)
-            while not accepted.recv(1 << 16).endswith(b"}"):
-                pass
-            accepted.sendall(scripts.sse_head() + chunk(text_event("a")))
-            run.sink.wait_text("a")
-            run.generation.close()
-            assert run.wait_end().ending is Ending.CLOSED
-            assert accepted.recv(1) == b""
-            with pytest.raises((ConnectionResetError, BrokenPipeError)):
-                while True:  # one that does not look at what it reads learns of it when it sends
-                    accepted.sendall(chunk(text_event("b")))
-                    gevent.sleep(0)
+            yield Peer(run, accepted)
 
 
-@pytest.mark.usefixtures("readers_stay")
-def test_a_provider_that_reads_nothing_hears_of_the_close_before_its_reader_has_left(
-    make_client: MakeClient,
+def test_a_provider_that_answers_has_the_end_before_it_is_reported(
+    no_data_lane: gevent.event.Event, peer: Peer
 ) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as server:
-        client = make_client(base_url=f"http://127.0.0.1:{server.getsockname()[1]}/v1")
-        run = Run(client, "x").start()
-        accepted, _ = server.accept()
-        with closing(accepted):
-            accepted.settimeout(PATIENCE_SECONDS)
-            run.sink.wait_for(lambda: run.sink.posts == 1, "the POST")
-            run.generation.close()
-            assert run.wait_end().ending is Ending.CLOSED
-            # Known to whoever waits on the connection, though all that was sent is unread.
-            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) in RESET
+    peer.answer()
+    no_data_lane.clear()
+    peer.close_generation()
+    [known] = peer.at_report
+    assert known & select.POLLRDHUP
+    wait_until(lambda: bool(peer.knows() & select.POLLERR), "the reset, before its reader has left")
+
+
+def test_a_provider_that_has_not_answered_is_reset_before_it_is_reported(
+    no_data_lane: gevent.event.Event, peer: Peer
+) -> None:
+    peer.run.sink.wait_for(lambda: peer.run.sink.posts == 1, "the POST")
+    no_data_lane.clear()
+    peer.close_generation()
+    [known] = peer.at_report
+    assert known & select.POLLERR
+
+
+def test_a_provider_that_sends_faster_than_it_is_read_is_reset_before_it_is_reported(
+    no_data_lane: gevent.event.Event, peer: Peer
+) -> None:
+    peer.answer()
+    no_data_lane.clear()
+    peer.sock.settimeout(0)
+    with pytest.raises(BlockingIOError):
+        while True:  # until all buffers are full
+            peer.sock.send(chunk(text_event("b" * 10_000)))
+    wait_until(lambda: only_reader(peer).has_come, "the reader to be told of it")
+    peer.close_generation()
+    [known] = peer.at_report
+    assert known & select.POLLERR
+
+
+def only_reader(peer: Peer) -> Readable:
+    """What the generation waits with for the next piece of its answer."""
+    assert peer.run.generation._attempt is not None
+    answer: Any = peer.run.generation._attempt._answer
+    reader: Readable = answer._plain.fp.raw._readable
+    return reader
 
 
 def test_close_leaves_the_other_generations_alone(

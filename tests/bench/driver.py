@@ -466,8 +466,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, required=True)
     parser.add_argument("--seed", type=int, required=True, help="of the times of interrupting")
     report = msgspec.json.encode(uvloop.run(drive(parser.parse_args())))
-    # Buffered, whatever the environment says: a single write may take a part of it only, since
-    # libuv's io_uring is like a signal to it.
+    # Buffered, whatever PYTHONUNBUFFERED says: where libuv uses io_uring, a write to a pipe that is
+    # full may return with a part of it written, and an unbuffered file leaves it at that.
     with open(sys.stdout.fileno(), "wb", closefd=False) as output:
         output.write(report)
 
