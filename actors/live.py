@@ -242,7 +242,9 @@ def interrupted(
 
 
 def _usage(result: Result) -> Usage | None:
-    usage = result.usage or result.estimate_usage()
+    usage = result.usage
+    if usage is None and result.usage_estimate is not None:
+        usage = result.usage_estimate.guess()
     if usage is None:
         return None
     return Usage(

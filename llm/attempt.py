@@ -25,8 +25,8 @@ from llm.chat import (
     Prompt,
     ToolCall,
     Usage,
+    UsageEstimate,
     error_message,
-    estimate_usage,
     parse_chunk,
 )
 from llm.client import ProviderClient
@@ -129,13 +129,13 @@ class Attempt:
         """True when the provider has the request and did not refuse it."""
         return self._is_sent and not self._is_refused
 
-    def estimate_usage(self) -> Usage | None:
-        """A guess at the tokens; None where the provider had nothing to do. It takes its time where
-        the conversation is long."""
+    @property
+    def usage_estimate(self) -> UsageEstimate | None:
+        """What to guess the tokens from; None where the provider had nothing to do."""
         if not self.may_cost:
             return None
         chars = self._text_chars + self.reasoning_chars
-        return estimate_usage(self._prompt, self._token_events, chars)
+        return UsageEstimate(self._prompt, self._token_events, chars)
 
     def run(self) -> None:
         """POST, hand on what comes, return at the end of the answer; then `finish()` is due.

@@ -78,25 +78,34 @@ class Usage(msgspec.Struct, frozen=True):
     """True when the provider did not say, and they were guessed from what was sent and came."""
 
 
-def estimate_usage(prompt: Prompt, events: int, text_chars: int) -> Usage:
-    """A guess at the tokens of a generation whose provider did not say.
-
-    A token is some four bytes of UTF-8, in English as in Chinese, and most providers send an event
-    for each.
+class UsageEstimate(msgspec.Struct, frozen=True):
+    """What tokens can be guessed from, where the provider does not say how many there were.
 
     Args:
         prompt: what was asked.
         events: that came with a token.
         text_chars: length of the answer, reasoning and function calls included, in code points.
     """
-    sent = [message.content or "" for message in prompt.messages]
-    sent += [call.name + call.arguments for one in prompt.messages for call in one.tool_calls]
-    sent_bytes = sum(len(text.encode()) for text in sent)
-    if prompt.tools:
-        sent_bytes += len(_encoder.encode(prompt.tools))
-    asked = _TOKENS_PER_MESSAGE * len(prompt.messages) + -(-sent_bytes // _BYTES_PER_TOKEN)
-    answered = max(events, -(-text_chars // _BYTES_PER_TOKEN))
-    return Usage(asked, answered, asked + answered, estimated=True)
+
+    prompt: Prompt
+    events: int
+    text_chars: int
+
+    def guess(self) -> Usage:
+        """The tokens. Takes its time where the conversation is long.
+
+        A token is some four bytes of UTF-8, in English as in Chinese, and most providers send an
+        event for each.
+        """
+        prompt = self.prompt
+        sent = [message.content or "" for message in prompt.messages]
+        sent += [call.name + call.arguments for one in prompt.messages for call in one.tool_calls]
+        sent_bytes = sum(len(text.encode()) for text in sent)
+        if prompt.tools:
+            sent_bytes += len(_encoder.encode(prompt.tools))
+        asked = _TOKENS_PER_MESSAGE * len(prompt.messages) + -(-sent_bytes // _BYTES_PER_TOKEN)
+        answered = max(self.events, -(-self.text_chars // _BYTES_PER_TOKEN))
+        return Usage(asked, answered, asked + answered, estimated=True)
 
 
 class Delta(msgspec.Struct, frozen=True):

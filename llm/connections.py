@@ -29,6 +29,7 @@ import urllib3.util
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError
+from urllib3.util.ssltransport import SSLTransport
 
 from llm.answer import Answer
 from llm.lanes import Readable, lanes
@@ -159,7 +160,7 @@ def _make_pools(proxy: str | None, options: dict[str, Any]) -> urllib3.PoolManag
 
 
 class Stopped(gevent.GreenletExit):
-    """Thrown into a reader that is to stop; learns when its connection was closed."""
+    """Thrown into a reader that is to stop; learns when its connection was ended."""
 
     closed_at: float | None = None
     """`time.monotonic()`; None where the reader was not waiting for a connection's bytes."""
@@ -170,9 +171,10 @@ class ConnectionReader(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
         self._raw = raw  # while it is open, so is the socket
-        self._sock = sock
+        # TLS within the TLS of a proxy only looks like a socket, and has one.
+        self._sock: socket.socket = sock.socket if isinstance(sock, SSLTransport) else sock
         self._recv_into = sock.recv_into
-        self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
+        self._pending = _what_tells_pending(sock)
         self._lanes = lanes()
         self._readable = Readable(raw.fileno())
         self._is_answered = False
@@ -181,7 +183,7 @@ class ConnectionReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        # What TLS has decrypted already the kernel does not know of; it is one record at most.
+        # What TLS holds already the kernel does not know of; it is a record or two at most.
         if self._pending is None or not self._pending():
             try:
                 self._readable.wait()
@@ -197,20 +199,22 @@ class ConnectionReader(io.RawIOBase):
         return self._recv_into(buffer)
 
     def hang_up(self) -> None:
-        """Close the connection, at once.
+        """End the connection, at once.
 
-        The peer hears of the end by the shutdown, and the reset that frees the socket takes as long
-        again, so it comes behind the reports of this. But one that has not begun to answer, or
-        sends faster than it is read, may not be reading: it hears nothing but the reset.
+        The peer hears of the end by the shutdown, so the reset that frees the socket, which takes
+        as long again, comes right behind the reports of this. One that has not begun to answer may
+        not be reading: it would hear nothing but the reset.
         """
         with contextlib.suppress(OSError):  # the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
-        if self._is_answered and not self._readable.has_come:
+        if self._is_answered:
             self._lanes.call_behind_reports(self._free)
         else:
             self._free()
 
     def _free(self) -> None:
+        # In the hub, maybe when the reader has closed all of it: these know that, where a
+        # descriptor by its number could be somebody else's by now.
         self._let_go()
         self._sock.close()
 
@@ -222,6 +226,14 @@ class ConnectionReader(io.RawIOBase):
         if not self._raw.closed:
             self._readable.close()  # before the descriptor is free for somebody else
             self._raw.close()
+
+
+def _what_tells_pending(sock: Any) -> Callable[[], int] | None:
+    """What tells how many bytes have left the kernel, and were not read; None without TLS."""
+    if isinstance(sock, SSLTransport):
+        outer: Any = sock.socket
+        return lambda: sock.sslobj.pending() or sock.incoming.pending or outer.pending()
+    return getattr(sock, "pending", None)
 
 
 class _Response(http.client.HTTPResponse):

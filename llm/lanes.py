@@ -44,6 +44,7 @@ class Lanes:
         self._loop = loop
         self._control: deque[_Call] = deque()
         self._after_look: deque[_Call] = deque()
+        self._behind_reports: deque[_Call] = deque()
         self._waiting: set[Any] = set()
         """The greenlets that wait in a `Readable`."""
         self._data: deque[Readable | _Call] = deque()
@@ -56,9 +57,10 @@ class Lanes:
         if not self.has_priorities:
             return
         first, last = loop.MAXPRI, loop.MINPRI
-        # These two are never started: an event is only ever fed to them, and libev takes it before,
-        # or after, all of other priorities that are there.
+        # These are never started: an event is only ever fed to them, and libev takes it before, or
+        # after, all of other priorities that are there.
         self._next: Any = loop.async_(priority=first)
+        self._reported: Any = loop.async_(priority=last + 1)
         self._slice: Any = loop.async_(priority=last)
         # These are, while there is something for them: `check` is called after the next look.
         self._looked = loop.check(priority=first - 1)
@@ -82,7 +84,8 @@ class Lanes:
             self._loop.run_callback(self._run_control)
 
     def call_after_look(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it when control that has come meanwhile was run, but before any more data."""
+        """Call it when control that has come meanwhile was run, but before more than a slice of
+        data."""
         if not self.has_priorities:
             self._loop.run_callback(_guarded, function, args)
             return
@@ -92,9 +95,12 @@ class Lanes:
             self._be_quick()
 
     def call_behind_reports(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it when what is called after the next look was run, too, and all control that came
-        of that (reports, acks), but before any more data: it may wait for these, and no longer."""
-        self.call_after_look(self.call_after_look, function, *args)
+        """Call it right behind what is called after the next look (reports), and all control that
+        comes of that (acks): no data goes in between."""
+        if self.has_priorities:
+            self.call_after_look(self._put_behind_reports, (function, args))
+        else:
+            self.call_after_look(self.call_after_look, function, *args)
 
     def call_later(self, function: Callable[..., object], *args: Any) -> None:
         """Call it in the data lane: what nobody waits for."""
@@ -181,6 +187,14 @@ class Lanes:
         if not self._after_look:
             self._looked.stop()
 
+    def _put_behind_reports(self, call: _Call) -> None:
+        self._behind_reports.append(call)
+        self._reported.feed(0, self._run_behind_reports)
+
+    def _run_behind_reports(self) -> None:
+        while self._behind_reports:
+            _guarded(*self._behind_reports.popleft())
+
     def _be_quick(self) -> None:
         self._in_a_hurry = True
         self._hurry.start(self._rest)
@@ -235,11 +249,6 @@ class Readable:
                 raise error
             finally:
                 del error  # it leads to this frame: no cycle is left for the collector
-
-    @property
-    def has_come(self) -> bool:
-        """Whether there is something to read for which its reader had no turn yet."""
-        return self._is_queued
 
     def close(self) -> None:
         """Watch no more; to be called before the socket is closed."""

@@ -1,6 +1,6 @@
 """One generation: a reader greenlet that asks for it, and hands on what comes.
 
-Only the reader touches the socket. To stop a generation, in whatever phase it is (resolving,
+Only the reader uses the socket. To stop a generation, in whatever phase it is (resolving,
 connecting, in the TLS handshake, waiting for headers or an event, in the middle of a chunk, under
 a flood, waiting for a slow client, or for the time to ask again), its greenlet is killed, which
 raises inside whatever it is blocked in; the connection is ended before it finds its way out. That
@@ -27,7 +27,7 @@ from msgspec import Struct
 from llm.attempt import Attempt
 from llm.attempt import Sink as AttemptSink
 from llm.breaker import Breaker, BreakerState, Trial
-from llm.chat import Prompt, Usage
+from llm.chat import Prompt, Usage, UsageEstimate
 from llm.client import ProviderClient
 from llm.connections import Stopped
 from llm.errors import LimitPassedError, StreamError
@@ -80,9 +80,9 @@ class Result(Struct, frozen=True):
         error: why, where it failed.
         finish_reason: the provider's, such as ``stop`` or ``length``.
         usage: tokens; None where the provider did not say.
-        estimate_usage: gives a guess at them, where it did not; None where it had nothing to do.
+        usage_estimate: what to guess them from; None where the provider had nothing to do.
         reasoning_chars: reasoning text that was not relayed, in Unicode code points.
-        closed_at: `time.monotonic()` of the moment the connection was closed or given back; None
+        closed_at: `time.monotonic()` of the moment the connection was ended or given back; None
             when the reader was killed before it did anything.
         provider: name of the provider that was asked last; empty where none was.
         stops_on_close: what that one does when it is closed, where it had the request.
@@ -92,7 +92,7 @@ class Result(Struct, frozen=True):
     error: StreamError | None = None
     finish_reason: str | None = None
     usage: Usage | None = None
-    estimate_usage: Callable[[], Usage | None] = lambda: None
+    usage_estimate: UsageEstimate | None = None
     reasoning_chars: int = 0
     closed_at: float | None = None
     provider: str = ""
@@ -253,7 +253,7 @@ class Generation:
             error,
             attempt.finish_reason,
             attempt.usage,
-            attempt.estimate_usage,
+            attempt.usage_estimate,
             attempt.reasoning_chars,
             self._closed_at,
             attempt.client.name,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import gevent
 import gevent.event
 import gevent.server
+import trustme
 
 from tests.harness.client import wait_until
 
@@ -40,13 +42,26 @@ class Proxy:
         credentials: `user:password` that it wants to see; None lets everybody in.
         answer: what it says to every request in place of passing it on; empty is silence. It can
             hold `{authorization}`, which echoes what the client sent.
+        authority: vouches for it, and it speaks TLS; None is without.
     """
 
-    def __init__(self, *, credentials: str | None = None, answer: bytes | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        credentials: str | None = None,
+        answer: bytes | None = None,
+        authority: trustme.CA | None = None,
+    ) -> None:
         self.requests: list[ProxyRequest] = []
         self._credentials = credentials
         self._answer = answer
-        self._server = gevent.server.StreamServer(("127.0.0.1", 0), self._serve)
+        self._scheme = "http"
+        options: dict[str, Any] = {}
+        if authority is not None:
+            self._scheme = "https"
+            context = options["ssl_context"] = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            authority.issue_cert("127.0.0.1").configure_cert(context)
+        self._server = gevent.server.StreamServer(("127.0.0.1", 0), self._serve, **options)
 
     def __enter__(self) -> Self:
         self._server.start()
@@ -62,11 +77,11 @@ class Proxy:
 
     def url(self, credentials: str | None = None) -> str:
         """Its URL, with credentials that are quoted as they stand."""
-        return f"http://{credentials + '@' if credentials else ''}127.0.0.1:{self.port}"
+        return f"{self._scheme}://{credentials + '@' if credentials else ''}127.0.0.1:{self.port}"
 
     @property
     def port(self) -> int:
-        port = self._server.server_port
+        port: int | None = self._server.server_port
         assert port is not None
         return port
 

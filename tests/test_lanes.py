@@ -198,6 +198,37 @@ def test_control_that_has_come_meanwhile_goes_before_what_may_wait() -> None:
         sock.close()
 
 
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_what_goes_behind_reports_comes_right_behind_the_acks_and_before_data(before: int) -> None:
+    """Whether data has given way just before, which it does once, or not."""
+    order: list[str] = []
+    done = gevent.event.Event()
+
+    def interrupt() -> None:
+        lanes().call_behind_reports(order.append, "free")
+        lanes().call_after_look(report)
+
+    def report() -> None:
+        order.append("report")
+        lanes().call(lambda: lanes().call(order.append, "ack"))
+
+    def on_turn(looks: int) -> None:
+        if looks:
+            lanes().call_after_look(on_turn, looks - 1)
+            lanes().call(lambda: None)
+        else:
+            lanes().call(interrupt)
+
+    for _ in range(20):
+        lanes().call_later(order.append, "data")
+    lanes().call_later(done.set)
+    in_the_poll_phase(on_turn, before)
+    assert done.wait(LIMIT)
+    at = order.index("report")
+    assert "data" in order[at:]
+    assert order[at : at + 3] == ["report", "ack", "free"]
+
+
 def test_control_without_end_does_not_keep_data_back() -> None:
     """A client that says something in each turn of the loop must not stop everybody's answers."""
     loop: Any = gevent.get_hub().loop

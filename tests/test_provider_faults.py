@@ -14,10 +14,12 @@ from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import gevent.server
 import pytest
+import trustme
 
 from actors.history import BROKEN_MARK
 from gateway.protocol import OnNewRequest
@@ -1138,9 +1140,29 @@ def test_more_fields_reach_the_provider_and_replace_none_of_ours(make_stand: Mak
 # Through a proxy ----------------------------------------------------------------------------------
 
 
-def test_an_http_provider_is_asked_through_the_proxy(make_stand: MakeStand) -> None:
-    with Proxy() as proxy:
-        stand = make_stand(proxy=proxy.url())
+@dataclass(frozen=True)
+class ProxyKind:
+    """With TLS or without."""
+
+    authority: trustme.CA | None
+    ca_file: str
+    """Who is to be trusted, for the provider and for the proxy."""
+
+
+@pytest.fixture(params=["http proxy", "https proxy"])
+def kind(request: pytest.FixtureRequest, provider: ProviderProcess, tmp_path: Path) -> ProxyKind:
+    if request.param == "http proxy":
+        return ProxyKind(None, provider.ca_file)
+    authority, ca_file = trustme.CA(), tmp_path / "ca.pem"
+    ca_file.write_bytes(Path(provider.ca_file).read_bytes() + authority.cert_pem.bytes())
+    return ProxyKind(authority, str(ca_file))
+
+
+def test_an_http_provider_is_asked_through_the_proxy(
+    make_stand: MakeStand, kind: ProxyKind
+) -> None:
+    with Proxy(authority=kind.authority) as proxy:
+        stand = make_stand(proxy=proxy.url(), ca_file=kind.ca_file)
         assert post_of(stand).path == "/v1/chat/completions"
         [request] = proxy.requests
         assert request.method == "POST"
@@ -1150,10 +1172,10 @@ def test_an_http_provider_is_asked_through_the_proxy(make_stand: MakeStand) -> N
 
 
 def test_an_https_provider_is_asked_through_a_tunnel_that_does_not_see_the_key(
-    make_stand: MakeStand, provider: ProviderProcess
+    make_stand: MakeStand, provider: ProviderProcess, kind: ProxyKind
 ) -> None:
-    with Proxy() as proxy:
-        stand = make_stand(proxy=proxy.url(), base_url=provider.tls_base_url)
+    with Proxy(authority=kind.authority) as proxy:
+        stand = make_stand(proxy=proxy.url(), base_url=provider.tls_base_url, ca_file=kind.ca_file)
         assert post_of(stand).headers["authorization"] == f"Bearer {KEY}"
         [request] = proxy.requests
         assert (request.method, request.target) == ("CONNECT", f"127.0.0.1:{provider.ports['tls']}")
@@ -1221,11 +1243,13 @@ def test_a_proxy_that_is_not_there_is_no_connection(
 
 @pytest.mark.parametrize("tls", [False, True])
 def test_an_interrupt_while_the_proxy_hangs_closes_the_connection_to_it(
-    make_stand: MakeStand, provider: ProviderProcess, tls: bool
+    make_stand: MakeStand, provider: ProviderProcess, kind: ProxyKind, tls: bool
 ) -> None:
-    with Proxy(answer=b"") as proxy:
+    with Proxy(answer=b"", authority=kind.authority) as proxy:
         stand = make_stand(
-            proxy=proxy.url(), base_url=provider.tls_base_url if tls else provider.base_url
+            proxy=proxy.url(),
+            base_url=provider.tls_base_url if tls else provider.base_url,
+            ca_file=kind.ca_file,
         )
         request_id = stand.ask(scripts.answer([ANSWER]))
         request = proxy.wait_request()
@@ -1254,15 +1278,20 @@ def test_a_proxy_that_hangs_with_a_tunnel_passes_the_connect_limit(
 
 
 @pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("texts", [[ANSWER], ["x" * 1000] * 200], ids=["a little", "a lot"])
 def test_an_interrupt_through_a_proxy_closes_the_stream(
-    make_stand: MakeStand, provider: ProviderProcess, tls: bool
+    make_stand: MakeStand, provider: ProviderProcess, kind: ProxyKind, tls: bool, texts: list[str]
 ) -> None:
-    with Proxy() as proxy:
+    with Proxy(authority=kind.authority) as proxy:
         stand = make_stand(
-            proxy=proxy.url(), base_url=provider.tls_base_url if tls else provider.base_url
+            proxy=proxy.url(),
+            base_url=provider.tls_base_url if tls else provider.base_url,
+            ca_file=kind.ca_file,
         )
-        request_id = stand.ask(scripts.idle_mid_stream([ANSWER]))
-        stand.client.wait_text(request_id)
+        request_id = stand.ask(scripts.idle_mid_stream(texts))
+        missing = len("".join(texts))
+        while missing:  # none of it is left where TLS keeps it
+            missing -= len(stand.client.wait_text(request_id).text)
         post = stand.wait_post(request_id)
         stand.interrupt(request_id)
         assert proxy.wait_request().closed.wait(1)

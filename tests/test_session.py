@@ -82,6 +82,8 @@ class FakeOutbox:
         self.hold = False
         self.finishing = gevent.event.Event()
         """Set when a terminal frame was put behind the data, written or not."""
+        self.on_done: Callable[[], None] = lambda: None
+        """Called when a terminal frame was written, before its session is told."""
         self.fail: BaseException | None = None
         """What the next control frame raises."""
         self._written: gevent.queue.SimpleQueue[dict[str, Any]] = gevent.queue.SimpleQueue()
@@ -189,6 +191,7 @@ class FakeOutlet:
         def write() -> None:
             self._outbox.write(payload)
             self.done = True
+            self._outbox.on_done()
             on_written(time.monotonic())
 
         self._do(write)
@@ -966,6 +969,25 @@ def test_a_complete_answer_that_waits_for_its_client_is_reaped_once(given: Given
     assert given.outbox.wait_terminal("req_1")["outcome"] == "REAPED"
     given.settle()
     assert given.outbox.history()[1:] == ["end REAPED req_1"]
+
+
+def test_an_answer_that_was_just_written_is_not_reaped(given: Given) -> None:
+    given.outbox.on_done = lambda: given.tell(ReapRequest("req_1", "no progress"))
+    given.request("req_1")
+    given.source.next().complete()
+    given.settle()
+    assert given.outbox.history()[1:] == ["end COMPLETED req_1"]
+    assert given.sample("requests_reaped_total") == 0
+    assert given.sample("requests_total", outcome="completed") == 1
+
+
+def test_an_answer_that_was_just_written_is_not_interrupted(given: Given) -> None:
+    given.outbox.on_done = lambda: given.interrupt("req_1")
+    given.request("req_1")
+    given.source.next().complete()
+    given.settle()
+    assert given.outbox.history()[1:] == ["end COMPLETED req_1", "ack FAILED req_1"]
+    assert given.sample("requests_total", outcome="completed") == 1
 
 
 def test_a_request_behind_a_reaped_one_starts() -> None:
