@@ -83,6 +83,9 @@ _STREAM_FRAMES = 20
 _STREAM_SECONDS = 3.0
 """Of a slow stream, whatever came in this time is enough."""
 
+_TRIES = 3
+"""To interrupt an answer before it is complete: the machine may just have been busy."""
+
 _SLOW_ACK_SECONDS = 2.0
 """The gateway waits 1 s at most for a stream to close; the rest is for the way."""
 
@@ -451,14 +454,22 @@ def _of_provider(error: Error) -> Cross:
 def _interrupt(visit: Visit) -> str:
     talk, old = visit.talk, visit.story
     assert old is not None
-    if old.ends:  # too short, or too quick: be quicker
-        old = talk.ask(_STORY)
-        _first_text(visit, old)
-    visit.old = old
-    with talk.together():
-        visit.stop = talk.interrupt(old, InterruptReason.USER_NEW_INPUT)
-        visit.new = talk.ask(_NEW_INPUT)
-    return _acknowledged(visit, visit.stop, old)
+    tries = 0
+    while True:
+        if old.ends:  # too short, or too quick: be quicker
+            _settle(visit)
+            old = talk.ask(_STORY)
+            _first_text(visit, old)
+        visit.old = old
+        with talk.together():
+            visit.stop = talk.interrupt(old, InterruptReason.USER_NEW_INPUT)
+            visit.new = talk.ask(_NEW_INPUT)
+        tries += 1
+        try:
+            return _acknowledged(visit, visit.stop, old)
+        except Moot:
+            if tries == _TRIES or not old.is_complete:
+                raise
 
 
 def _acknowledged(visit: Visit, stop: Stop, target: Answer) -> str:

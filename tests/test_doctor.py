@@ -898,6 +898,25 @@ def test_after_an_answer_that_was_complete_too_soon_it_asks_once_more() -> None:
     assert named(report, Status.OK) == WITHOUT_METRICS, report.as_json()
 
 
+class CompletesBeforeTheInterrupt(Fake):
+    """As a quick model, when the machine is busy just then. It does so twice."""
+
+    completed = 0
+
+    def on_interrupt(self, payload: dict[str, Any]) -> None:
+        if self.completed < 2:
+            self.completed += 1
+            self.end(payload["interrupt_request_id"], interrupted=False, outcome="COMPLETED")
+        super().on_interrupt(payload)
+
+
+def test_after_an_answer_that_was_complete_before_the_interrupt_it_asks_once_more() -> None:
+    with CompletesBeforeTheInterrupt() as fake:
+        report = examined(fake.port)
+    assert fake.completed == 2
+    assert named(report, Status.OK) == WITHOUT_METRICS, report.as_json()
+
+
 class SaysAlwaysTheSame(Fake):
     def piece(self, request_id: str, text: str | None = None) -> None:
         super().piece(request_id, f"word {self.said.get(request_id, 0)} of many words, ")
