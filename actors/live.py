@@ -178,10 +178,10 @@ class PendingInterrupt(Struct, eq=False):
     @property
     def ready(self) -> bool:
         """True when the ack can be given."""
-        for target in self.targets.values():
-            if not (isinstance(target, InterruptResult) or target.settled):
-                return False
-        return True
+        return all(
+            isinstance(target, InterruptResult) or target.settled
+            for target in self.targets.values()
+        )
 
     def ack(self) -> InterruptAck:
         """The answer."""

@@ -171,10 +171,15 @@ class ConnectionReader(io.RawIOBase):
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
         self._raw = raw  # while it is open, so is the socket
-        # TLS within the TLS of a proxy only looks like a socket, and has one.
-        self._sock: socket.socket = sock.socket if isinstance(sock, SSLTransport) else sock
+        self._sock = sock
         self._recv_into = sock.recv_into
-        self._pending = _what_tells_pending(sock)
+        self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
+        self._ahead: Callable[[], int] | None = None
+        if isinstance(sock, SSLTransport):
+            # TLS within the TLS of a proxy only looks like a socket, and has one.
+            self._sock = sock.socket
+            self._pending = sock.sslobj.pending
+            self._ahead = functools.partial(_read_ahead, sock)
         self._lanes = lanes()
         self._readable = Readable(raw.fileno())
         self._is_answered = False
@@ -183,10 +188,13 @@ class ConnectionReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        # What TLS holds already the kernel does not know of; it is a record or two at most.
+        # What TLS has decrypted already the kernel does not know of; it is one record at most.
         if self._pending is None or not self._pending():
             try:
-                self._readable.wait()
+                if self._ahead is not None and self._ahead():
+                    self._lanes.wait_turn()
+                else:
+                    self._readable.wait()
             except BaseException as error:  # stopped, or too late
                 self.hang_up()
                 if isinstance(error, Stopped):
@@ -228,12 +236,10 @@ class ConnectionReader(io.RawIOBase):
             self._raw.close()
 
 
-def _what_tells_pending(sock: Any) -> Callable[[], int] | None:
-    """What tells how many bytes have left the kernel, and were not read; None without TLS."""
-    if isinstance(sock, SSLTransport):
-        outer: Any = sock.socket
-        return lambda: sock.sslobj.pending() or sock.incoming.pending or outer.pending()
-    return getattr(sock, "pending", None)
+def _read_ahead(sock: SSLTransport) -> int:
+    """How many bytes of further records have left the kernel: never none, under a flood."""
+    outer: Any = sock.socket
+    return sock.incoming.pending or outer.pending()
 
 
 class _Response(http.client.HTTPResponse):

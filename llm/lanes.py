@@ -120,6 +120,7 @@ class Lanes:
     def wait_turn(self) -> None:
         """Wait for a turn in the data lane, before work that takes long."""
         if not self.has_priorities:
+            gevent.sleep(0)
             return
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
         self._data.append((waiter.switch, (None,)))

@@ -8,6 +8,7 @@ import ssl
 from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -122,6 +123,13 @@ class Proxy:
             with socket.create_connection((url.hostname, url.port or 80)) as server:
                 server.sendall(head.replace(request.target.encode(), path.encode(), 1) + body)
                 pipe(client, server)
+
+
+def trust_both(authority: trustme.CA, ca_file: str, folder: Path) -> str:
+    """A file of certificates that has a proxy's authority beside those of a file."""
+    both = folder / "both.pem"
+    both.write_bytes(Path(ca_file).read_bytes() + authority.cert_pem.bytes())
+    return str(both)
 
 
 def pipe(one: socket.socket, other: socket.socket) -> None:

@@ -30,7 +30,7 @@ from tests.harness import scripts
 from tests.harness.client import wait_until
 from tests.harness.provider_process import ProviderProcess
 from tests.harness.scripts import Script, chunk, done, finish_event, send, text_event
-from tests.proxy import Proxy, pipe
+from tests.proxy import Proxy, pipe, trust_both
 from tests.stand import ANSWER, KEY, MakeStand, Stand, refusal, stands
 
 SHORT_SECONDS = 0.15
@@ -1153,9 +1153,8 @@ class ProxyKind:
 def kind(request: pytest.FixtureRequest, provider: ProviderProcess, tmp_path: Path) -> ProxyKind:
     if request.param == "http proxy":
         return ProxyKind(None, provider.ca_file)
-    authority, ca_file = trustme.CA(), tmp_path / "ca.pem"
-    ca_file.write_bytes(Path(provider.ca_file).read_bytes() + authority.cert_pem.bytes())
-    return ProxyKind(authority, str(ca_file))
+    authority = trustme.CA()
+    return ProxyKind(authority, trust_both(authority, provider.ca_file, tmp_path))
 
 
 def test_an_http_provider_is_asked_through_the_proxy(

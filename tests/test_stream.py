@@ -24,7 +24,9 @@ import gevent
 import gevent.event
 import gevent.monkey
 import pytest
+import trustme
 from urllib3.connection import HTTPConnection
+from urllib3.util.ssltransport import SSLTransport
 
 from llm.answer import Answer
 from llm.chat import Delta, Message, Prompt, ToolCall, Usage
@@ -48,6 +50,7 @@ from tests.harness import scripts
 from tests.harness.client import wait_until
 from tests.harness.provider_process import ProviderProcess
 from tests.harness.scripts import Script, chunk, done, finish_event, send, text_event, wait
+from tests.proxy import Proxy, trust_both
 
 PATIENCE_SECONDS = 5.0
 """Bounds a failure, and nothing else."""
@@ -1234,6 +1237,17 @@ def turns() -> Iterator[Callable[[], int]]:
     other.kill()
 
 
+@pytest.fixture
+def tls_in_tls(
+    make_client: MakeClient, provider: ProviderProcess, tmp_path: Path
+) -> Iterator[LlmClient]:
+    """Asks over TLS, through a proxy that speaks TLS, too."""
+    authority = trustme.CA()
+    ca_file = trust_both(authority, provider.ca_file, tmp_path)
+    with Proxy(authority=authority) as proxy:
+        yield make_client(base_url=provider.tls_base_url, proxy=proxy.url(), ca_file=ca_file)
+
+
 def test_a_flood_leaves_turns_to_everybody_else(
     client: LlmClient, provider: ProviderProcess, turns: Callable[[], int]
 ) -> None:
@@ -1278,6 +1292,35 @@ def test_what_the_http_library_reads_in_loops_of_its_own_starves_nobody(
     endless.generation.close()
     assert endless.wait_end().ending is Ending.CLOSED
     provider.wait_closed(conn_of(provider, endless))
+
+
+def test_tls_within_tls_which_holds_some_of_what_comes_next_leaves_turns_to_everybody_else(
+    tls_in_tls: LlmClient,
+    provider: ProviderProcess,
+    turns: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns_at_read: list[int] = []
+    recv_into = SSLTransport.recv_into
+
+    def recv_into_counted(self: SSLTransport, *args: Any) -> Any:
+        turns_at_read.append(turns())
+        return recv_into(self, *args)
+
+    monkeypatch.setattr(SSLTransport, "recv_into", recv_into_counted)
+    trailers = scripts.repeat([send(b"X-More: trailers\r\n" * 500)])
+    script = [*scripts.opening(), *scripts.tokens(["a"]), send(b"0\r\n"), trailers]
+    endless = Run(tls_in_tls, provider.fresh(script))
+    endless.sink.block_on_put()
+    endless.start()
+    provider.wait_blocked(script=endless.script)  # from now on there is always data
+    turns_at_read.clear()
+    endless.sink.unblock()
+    wait_until(lambda: len(turns_at_read) >= 40, "reads")
+    endless.generation.close()
+    assert endless.wait_end().ending is Ending.CLOSED
+    # Of a record that is there the rest may be read at once: of 16 KiB, by 8 KiB.
+    assert turns_at_read[39] - turns_at_read[0] >= 40 // 3
 
 
 def test_floods_do_not_starve_another_generation(
