@@ -30,8 +30,8 @@ STOP_SECONDS = 10.0
 LOAD_CORE_LIMIT = 0.85  # busier than this, the figures are the load's as much as the server's
 TOKENS_SHARE = 0.9  # of what the provider sends; the rest is lost to interrupts and new requests
 FOREIGN_LIMIT = 0.10  # of a core, used by processes that are none of ours
-ROUNDS = 5  # at least: the machine's speed changes from one minute to the next
-INTERRUPTS = 1000  # about so many a side and level: a p99 rests on a hundredth of them
+ROUNDS = 8  # at least: the machine's speed changes from one minute to the next
+INTERRUPTS = 2000  # about so many a side and level: a p99 rests on a hundredth of them
 INTERRUPTS_PER_SECOND = 0.5  # of a stream: one in INTERRUPT_AFTER_SECONDS, on the average
 DRAWS = 200  # of rounds, for the range of a ratio
 
