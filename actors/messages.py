@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import pykka
 from msgspec import Struct
 
-from gateway.protocol import ClientFrame, ErrorCode, FrameError, InterruptReason
-from llm.chat import Prompt
-from llm.stream import Result
+from gateway.wire.protocol import ClientFrame, ErrorCode, FrameError, InterruptReason
+from llm.chat.completions import Prompt
+from llm.chat.generation import Result
 
 # To a session.
 
@@ -157,7 +157,7 @@ class Stop(Struct, frozen=True):
     """Why, for the log."""
 
 
-class Release(Struct, frozen=True):
+class TerminalSent(Struct, frozen=True):
     """The client has its terminal frame, or is gone: nothing is owed any more."""
 
 
@@ -168,7 +168,7 @@ class ReaderEnded(Struct, frozen=True):
 
 
 RequestMessage: TypeAlias = (
-    Start | StreamOpened | FirstToken | Stop | Release | ReaderEnded | RegisterAgain
+    Start | StreamOpened | FirstToken | Stop | TerminalSent | ReaderEnded | RegisterAgain
 )
 
 # To the supervisor.
@@ -202,7 +202,7 @@ class RequestAccepted(Struct, frozen=True):
     kill_again: Callable[[], None]
 
 
-class RequestOver(Struct, frozen=True):
+class RequestClosed(Struct, frozen=True):
     """The client has its terminal frame, or is gone: the request is live no more."""
 
     request_urn: str
@@ -260,7 +260,7 @@ SupervisorMessage: TypeAlias = (
     SessionStarted
     | SessionEnded
     | RequestAccepted
-    | RequestOver
+    | RequestClosed
     | GenerationEnded
     | Reap
     | TakeCensus

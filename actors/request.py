@@ -10,28 +10,29 @@ from typing import Any, Protocol, assert_never
 import msgspec
 import pykka
 
-from actors.greenlet import GreenletActor, tell
+from actors.actor import GreenletActor, tell
+from actors.loop.deferred_log import DeferredLog
+from actors.loop.lanes import lanes
 from actors.messages import (
     CallWritten,
     FirstToken,
     GenerationEnded,
     ReaderEnded,
     RegisterAgain,
-    Release,
     RequestAccepted,
+    RequestClosed,
     RequestMessage,
-    RequestOver,
     RequestReported,
     Start,
     Stop,
     StreamOpened,
     SupervisorMessage,
+    TerminalSent,
 )
-from gateway.protocol import FunctionCall
-from llm.chat import Delta, Prompt, ToolCall
+from gateway.wire.protocol import FunctionCall
+from llm.chat.completions import Delta, Prompt, ToolCall
+from llm.chat.generation import Ending, Result, Sink
 from llm.errors import StreamError
-from llm.lanes import LateLog, lanes
-from llm.stream import Ending, Result, Sink
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
@@ -40,7 +41,7 @@ _MAX_TOKENS = 1_000_000_000
 counter would raise."""
 
 _log = get_logger("LLM")  # for what comes behind something of the data lane
-_late_log = LateLog(_log)
+_deferred_log = DeferredLog(_log)
 
 
 class RequestState(enum.StrEnum):
@@ -88,7 +89,7 @@ class Outlet(Protocol):
 
 
 class Stream(Protocol):
-    """A generation, as `llm.stream` makes them."""
+    """A generation, as `llm.chat.generation` makes them."""
 
     @property
     def progress_at(self) -> float: ...
@@ -98,7 +99,7 @@ class Stream(Protocol):
 
 
 class StreamSource(Protocol):
-    """Makes generations; `llm.stream.LlmClient` is the one in use."""
+    """Makes generations; `llm.chat.generation.LlmClient` is the one in use."""
 
     def generation(
         self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
@@ -145,7 +146,7 @@ class RequestActor(GreenletActor):
         self._told_to_stop: Stop | None = None
         self._reader_result: Result | None = None
         """There as soon as the reader is dead."""
-        self._reported = self._released = self._books_kept = False
+        self._reported = self._released = self._is_recorded = False
         metrics.requests_active.labels(self._state).inc()
 
     def describe(self, now: float) -> dict[str, Any]:
@@ -173,7 +174,7 @@ class RequestActor(GreenletActor):
                 self._advance(RequestState.WAITING)
             case FirstToken():
                 self._first_token()
-            case Release():
+            case TerminalSent():
                 self._release()
             case RegisterAgain():
                 self._register()
@@ -182,9 +183,9 @@ class RequestActor(GreenletActor):
 
     def closed(self, error: BaseException | None) -> None:
         if error is not None and not self._released:
-            self._tell_supervisor(RequestOver(self.actor_urn))  # it will not hear of its release
+            self._tell_supervisor(RequestClosed(self.actor_urn))  # it will not hear of its release
         if self._reported:
-            self._keep_books(_late_log)
+            self._record(_deferred_log)
         elif self._stream is None or self._reader_result is not None:
             self._report_failure()
         else:
@@ -205,7 +206,7 @@ class RequestActor(GreenletActor):
         if self._reported:
             self._tell_supervisor(GenerationEnded(self.actor_urn))
         if self._released:
-            self._tell_supervisor(RequestOver(self.actor_urn))
+            self._tell_supervisor(RequestClosed(self.actor_urn))
 
     def _progress_at(self) -> float:
         begun_at = self._created_at if self._stream is None else self._stream.progress_at
@@ -251,13 +252,13 @@ class RequestActor(GreenletActor):
 
     def _release(self) -> None:
         self._released = True
-        self._tell_supervisor(RequestOver(self.actor_urn))
+        self._tell_supervisor(RequestClosed(self.actor_urn))
         if self._reported:
             self._leave()
 
     def _leave(self) -> None:
         self.stop()
-        self._keep_books()
+        self._record()
 
     def _reader_ended(self, result: Result) -> None:
         # Runs in the hub. If the actor has failed meanwhile, or fails before it gets the message,
@@ -279,14 +280,14 @@ class RequestActor(GreenletActor):
         self._advance(self._final_state(result))
         # Nothing but what others wait for: the books are kept when the client has its ack.
         tell(self._session, RequestReported(self._request_id, result))
-        lanes().call_later(self._tell_supervisor, GenerationEnded(self.actor_urn))
+        lanes().run_deferred(self._tell_supervisor, GenerationEnded(self.actor_urn))
         if self._is_closed:
-            self._keep_books(_late_log)  # it has failed, and will not hear of a release
+            self._record(_deferred_log)  # it has failed, and will not hear of a release
 
-    def _keep_books(self, log: Any = _log) -> None:
-        if self._books_kept:
+    def _record(self, log: Any = _log) -> None:
+        if self._is_recorded:
             return
-        self._books_kept = True
+        self._is_recorded = True
         self._metrics.requests_active.labels(self._active_state).dec()
         self._count(self._result)
         if self._state is RequestState.INTERRUPTED and self._started_at is not None:

@@ -12,7 +12,8 @@ from typing import Any, assert_never
 import gevent
 import pykka
 
-from actors.greenlet import ActorFailedError, GreenletActor, Timer, tell
+from actors.actor import ActorFailedError, GreenletActor, Timer, tell
+from actors.loop.deferred_log import DeferredLog
 from actors.messages import (
     Census,
     Drain,
@@ -23,7 +24,7 @@ from actors.messages import (
     ReapRequest,
     RegisterAgain,
     RequestAccepted,
-    RequestOver,
+    RequestClosed,
     SessionEnded,
     SessionStarted,
     ShutDown,
@@ -31,7 +32,6 @@ from actors.messages import (
     SupervisorMessage,
     TakeCensus,
 )
-from llm.lanes import LateLog
 from metrics.logs import get_logger
 
 MAX_RESTARTS = 5
@@ -40,7 +40,7 @@ RESTART_WINDOW_SECONDS = 60.0
 
 _CENSUS_SECONDS = 1.0
 
-_log = LateLog(get_logger("SYS"))
+_log = DeferredLog(get_logger("SYS"))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class SupervisorActor(GreenletActor):
                 # Of a session that has failed meanwhile, nobody will say that it is over.
                 known = message.session.actor_urn in self._sessions
                 self._requests[message.request.actor_urn] = _Entry(message, over=not known)
-            case RequestOver(urn):
+            case RequestClosed(urn):
                 self._update(urn, over=True)
             case GenerationEnded(urn):
                 self._update(urn, ended=True)

@@ -9,11 +9,12 @@ from typing import Any
 import pykka
 import pytest
 
-from actors.greenlet import GreenletActor
-from actors.session import SessionSettings
-from gateway.server import ServerSettings
+from actors.actor import GreenletActor
+from actors.session.session import SessionSettings
+from gateway.app import Gateway
+from gateway.server.server import ServerSettings
+from gateway.settings.settings import Settings
 from llm.provider import Provider
-from run import Gateway, Settings
 from tests.fakes import LIMIT, Clock
 from tests.harness.client import Client
 from tests.harness.provider_process import ProviderProcess
@@ -81,5 +82,5 @@ def no_actor_left() -> Iterator[None]:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of every session in this process."""
     clock = Clock()
-    monkeypatch.setattr("actors.session.time", clock)
+    monkeypatch.setattr("actors.session.session.time", clock)
     return clock

@@ -10,9 +10,9 @@ import gevent
 import gevent.event
 import gevent.queue
 
-from actors.greenlet import GreenletActor
-from llm.chat import Delta, Message, Prompt, encode_body
-from llm.stream import Ending, Result, Sink
+from actors.actor import GreenletActor
+from llm.chat.completions import Delta, Message, Prompt, encode_body
+from llm.chat.generation import Ending, Result, Sink
 
 PROMPT = Prompt((Message("user", "Hello"),))
 

@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import structlog
 from prometheus_client import generate_latest
 
+from gateway.app import Gateway
 from metrics.logs import configure
-from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
 from tests.harness.provider_process import PostEvent, ProviderProcess

@@ -10,7 +10,7 @@ import pytest
 from urllib3 import HTTPResponse
 from urllib3.exceptions import ProtocolError
 
-from llm.answer import Answer
+from llm.http.answer import Answer
 
 
 class Wire:

@@ -15,6 +15,7 @@ import pykka
 import pytest
 from structlog.testing import capture_logs
 
+from actors.loop.lanes import lanes
 from actors.messages import (
     Authenticated,
     AuthenticationFailed,
@@ -22,11 +23,12 @@ from actors.messages import (
     EndSession,
     Leave,
 )
-from actors.session import SessionActor
-from gateway import authenticator
-from gateway.authenticator import MOST_WAITING, Authenticator
-from gateway.credentials import Credentials, PasswordHash, hash_api_key
-from gateway.protocol import (
+from actors.session.session import SessionActor
+from gateway.access import authenticator
+from gateway.access.authenticator import MOST_WAITING, Authenticator
+from gateway.access.credentials import Credentials, PasswordHash, hash_api_key
+from gateway.app import Gateway
+from gateway.wire.protocol import (
     AccountAuth,
     ApiKeyAuth,
     ErrorCode,
@@ -36,8 +38,6 @@ from gateway.protocol import (
     Request,
     RequestContent,
 )
-from llm.lanes import lanes
-from run import Gateway
 from tests.fakes import LIMIT
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
@@ -100,7 +100,7 @@ class NativeThread:
             self.was_let_go = self._go_on.wait(4 * LIMIT) and self.was_let_go
             return check(credentials, auth)
 
-        monkeypatch.setattr("gateway.authenticator._is_password", held)
+        monkeypatch.setattr("gateway.access.authenticator._is_password", held)
 
     def wait_for(self, count: int) -> None:
         """Wait until it has begun to check so many."""

@@ -19,9 +19,9 @@ import gevent
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llm.lanes import lanes
+from actors.loop.lanes import lanes
+from gateway.app import Gateway
 from metrics.instruments import Metrics
-from run import Gateway
 from tests.fakes import LIMIT
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from llm.breaker import Breaker, BreakerState, Trial
+from llm.chat.breaker import Breaker, BreakerState, Trial
 
 MAX_FAILURES = 3
 OPEN_SECONDS = 30.0

@@ -21,11 +21,11 @@ from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from structlog.testing import capture_logs
 
-from gateway.credentials import Credentials, hash_api_key
-from gateway.pages import WEB
-from gateway.server import ServerSettings
-from llm.stories import answer, stop_answer
-from run import Gateway
+from gateway.access.credentials import Credentials, hash_api_key
+from gateway.app import Gateway
+from gateway.server.pages import WEB
+from gateway.server.server import ServerSettings
+from llm.demo.stories import answer, stop_answer
 from tests.browser import Page, run_browser
 from tests.harness import RunningGateway, run_gateway
 from tests.tools import find_tool

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from llm.calls import MAX_CALL_BYTES, MAX_CALLS, MAX_ID_CHARS, CallAssembler
-from llm.chat import CallPiece, ToolCall
+from llm.chat.calls import MAX_CALL_BYTES, MAX_CALLS, MAX_ID_CHARS, CallAssembler
+from llm.chat.completions import CallPiece, ToolCall
 from llm.errors import MalformedCallError, StreamError
 
 OWN_ID = re.compile(r"call_[0-9a-f]{24}\Z")

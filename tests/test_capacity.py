@@ -14,8 +14,11 @@ from typing import Any
 import pytest
 
 from actors.messages import ConnectionLost, ReapRequest, RequestReported
-from actors.places import Places
-from gateway.protocol import (
+from actors.quota import Quota
+from gateway.app import Gateway
+from gateway.server.server import ServerSettings
+from gateway.settings.settings import Settings
+from gateway.wire.protocol import (
     ApiKeyAuth,
     FunctionResult,
     HealthCheck,
@@ -24,10 +27,8 @@ from gateway.protocol import (
     Request,
     RequestContent,
 )
-from gateway.server import ServerSettings
+from llm.chat.generation import Ending, Result
 from llm.errors import StreamError
-from llm.stream import Ending, Result
-from run import Gateway, Settings
 from tests.fakes import LIMIT, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
@@ -42,38 +43,38 @@ pytestmark = pytest.mark.usefixtures("no_actor_left")
 AUTH = {"auth": {"type": "API_KEY", "api_key": "x"}, "platform": "WEB"}
 
 
-# Places ------------------------------------------------------------------------------------------
+# Quota ------------------------------------------------------------------------------------------
 
 
 def test_as_many_places_are_taken_as_there_are() -> None:
-    places = Places(2)
-    first, second, third = (places.place() for _ in range(3))
-    assert not places.are_full
+    quota = Quota(2)
+    first, second, third = (quota.slot() for _ in range(3))
+    assert not quota.is_full
     assert first.take()
     assert second.take()
-    assert places.are_full
+    assert quota.is_full
     assert not third.take()
     assert not third.is_taken
-    first.give_back()
+    first.release()
     assert third.take()
-    assert places.taken == 2
+    assert quota.taken == 2
 
 
 def test_a_place_is_given_back_once() -> None:
-    places = Places(2)
-    first, second, never = (places.place() for _ in range(3))
+    quota = Quota(2)
+    first, second, never = (quota.slot() for _ in range(3))
     first.take()
     second.take()
-    for place in (first, first, never):
-        place.give_back()
-    assert places.taken == 1
+    for slot in (first, first, never):
+        slot.release()
+    assert quota.taken == 1
 
 
 def test_without_a_limit_there_is_always_one() -> None:
-    places = Places(0)
-    assert all(places.place().take() for _ in range(100))
-    assert not places.are_full
-    assert places.taken == 100
+    quota = Quota(0)
+    assert all(quota.slot().take() for _ in range(100))
+    assert not quota.is_full
+    assert quota.taken == 100
 
 
 # Sessions ----------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ def busy(given: Given, request_id: str | None = None) -> dict[str, Any]:
 
 
 def test_a_session_too_many_is_told_so_and_to_try_again_later() -> None:
-    sessions = Places(1)
+    sessions = Quota(1)
     first, second = Given(sessions=sessions), Given(sessions=sessions)
     first.register()
     second.tell(second.frame(HealthCheck()))
@@ -111,7 +112,7 @@ def test_a_session_too_many_is_told_so_and_to_try_again_later() -> None:
 
 @pytest.mark.parametrize("how", [ConnectionLost("gone"), NONSENSE])
 def test_a_session_that_ends_or_fails_makes_room_for_another(how: Any) -> None:
-    sessions = Places(1)
+    sessions = Quota(1)
     first = Given(sessions=sessions)
     first.register()
     first.tell(how)
@@ -123,7 +124,7 @@ def test_a_session_that_ends_or_fails_makes_room_for_another(how: Any) -> None:
 
 
 def test_who_has_not_registered_has_no_place() -> None:
-    sessions = Places(1)
+    sessions = Quota(1)
     Given(sessions=sessions).settle()
     assert sessions.taken == 0
 
@@ -131,20 +132,20 @@ def test_who_has_not_registered_has_no_place() -> None:
 # Requests ----------------------------------------------------------------------------------------
 
 
-def full(places: Places) -> Given:
-    """A session whose stuck request has taken the last place."""
-    other = Given(FakeSource(stuck=True), requests=places, ack_timeout=60.0)
+def full(quota: Quota) -> Given:
+    """A session whose stuck request has taken the last slot."""
+    other = Given(FakeSource(stuck=True), requests=quota, ack_timeout=60.0)
     other.register()
     other.request("other")
     other.source.next()
-    assert places.are_full
+    assert quota.is_full
     return other
 
 
 def test_a_request_too_many_is_refused_and_may_come_again() -> None:
-    places = Places(1)
-    other = full(places)
-    given = Given(requests=places)
+    quota = Quota(1)
+    other = full(quota)
+    given = Given(requests=quota)
     given.register()
     given.request("req_1")
     assert "live" in busy(given, "req_1")["error_detail"]
@@ -158,14 +159,14 @@ def test_a_request_too_many_is_refused_and_may_come_again() -> None:
     given.source.next().complete()
     assert given.outbox.wait_terminal("req_1")["outcome"] == "COMPLETED"
     given.settle()
-    assert places.taken == 0
+    assert quota.taken == 0
 
 
 @pytest.mark.parametrize("policy", [OnNewRequest.PARALLEL, OnNewRequest.REJECT])
 def test_the_limit_holds_with_every_policy(policy: OnNewRequest) -> None:
-    places = Places(1)
-    full(places)
-    given = Given(requests=places, on_new_request=policy)
+    quota = Quota(1)
+    full(quota)
+    given = Given(requests=quota, on_new_request=policy)
     given.register()
     given.request("req_1")
     busy(given, "req_1")
@@ -173,29 +174,29 @@ def test_the_limit_holds_with_every_policy(policy: OnNewRequest) -> None:
 
 
 def test_a_request_in_parallel_takes_a_place_of_its_own() -> None:
-    places = Places(2)
-    given = stuck(requests=places, on_new_request=OnNewRequest.PARALLEL)
+    quota = Quota(2)
+    given = stuck(requests=quota, on_new_request=OnNewRequest.PARALLEL)
     given.request("req_1")
     given.request("req_2")
     given.settle()
-    assert places.taken == 2
+    assert quota.taken == 2
     given.request("req_3")
     busy(given, "req_3")
 
 
 def test_an_update_without_text_needs_no_room() -> None:
-    places = Places(1)
-    full(places)
-    given = Given(requests=places)
+    quota = Quota(1)
+    full(quota)
+    given = Given(requests=quota)
     given.register()
     given.request("req_1", text="")
     assert given.outbox.wait_terminal("req_1")["outcome"] == "COMPLETED"
 
 
 def test_a_request_that_was_interrupted_before_it_came_needs_no_room() -> None:
-    places = Places(1)
-    full(places)
-    given = Given(requests=places)
+    quota = Quota(1)
+    full(quota)
+    given = Given(requests=quota)
     given.register()
     given.interrupt("req_1")
     given.request("req_1")
@@ -203,27 +204,27 @@ def test_a_request_that_was_interrupted_before_it_came_needs_no_room() -> None:
 
 
 def test_a_request_takes_the_place_of_the_one_that_it_replaces() -> None:
-    places = Places(1)
-    given = stuck(requests=places)
+    quota = Quota(1)
+    given = stuck(requests=quota)
     given.request("req_1")
     first = given.source.next()
     given.request("req_2")
     given.request("req_3")
     given.settle()
-    assert places.taken == 1
+    assert quota.taken == 1
     first.end_closed()
     assert given.outbox.wait_terminal("req_1")["interrupt_reason"] == "USER_NEW_INPUT"
     assert given.outbox.wait_terminal("req_2")["interrupted"] is True
     given.source.next().complete()
     assert given.outbox.wait_terminal("req_3")["outcome"] == "COMPLETED"
     given.settle()
-    assert places.taken == 0
+    assert quota.taken == 0
     assert given.sample("refused_total", reason="max_requests") == 0
 
 
 def test_so_it_does_when_the_end_of_the_other_is_on_its_way_to_the_client() -> None:
-    places = Places(1)
-    given = stuck(requests=places)
+    quota = Quota(1)
+    given = stuck(requests=quota)
     given.request("req_1")
     given.source.next()
     request = given.frame(Request("req_2", "TEXT", RequestContent("Hi")))
@@ -231,17 +232,17 @@ def test_so_it_does_when_the_end_of_the_other_is_on_its_way_to_the_client() -> N
     given.tell(RequestReported("req_1", Result(Ending.COMPLETED)), request)
     given.source.next()
     assert given.sample("refused_total", reason="max_requests") == 0
-    assert places.taken == 1
+    assert quota.taken == 1
 
 
 def test_who_is_refused_has_interrupted_nothing() -> None:
-    places = Places(1)
-    given = stuck(requests=places)
+    quota = Quota(1)
+    given = stuck(requests=quota)
     given.request("req_1")
     stream = given.source.next()
     given.interrupt("req_1")
     given.settle()
-    full(places)  # somebody else was faster than its next request
+    full(quota)  # somebody else was faster than its next request
     given.request("req_2")
     busy(given, "req_2")
     stream.end_closed()
@@ -250,13 +251,13 @@ def test_who_is_refused_has_interrupted_nothing() -> None:
 
 
 def test_what_was_told_to_stop_takes_nobodys_place_though_its_stream_is_stuck() -> None:
-    places = Places(1)
-    given = stuck(requests=places)
+    quota = Quota(1)
+    given = stuck(requests=quota)
     given.request("req_1")
     given.source.next()
     given.interrupt("req_1")
     given.settle()
-    assert places.taken == 0
+    assert quota.taken == 0
 
 
 def _complete(given: Given) -> None:
@@ -275,39 +276,39 @@ def _reap(given: Given) -> None:
 
 @pytest.mark.parametrize("end", [_complete, _fail, _reap])
 def test_however_a_request_ends_there_is_room_again(end: Callable[[Given], None]) -> None:
-    places = Places(1)
-    given = stuck(requests=places)
+    quota = Quota(1)
+    given = stuck(requests=quota)
     given.request("req_1")
     given.source.next()
-    assert places.taken == 1
+    assert quota.taken == 1
     end(given)
     given.outbox.wait_terminal("req_1")
     given.settle()
-    assert places.taken == 0
+    assert quota.taken == 0
 
 
 @pytest.mark.parametrize("how", [ConnectionLost("gone"), NONSENSE])
 def test_a_session_that_is_gone_has_left_its_requests_places(how: Any) -> None:
-    places = Places(2)
-    given = Given(requests=places, on_new_request=OnNewRequest.PARALLEL)
+    quota = Quota(2)
+    given = Given(requests=quota, on_new_request=OnNewRequest.PARALLEL)
     given.register()
     given.request("req_1")
     given.request("req_2")
     given.settle()
-    assert places.taken == 2
+    assert quota.taken == 2
     given.tell(how)
     assert given.ref.actor_stopped.wait(LIMIT)
-    assert places.taken == 0
+    assert quota.taken == 0
 
 
 def test_an_answer_that_goes_on_is_refused_too_and_may_go_on_later() -> None:
-    places = Places(1)
-    given = Given(FakeSource(), requests=places)
+    quota = Quota(1)
+    given = Given(FakeSource(), requests=quota)
     given.register()
     call(given, "req_1", "a").complete()
     given.outbox.wait_terminal("req_1")
     given.settle()
-    other = full(places)
+    other = full(quota)
     given.tell(given.frame(FunctionResult("a", 1, "req_2")))
     busy(given, "req_2")
     other.tell(ConnectionLost("gone"))
@@ -318,21 +319,21 @@ def test_an_answer_that_goes_on_is_refused_too_and_may_go_on_later() -> None:
 
 
 def test_an_answer_that_goes_on_takes_the_place_of_the_one_it_goes_on_from() -> None:
-    places = Places(1)
-    given = Given(FakeSource(stuck=True), requests=places)
+    quota = Quota(1)
+    given = Given(FakeSource(stuck=True), requests=quota)
     given.register()
     stream = call(given, "req_1", "a")
     given.settle()
     # The client is faster than the end of the answer.
     given.tell(given.frame(FunctionResult("a", 1, "req_2")))
     given.settle()
-    assert places.taken == 1
+    assert quota.taken == 1
     stream.complete()
     assert given.outbox.wait_terminal("req_1")["outcome"] == "COMPLETED"
     given.source.next().complete()
     assert given.outbox.wait_terminal("req_2")["outcome"] == "COMPLETED"
     given.settle()
-    assert places.taken == 0
+    assert quota.taken == 0
     assert given.sample("refused_total", reason="max_requests") == 0
 
 
@@ -439,7 +440,7 @@ def test_when_it_is_full_it_takes_up_new_settings_all_the_same(provider: Provide
 @pytest.fixture
 def few_spare(monkeypatch: pytest.MonkeyPatch) -> int:
     """How many connections may be beyond the sessions."""
-    monkeypatch.setattr("gateway.server._SPARE_CONNECTIONS", 3)
+    monkeypatch.setattr("gateway.server.server._SPARE_CONNECTIONS", 3)
     return 3
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llm.chat import (
+from llm.chat.completions import (
     CallPiece,
     Delta,
     ErrorChunkError,

@@ -12,9 +12,9 @@ from unittest.mock import ANY
 
 import pytest
 
-from actors.history import BROKEN_MARK, INTERRUPTED_BEFORE_TEXT, INTERRUPTED_MARK, NO_RESULT
-from gateway.protocol import OnNewRequest
-from run import Gateway
+from actors.session.history import BROKEN_MARK, INTERRUPTED_BEFORE_TEXT, INTERRUPTED_MARK, NO_RESULT
+from gateway.app import Gateway
+from gateway.wire.protocol import OnNewRequest
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
 from tests.harness.provider_process import ProviderProcess
@@ -1136,13 +1136,13 @@ def test_a_call_of_an_answer_that_then_failed_stays_and_can_be_gone_on_from(talk
     ],
     ids=repr,
 )
-@pytest.mark.parametrize("goes_on", [False, True], ids=["next_turn", "goes_on"])
+@pytest.mark.parametrize("continues", [False, True], ids=["next_turn", "continues"])
 def test_any_json_is_a_result_and_text_stays_as_it_is(
-    talk: Talk, result: Any, content: str, goes_on: bool
+    talk: Talk, result: Any, content: str, continues: bool
 ) -> None:
     _, first = talk.call_turn(weather_events())
     told = [user(first), calling(call("a", "weather", OSLO)), tool("a", content)]
-    if goes_on:
+    if continues:
         talk.provider.script(content, scripts.answer(["It is fine."]))
         talk.result("a", result, "on")
         talk.client.wait_terminal("on")

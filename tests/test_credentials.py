@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gateway.credentials import (
+from gateway.access.credentials import (
     MIN_KEY_CHARS,
     Credentials,
     CredentialsError,
@@ -20,8 +20,8 @@ from gateway.credentials import (
     new_api_key,
     parse,
 )
-from gateway.given import Given
-from gateway.settings import Settings, SettingsError
+from gateway.settings.settings import Settings, SettingsError
+from gateway.settings.sources import ConfigSources
 
 KEY, OTHER_KEY = "bargein_key-of-the-kiosk", "bargein_key-of-the-others"
 PASSWORD = "correct horse"
@@ -46,7 +46,7 @@ def scrypts(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append(cost)
         return hashlib.sha256(password + cost["salt"]).digest()
 
-    monkeypatch.setattr("gateway.credentials.hashlib.scrypt", counted)
+    monkeypatch.setattr("gateway.access.credentials.hashlib.scrypt", counted)
     return calls
 
 
@@ -164,7 +164,7 @@ def test_digests_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) 
         compared.append((one, other))
         return one == other
 
-    monkeypatch.setattr("gateway.credentials.hmac.compare_digest", compare)
+    monkeypatch.setattr("gateway.access.credentials.hmac.compare_digest", compare)
     assert HASH.matches(PASSWORD)
     assert compared == [(HASH.digest, HASH.digest)]
 
@@ -328,7 +328,7 @@ def test_a_repr_shows_no_hash() -> None:
 
 
 def of(**flags: Any) -> Settings:
-    return Settings.of(Given(flags, {}))
+    return Settings.of(ConfigSources(flags, {}))
 
 
 def setting_faults(**flags: Any) -> list[str]:

@@ -21,8 +21,8 @@ from pathlib import Path
 import gevent
 import pytest
 
-from llm.lines import MAX_EVENT_BYTES, MAX_EVENT_LINES
-from run import Gateway
+from gateway.app import Gateway
+from llm.http.lines import MAX_EVENT_BYTES, MAX_EVENT_LINES
 from tests.fakes import LIMIT
 from tests.harness import scripts
 from tests.harness.client import Client

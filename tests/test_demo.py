@@ -16,11 +16,11 @@ import gevent
 import pytest
 import requests
 
-from llm import demo
-from llm.demo import DemoProvider
-from llm.scenarios import SCENARIOS, Scenario
-from llm.steps import DONE, Completion, Pause, Send, Step
-from llm.stories import CHINESE_STORY, ENGLISH_STORY, answer, tokens
+from llm.demo import server as demo
+from llm.demo.scenarios import SCENARIOS, Scenario
+from llm.demo.server import DemoProvider
+from llm.demo.steps import DONE, Completion, Pause, Send, Step
+from llm.demo.stories import CHINESE_STORY, ENGLISH_STORY, answer, tokens
 
 HAN = re.compile("[\u4e00-\u9fff]")
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it

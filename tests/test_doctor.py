@@ -29,9 +29,9 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 
-from gateway import caller, doctor
-from gateway.caller import UsageError, auth_of, ops_url, websocket_url
-from gateway.doctor import (
+from gateway.doctor import caller, doctor
+from gateway.doctor.caller import UsageError, auth_of, ops_url, websocket_url
+from gateway.doctor.doctor import (
     STEPS,
     Counts,
     Limits,
@@ -43,7 +43,7 @@ from gateway.doctor import (
     read_counts,
     target_of,
 )
-from gateway.protocol import AccountAuth, ApiKeyAuth
+from gateway.wire.protocol import AccountAuth, ApiKeyAuth
 from tests.harness.client import wait_until
 from tests.harness.daemon import Daemon, run_to_the_end
 

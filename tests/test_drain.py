@@ -23,8 +23,7 @@ import gevent.pool
 import pytest
 from structlog.testing import capture_logs
 
-from actors.greenlet import GreenletActor, tell
-from actors.memory import EARLY_INTERRUPT_SECONDS
+from actors.actor import GreenletActor, tell
 from actors.messages import (
     Census,
     ConnectionLost,
@@ -33,14 +32,17 @@ from actors.messages import (
     GenerationEnded,
     Leave,
     PauseIsOver,
-    RequestOver,
+    RequestClosed,
     SessionEnded,
     SessionStarted,
     ShutDown,
     VoiceReceived,
 )
-from actors.session import SessionActor
-from gateway.protocol import (
+from actors.session.request_ids import EARLY_INTERRUPT_SECONDS
+from actors.session.session import SessionActor
+from gateway.app import Gateway
+from gateway.settings.settings import Settings
+from gateway.wire.protocol import (
     ApiKeyAuth,
     FunctionResult,
     InterruptReason,
@@ -49,7 +51,6 @@ from gateway.protocol import (
     RequestContent,
     Shutdown,
 )
-from run import Gateway, Settings
 from tests.fakes import LIMIT
 from tests.fakes import Clock as SessionClock
 from tests.harness import scripts
@@ -134,7 +135,7 @@ def test_who_is_told_to_leave_again_waits_no_second_time(
 ) -> None:
     given.settle()
     timers: list[object] = []
-    monkeypatch.setattr("actors.session.Timer", lambda *what: timers.append(what))
+    monkeypatch.setattr("actors.session.session.Timer", lambda *what: timers.append(what))
     given.tell(Leave(FAR))
     given.settle()
     assert timers == []
@@ -401,7 +402,7 @@ def test_a_stream_that_outlived_its_session_does_not_hold_up_the_drain_but_the_s
     given = GivenSupervisor()
     entry = Entry(given, "req_1", accepted_at=0)
     drained = drain(given)
-    given.tell(RequestOver(entry.request.ref.actor_urn))
+    given.tell(RequestClosed(entry.request.ref.actor_urn))
     given.tell(SessionEnded(given.session.ref.actor_urn))
     assert drained.wait(LIMIT)
     ended = gevent.event.Event()
@@ -526,8 +527,8 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
         self.waits: list[float] = []
-        monkeypatch.setattr("run.time", self)
-        monkeypatch.setattr("run.gevent.event.Event", lambda: self)
+        monkeypatch.setattr("gateway.app.time", self)
+        monkeypatch.setattr("gateway.app.gevent.event.Event", lambda: self)
 
     def monotonic(self) -> float:
         return self.now

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from actors.memory import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS
 from actors.messages import FrameReceived
-from gateway.protocol import (
+from actors.session.request_ids import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS
+from gateway.app import Gateway
+from gateway.wire.protocol import (
     ClientFrame,
     FunctionDefinition,
     FunctionResult,
@@ -22,8 +23,7 @@ from gateway.protocol import (
     SessionQuery,
     SystemPrompt,
 )
-from llm.chat import ToolCall
-from run import Gateway
+from llm.chat.completions import ToolCall
 from tests.fakes import Clock, FakeSource, FakeStream
 from tests.harness import scripts
 from tests.harness.client import Client

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from gateway.protocol import OnNewRequest
-from llm.breaker import Breaker, BreakerState
+from gateway.app import Gateway
+from gateway.wire.protocol import OnNewRequest
+from llm.chat.breaker import Breaker, BreakerState
+from llm.chat.generation import GenerationSettings
 from llm.provider import Provider, StopsOnClose
-from llm.stream import GenerationSettings
-from run import Gateway
 from tests.harness import scripts
 from tests.harness.provider_process import ProviderProcess
 from tests.harness.scripts import Script, chunk, send, text_event
@@ -120,8 +120,8 @@ def make_pair(
         breakers.append(Breaker(max_failures, open_seconds, now, **more))
         return breakers[-1]
 
-    monkeypatch.setattr("llm.stream.Breaker", make_breaker)
-    monkeypatch.setattr("llm.retries._FIRST_SECONDS", 0.01)
+    monkeypatch.setattr("llm.chat.generation.Breaker", make_breaker)
+    monkeypatch.setattr("llm.chat.retries._FIRST_SECONDS", 0.01)
 
     with stands(make_gateway, provider) as make_stand:
 

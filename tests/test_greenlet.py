@@ -11,8 +11,8 @@ import pykka
 import pytest
 from structlog.testing import capture_logs
 
-from actors.greenlet import ActorFailedError, GreenletActor, Timer, tell
-from llm.lanes import lanes
+from actors.actor import ActorFailedError, GreenletActor, Timer, tell
+from actors.loop.lanes import lanes
 from metrics.logs import get_logger
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
@@ -151,7 +151,7 @@ def test_its_failure_is_logged_behind_what_it_came_of() -> None:
     assert running.next() == "opened"
     lanes().wait_turn()
     with capture_logs() as lines:
-        lanes().call_later(get_logger("WS").info, "Received message")
+        lanes().run_deferred(get_logger("WS").info, "Received message")
         tell(running.ref, ValueError("broken"))
         assert running.ref.actor_stopped.wait(LIMIT)
         lanes().wait_turn()

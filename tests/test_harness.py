@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from gateway import protocol as gateway_protocol
-from gateway.protocol import Heartbeat
-from llm.scenarios import SCENARIOS, Scenario
-from llm.steps import ChatRequest, Completion, Pause, Stall
+from gateway.wire import protocol as gateway_protocol
+from gateway.wire.protocol import Heartbeat
+from llm.demo.scenarios import SCENARIOS, Scenario
+from llm.demo.steps import ChatRequest, Completion, Pause, Stall
 from tests.harness import (
     AckStatus,
     AnswerEnded,
@@ -177,11 +177,11 @@ def test_several_functions_are_called_and_the_model_goes_on(
         ended = client.ask(name).collect()
         first, second = ended.function_calls
         assert (first.name, first.parameters, second.name) == ("open_map", {"hall": 3}, "ring")
-        goes_on = client.send_function_result(first, {"ok": True})
+        continues = client.send_function_result(first, {"ok": True})
         # The provider finds its script in the last message, which is the last result.
         script = provider.fresh(scripts.answer(["There", " it is"]))
-        assert client.send_function_result(second.call_id, script, answer=goes_on) is goes_on
-        assert goes_on.collect().text == "There it is"
+        assert client.send_function_result(second.call_id, script, answer=continues) is continues
+        assert continues.collect().text == "There it is"
     (post,) = provider.posts(script)
     results = [each["content"] for each in post.body["messages"] if each["role"] == "tool"]
     assert results == ['{"ok":true}', script]

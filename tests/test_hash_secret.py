@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gateway.credentials import PasswordHash, hash_api_key, parse
+from gateway.access.credentials import PasswordHash, hash_api_key, parse
 from tests.harness.daemon import run_to_the_end
 from tests.harness.process import ROOT, environment
 

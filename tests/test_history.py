@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.history import (
+from actors.session.history import (
     BROKEN_MARK,
     INTERRUPTED_BEFORE_TEXT,
     INTERRUPTED_MARK,
@@ -19,7 +19,7 @@ from actors.history import (
     History,
     Turn,
 )
-from llm.chat import Message, ToolCall
+from llm.chat.completions import Message, ToolCall
 
 PLENTY = 1_000_000
 
@@ -453,9 +453,9 @@ class Play:
     def begin(self, question: bool) -> None:
         self._begun += 1
         found = self.calls and self.history.find_call(self.calls[-1].call.id)
-        goes_on = found[0] if found and not question else None
-        user_text = str(self._begun) if goes_on is None else None
-        self.running.append(self.history.begin(f"r{self._begun}", user_text, goes_on))
+        continues = found[0] if found and not question else None
+        user_text = str(self._begun) if continues is None else None
+        self.running.append(self.history.begin(f"r{self._begun}", user_text, continues))
 
     def call(self, which: int) -> None:
         if self.running:
@@ -501,7 +501,7 @@ def test_whatever_happens_the_provider_takes_it(
         operation(play, *arguments)
         messages = told(play.history)
         assert_provider_takes(messages)
-        if not any(turn.goes_on for turn in play.running):  # else something is held
+        if not any(turn.continues for turn in play.running):  # else something is held
             assert len(messages) <= max_messages
             assert chars_of(messages) <= max_chars
         assert not messages or messages[0].role == "user"

@@ -11,12 +11,12 @@ import gevent
 import gevent.event
 import pytest
 
-from gateway.outbox import Outlet
-from gateway.protocol import OnNewRequest
-from gateway.server import ServerSettings
-from llm.connections import ConnectionReader
-from llm.lanes import lanes
-from run import Gateway
+from actors.loop.lanes import lanes
+from gateway.app import Gateway
+from gateway.server.outbox import Outlet
+from gateway.server.server import ServerSettings
+from gateway.wire.protocol import OnNewRequest
+from llm.http.connections import ConnectionReader
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
 from tests.harness.provider_process import ProviderProcess

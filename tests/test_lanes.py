@@ -10,7 +10,7 @@ import gevent.hub
 import gevent.socket
 import pytest
 
-from llm.lanes import Lanes, Readable, lanes
+from actors.loop.lanes import Lanes, Readable, lanes
 from tests.harness.client import wait_until
 
 LIMIT = 5.0
@@ -57,7 +57,7 @@ def test_a_call_goes_before_the_data_that_came_with_it(
             spin(0.002)
         order.append("data")
         if len(order) == 1:
-            lanes().call(order.append, "call")
+            lanes().run_next(order.append, "call")
 
     readers = [gevent.spawn(read, one) for one, _ in pairs]
     gevent.sleep(0)
@@ -133,8 +133,8 @@ def test_a_call_that_raises_does_not_take_the_next_one_along(
         raise RuntimeError("broken")
 
     def both() -> None:
-        lanes().call(broken)
-        lanes().call(done.set)
+        lanes().run_next(broken)
+        lanes().run_next(done.set)
 
     if phase == "poll":
         in_the_poll_phase(both)
@@ -148,7 +148,7 @@ def test_what_a_call_asks_of_the_loop_is_not_forgotten() -> None:
     """Between two polls libev would not look again before the next event."""
     done = gevent.event.Event()
     loop = gevent.get_hub().loop
-    loop.run_callback(lambda: lanes().call(loop.run_callback, done.set))
+    loop.run_callback(lambda: lanes().run_next(loop.run_callback, done.set))
     started = time.monotonic()
     assert done.wait(LIMIT)
     assert time.monotonic() - started < LIMIT / 2
@@ -159,11 +159,11 @@ def test_what_may_wait_comes_after_all_control_and_before_data() -> None:
     done = gevent.event.Event()
 
     def on_turn() -> None:
-        lanes().call_later(order.append, "books")
-        lanes().call_after_look(order.append, "report")
-        lanes().call(order.append, "control")
-        lanes().call(lambda: lanes().call(order.append, "control's control"))
-        lanes().call_later(done.set)
+        lanes().run_deferred(order.append, "books")
+        lanes().run_after_poll(order.append, "report")
+        lanes().run_next(order.append, "control")
+        lanes().run_next(lambda: lanes().run_next(order.append, "control's control"))
+        lanes().run_deferred(done.set)
 
     in_the_poll_phase(on_turn)
     assert done.wait(LIMIT)
@@ -181,11 +181,11 @@ def test_control_that_has_come_meanwhile_goes_before_what_may_wait() -> None:
         gevent.get_hub().wait(watcher)
         watcher.close()
         order.append(f"close {name}")
-        lanes().call_after_look(order.append, f"ack {name}")
+        lanes().run_after_poll(order.append, f"ack {name}")
         if name == "first":
             other[1].send(b"x")
         else:
-            lanes().call_later(done.set)
+            lanes().run_deferred(done.set)
 
     first, other = gevent.socket.socketpair(), gevent.socket.socketpair()
     both = [gevent.spawn(interrupt, *one) for one in ((first[0], "first"), (other[0], "second"))]
@@ -205,23 +205,23 @@ def test_what_goes_behind_reports_comes_right_behind_the_acks_and_before_data(be
     done = gevent.event.Event()
 
     def interrupt() -> None:
-        lanes().call_behind_reports(order.append, "free")
-        lanes().call_after_look(report)
+        lanes().run_after_acks(order.append, "free")
+        lanes().run_after_poll(report)
 
     def report() -> None:
         order.append("report")
-        lanes().call(lambda: lanes().call(order.append, "ack"))
+        lanes().run_next(lambda: lanes().run_next(order.append, "ack"))
 
     def on_turn(looks: int) -> None:
         if looks:
-            lanes().call_after_look(on_turn, looks - 1)
-            lanes().call(lambda: None)
+            lanes().run_after_poll(on_turn, looks - 1)
+            lanes().run_next(lambda: None)
         else:
-            lanes().call(interrupt)
+            lanes().run_next(interrupt)
 
     for _ in range(20):
-        lanes().call_later(order.append, "data")
-    lanes().call_later(done.set)
+        lanes().run_deferred(order.append, "data")
+    lanes().run_deferred(done.set)
     in_the_poll_phase(on_turn, before)
     assert done.wait(LIMIT)
     at = order.index("report")
@@ -233,7 +233,7 @@ def test_control_without_end_does_not_keep_data_back() -> None:
     """A client that says something in each turn of the loop must not stop everybody's answers."""
     loop: Any = gevent.get_hub().loop
     noise = loop.check(priority=loop.MAXPRI)
-    noise.start(lambda: lanes().call(lambda: None))
+    noise.start(lambda: lanes().run_next(lambda: None))
     try:
         with gevent.Timeout(LIMIT):
             for _ in range(20):
@@ -246,9 +246,9 @@ def test_control_without_end_does_not_keep_data_back() -> None:
 def test_the_loop_sleeps_when_all_is_done() -> None:
     """What keeps the loop from waiting ends by itself, or it would spin."""
     done = gevent.event.Event()
-    lanes().call(done.set)
-    lanes().call_after_look(done.set)
-    lanes().call_later(done.set)
+    lanes().run_next(done.set)
+    lanes().run_after_poll(done.set)
+    lanes().run_deferred(done.set)
     assert lanes()._hurry.active
     wait_until(lambda: not lanes()._hurry.active, "the loop may sleep")
 

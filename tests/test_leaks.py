@@ -14,11 +14,12 @@ import gevent.pool
 import pykka
 import pytest
 
-from actors.greenlet import GreenletActor
+from actors.actor import GreenletActor
 from actors.messages import Census
-from gateway.server import ServerSettings
+from gateway.app import Gateway
+from gateway.server.server import ServerSettings
+from gateway.settings.settings import Settings
 from llm.provider import Provider
-from run import Gateway, Settings
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.provider_process import ProviderProcess

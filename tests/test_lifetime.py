@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from actors.lifetime import Due, Lifetime
+from actors.session.lifetime import Due, Lifetime
 
 START = 1000.0  # of a clock that does not begin at zero
 

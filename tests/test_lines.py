@@ -15,9 +15,9 @@ import requests
 from requests_sse import EventSource
 from urllib3.exceptions import DecodeError, ProtocolError
 
-from llm.answer import Answer
 from llm.errors import MalformedStreamError
-from llm.lines import MAX_EVENT_BYTES, MAX_EVENT_LINES, BodyEnded, Lines
+from llm.http.answer import Answer
+from llm.http.lines import MAX_EVENT_BYTES, MAX_EVENT_LINES, BodyEnded, Lines
 
 BOM = b"\xef\xbb\xbf"
 

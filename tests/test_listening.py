@@ -11,9 +11,9 @@ import gevent.server
 import pytest
 from structlog.testing import capture_logs
 
-from llm.lanes import lanes
-from metrics import listening
-from metrics.listening import Listening
+from actors.loop.lanes import lanes
+from gateway.server import listening
+from gateway.server.listening import Listening
 from tests.fakes import LIMIT
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from gateway.protocol import ClientFrame
-from gateway.server import _Connection
-from llm.lanes import LateLog, lanes
+from actors.loop.deferred_log import DeferredLog
+from actors.loop.lanes import lanes
+from gateway.server.server import _Connection
+from gateway.wire.protocol import ClientFrame
 from tests.fakes import LIMIT
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
@@ -201,9 +202,9 @@ class Recorder:
 
 def test_a_late_log_writes_in_order_and_not_at_once() -> None:
     recorder = Recorder()
-    late = LateLog(recorder)
+    late = DeferredLog(recorder)
     late.info("one", a=1)
-    lanes().call_later(recorder.info, "two")
+    lanes().run_deferred(recorder.info, "two")
     late.warning("three")
     late.error("four", exc_info=None)
     assert recorder.lines == []
@@ -221,11 +222,13 @@ def test_what_was_received_is_queued_before_the_session_hears_of_it(
 ) -> None:
     """However soon that may have something to log."""
     lines: list[str] = []
-    monkeypatch.setattr("gateway.server._log_received", lambda _frame: lines.append("received"))
+    monkeypatch.setattr(
+        "gateway.server.server._log_received", lambda _frame: lines.append("received")
+    )
 
     class AtOnce:
         def frame(self, _frame: ClientFrame, _read_at: float) -> None:
-            lanes().call_later(lines.append, "caused")
+            lanes().run_deferred(lines.append, "caused")
 
     connection = _Connection.__new__(_Connection)
     connection._heard_at, connection._lanes = 0.0, lanes()

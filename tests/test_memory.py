@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from actors.memory import (
+from actors.session.request_ids import (
     EARLY_INTERRUPT_SECONDS,
     MAX_EARLY_INTERRUPTS,
     MAX_REMEMBERED_IDS,
-    Memory,
+    RequestIds,
 )
-from gateway.protocol import InterruptReason
+from gateway.wire.protocol import InterruptReason
 
 START = 1000.0  # of a clock that does not begin at zero
 STOP, NEW_INPUT = InterruptReason.USER_STOP, InterruptReason.USER_NEW_INPUT
 
 
 def test_a_new_memory_knows_nothing() -> None:
-    memory = Memory()
+    memory = RequestIds()
     assert not memory.has_ended("r")
     assert memory.delivered("r") is None
     assert memory.take_early("r", START) is None
@@ -25,28 +25,28 @@ def test_a_new_memory_knows_nothing() -> None:
 
 @pytest.mark.parametrize("delivered", [0, 7])
 def test_an_id_that_has_ended_is_used_up_and_what_was_delivered_is_known(delivered: int) -> None:
-    memory = Memory()
+    memory = RequestIds()
     memory.end("r", delivered)
     assert memory.has_ended("r")
     assert memory.delivered("r") == delivered
 
 
 def test_an_id_that_was_refused_may_come_again_and_nothing_was_delivered() -> None:
-    memory = Memory()
+    memory = RequestIds()
     memory.refuse("r")
     assert not memory.has_ended("r")
     assert memory.delivered("r") == 0
 
 
 def test_an_id_that_was_refused_and_came_again_has_what_was_delivered_then() -> None:
-    memory = Memory()
+    memory = RequestIds()
     memory.refuse("r")
     memory.end("r", 7)
     assert memory.delivered("r") == 7
 
 
 def test_an_id_may_be_used_up_without_an_end_and_one_that_ended_stays_as_it_was() -> None:
-    memory = Memory()
+    memory = RequestIds()
     memory.end("ended", 7)
     for request_id in ("ended", "r"):
         memory.use_up(request_id)
@@ -55,14 +55,14 @@ def test_an_id_may_be_used_up_without_an_end_and_one_that_ended_stays_as_it_was(
 
 
 def test_ids_that_are_used_up_count_among_the_last_thousand() -> None:
-    memory = Memory()
+    memory = RequestIds()
     for number in range(MAX_REMEMBERED_IDS + 1):
         memory.use_up(f"r_{number}")
     assert [memory.has_ended(f"r_{number}") for number in range(2)] == [False, True]
 
 
 def test_the_last_thousand_that_ended_are_remembered_and_as_many_refused_ones() -> None:
-    memory = Memory()
+    memory = RequestIds()
     for number in range(MAX_REMEMBERED_IDS):
         memory.end(f"ended_{number}", number)
         memory.refuse(f"refused_{number}")
@@ -77,7 +77,7 @@ def test_the_last_thousand_that_ended_are_remembered_and_as_many_refused_ones() 
 
 
 def test_an_early_interrupt_holds_for_one_request() -> None:
-    memory = Memory()
+    memory = RequestIds()
     memory.interrupt_early("r", STOP, START)
     assert memory.delivered("r") is None  # it has not come
     assert memory.early_reason("r", START) is STOP
@@ -87,7 +87,7 @@ def test_an_early_interrupt_holds_for_one_request() -> None:
 
 
 def test_an_early_interrupt_waits_for_so_long_and_no_longer() -> None:
-    memory = Memory()
+    memory = RequestIds()
     memory.interrupt_early("r", STOP, START)
     assert memory.early_reason("r", START + EARLY_INTERRUPT_SECONDS) is STOP
     late = START + EARLY_INTERRUPT_SECONDS + 0.001
@@ -96,14 +96,14 @@ def test_an_early_interrupt_waits_for_so_long_and_no_longer() -> None:
 
 
 def test_an_early_interrupt_that_is_said_again_counts_from_then() -> None:
-    memory = Memory()
+    memory = RequestIds()
     memory.interrupt_early("r", STOP, START)
     memory.interrupt_early("r", NEW_INPUT, START + EARLY_INTERRUPT_SECONDS)
     assert memory.take_early("r", START + 2 * EARLY_INTERRUPT_SECONDS) is NEW_INPUT
 
 
 def test_the_youngest_early_interrupts_wait_and_one_that_is_said_again_is_young() -> None:
-    memory = Memory()
+    memory = RequestIds()
     for number in range(MAX_EARLY_INTERRUPTS):
         memory.interrupt_early(f"r_{number}", STOP, START)
     memory.interrupt_early("r_0", STOP, START)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from actors.greenlet import GreenletActor, queued_messages
+from actors.actor import GreenletActor, queued_messages
+from gateway.app import Gateway
 from metrics.instruments import REFUSALS
-from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.process import ROOT

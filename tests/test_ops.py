@@ -21,11 +21,12 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from metrics import loop_lag, ops
+from actors.loop import loop_lag
+from actors.loop.loop_lag import INTERVAL_SECONDS, LoopLag
+from actors.loop.slices import in_slices
+from gateway.ops import server as ops
+from gateway.ops.server import OpsServer
 from metrics.instruments import Metrics, exemplar
-from metrics.loop_lag import INTERVAL_SECONDS, LoopLag
-from metrics.ops import OpsServer
-from metrics.slices import in_slices
 from tests.harness.client import wait_until
 
 _parse: Any = text_string_to_metric_families  # has no types

@@ -20,7 +20,7 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
-from gateway.outbox import (
+from gateway.server.outbox import (
     MAX_CONTROL_FRAMES,
     MAX_FRAME_CHARS,
     MAX_FRAMES_IN_A_WRITE,
@@ -28,7 +28,7 @@ from gateway.outbox import (
     OutboxSettings,
     Outlet,
 )
-from gateway.protocol import FunctionCall, ResponseEncoder
+from gateway.wire.protocol import FunctionCall, ResponseEncoder
 from metrics.instruments import Metrics
 from tests.harness.client import wait_until
 
@@ -360,7 +360,7 @@ def test_shutting_an_outlet_drops_what_was_queued_and_what_was_not_yet_a_frame(p
         turn()
     outlet.finish(b'"end"', lambda _at: pytest.fail("a purged frame was written"))
     outlet.put("not yet a frame")
-    outlet.shut()
+    outlet.discard()
     outlet.put("too late")
     outlet.finish(b'"too late"', lambda _at: pytest.fail("a late frame was written"))
     turn()
@@ -380,7 +380,7 @@ def test_shutting_an_outlet_drops_its_frame_at_the_head_that_was_not_begun(pair:
     outlet.put("never written")
     turn()
     assert pair.outbox.begun_frame(outlet) is None
-    outlet.shut()
+    outlet.discard()
     assert pair.count("frames_purged") == 1
     pair.outbox.send_control(b'"ack"')
     assert pair.read_texts(1) == ["ack"]
@@ -392,7 +392,7 @@ def test_shutting_an_outlet_finishes_its_begun_frame_and_counts_it_as_delivered(
     pair.begin_frame(outlet)
     outlet.put("queued")
     turn()
-    outlet.shut()
+    outlet.discard()
     counted = outlet.delivered_text_chars
     pair.outbox.send_control(b'"ack"')
     pair.read_until(lambda: "ack" in pair.texts)
@@ -427,7 +427,7 @@ def test_a_call_that_was_begun_when_its_outlet_is_shut_counts_at_once_and_once(p
     outlet.put_call(FunctionCall("look", {"at": "x" * 300_000}, "call_1"), written.append)
     assert pair.outbox.begun_frame(outlet) is not None
     assert written == []
-    outlet.shut()
+    outlet.discard()
     assert len(written) == 1
     assert len(pair.read_texts(1)) == 1
     assert len(written) == 1
@@ -435,7 +435,7 @@ def test_a_call_that_was_begun_when_its_outlet_is_shut_counts_at_once_and_once(p
 
 def test_a_call_is_not_given_to_a_shut_outlet(pair: Pair) -> None:
     outlet = pair.outlet()
-    outlet.shut()
+    outlet.discard()
     outlet.put_call(FunctionCall("look", {}, "call_1"), nothing_follows)
     turn()
     assert pair.read_now() == []
@@ -457,9 +457,9 @@ def test_a_reader_with_a_call_waits_beyond_the_bound(make_pair: Callable[..., Pa
 def test_an_outlet_may_be_shut_twice(pair: Pair) -> None:
     outlet = pair.outlet()
     pair.begin_frame(outlet)
-    outlet.shut()
+    outlet.discard()
     counted = outlet.delivered_text_chars
-    outlet.shut()
+    outlet.discard()
     assert outlet.delivered_text_chars == counted
 
 
@@ -470,11 +470,11 @@ def test_a_terminal_frame_that_was_begun_cannot_be_held_back(pair: Pair) -> None
     outlet.finish(terminal, written.append)
     assert outlet.done
     assert written == []
-    assert not outlet.shut()
+    assert not outlet.discard()
     pair.read_texts(1)
     assert len(written) == 1
     assert outlet.done
-    assert not outlet.shut()
+    assert not outlet.discard()
 
 
 def test_a_terminal_frame_that_waits_is_not_done(pair: Pair) -> None:
@@ -495,7 +495,7 @@ def test_without_a_bound_no_reader_waits(make_pair: Callable[..., Pair]) -> None
         outlet.put("x" * MAX_FRAME_CHARS)  # would block for ever
         turn()
     assert pair.outbox.queued_bytes > 200 * MAX_FRAME_CHARS
-    outlet.shut()
+    outlet.discard()
     assert pair.outbox.queued_bytes == 0
 
 
@@ -536,7 +536,7 @@ def test_a_purge_makes_room_for_the_readers_of_others(make_pair: Callable[..., P
     reader = gevent.spawn(second.put, "Hello")
     turn()
     assert second.waiting
-    first.shut()
+    first.discard()
     reader.get(timeout=LIMIT)
     pair.read_texts(1)
     assert pair.text_of("req_2") == "Hello"
@@ -646,7 +646,7 @@ def test_after_its_death_nothing_is_written_and_nothing_raises(pair: Pair) -> No
     pair.outbox.send_control(b'"control"', lambda _at: pytest.fail("written"))
     pair.outbox.ping()
     pair.outbox.close(1000, "bye")
-    outlet.shut()
+    outlet.discard()
     turn()
     assert pair.read_some() == 0  # the client sees the end, and nothing before it
     assert pair.deaths == ["the reason"]
@@ -826,7 +826,7 @@ def test_a_reader_that_is_killed_while_its_outlet_waits_leaves_no_half_frame(
     while not outlet.waiting:
         turn()
     assert pair.outbox.begun_frame(outlet) is not None
-    outlet.shut()
+    outlet.discard()
     reader.kill(timeout=LIMIT)
     assert not outlet.waiting
     pair.outbox.send_control(b'"ack"')

@@ -15,11 +15,11 @@ import pykka
 import pytest
 from structlog.testing import capture_logs
 
-from actors.greenlet import tell
-from actors.picture import keep_in_picture, log_picture, picture
+from actors.actor import tell
+from actors.loop.lanes import lanes
 from actors.request import RequestActor
-from gateway.protocol import Request, RequestContent
-from llm.lanes import lanes
+from actors.state_dump import keep_in_state_dump, log_state_dump, state_dump
+from gateway.wire.protocol import Request, RequestContent
 from tests.fakes import LIMIT, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
@@ -37,13 +37,15 @@ NEEDS_SIGUSR1 = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SI
 
 def states(kind: str) -> list[dict[str, Any]]:
     """What the picture has of the actors of a kind."""
-    return [fields for event, fields in picture() if event == f"{kind} state"]
+    return [fields for event, fields in state_dump() if event == f"{kind} state"]
 
 
 def places() -> dict[str, int]:
     """How many greenlets wait where."""
     return {
-        fields["waiting_in"]: fields["count"] for event, fields in picture() if event == "Greenlets"
+        fields["waiting_in"]: fields["count"]
+        for event, fields in state_dump()
+        if event == "Greenlets"
     }
 
 
@@ -100,7 +102,7 @@ def test_a_signal_draws_it_in_lines_that_a_person_can_read(
     waiting = {fields["waiting_in"]: fields["count"] for fields in drawn["Greenlets"]}
     for begin, end, count in [
         ("Generation._run, at ", ".py:", 2),
-        ("Server._serve, at _Connection._read (gateway/server.py:", ")", 2),
+        ("Server._serve, at _Connection._read (gateway/server/server.py:", ")", 2),
         ("Supervision._reap_for_ever, at ", "(actors/supervisor.py:", 1),
     ]:
         found = [waiting[place] for place in waiting if place.startswith(begin) and end in place]
@@ -146,7 +148,7 @@ def test_an_actor_that_ends_while_it_is_drawn_is_not_in_it() -> None:
     both = [Given(), Given()]
     for given in both:
         given.register()
-    drawing = picture()
+    drawing = state_dump()
     _, first = next(drawing)
     for given in both:
         if given.session_id != first["session_id"]:
@@ -166,7 +168,7 @@ def test_an_actor_that_cannot_describe_itself_is_in_it_and_spoils_nothing(
     given.source.next()
     monkeypatch.setattr(RequestActor, "describe", broken)
     with capture_logs() as logs:
-        log_picture()
+        log_state_dump()
     [request] = [log for log in logs if log["event"] == "Request state"]
     assert request["failed_to_describe"] == "RuntimeError"
     [ref] = pykka.ActorRegistry.get_by_class(RequestActor)
@@ -207,7 +209,7 @@ def test_greenlets_are_counted_by_where_they_wait_and_those_that_have_ended_are_
 def test_what_the_collector_has_forgotten_is_in_it_as_long_as_it_lives() -> None:
     greenlet = gevent.spawn(a_greenlet_of_this_test)
     gevent.sleep(0)
-    keep_in_picture()
+    keep_in_state_dump()
     gc.freeze()
     try:
         assert any("a_greenlet_of_this_test" in place for place in places())
@@ -253,7 +255,7 @@ def test_two_hundred_sessions_do_not_hold_everybody_up() -> None:
         source.next().say("Once")
     with Others() as others, capture_logs() as logs:
         began = time.monotonic()
-        log_picture()
+        log_state_dump()
         took, held_up = time.monotonic() - began, others.held_up
     events = [log["event"] for log in logs]
     assert events.count("Session state") == events.count("Request state") == 200
@@ -273,10 +275,10 @@ def test_others_have_a_turn_while_greenlets_are_looked_at() -> None:
 
 def test_others_have_a_turn_while_lines_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [("Session state", {"number": number}) for number in range(2000)]
-    monkeypatch.setattr("actors.picture.picture", lambda: iter(lines))
+    monkeypatch.setattr("actors.state_dump.state_dump", lambda: iter(lines))
     lanes().wait_turn()  # lines of the tests before are written later
     with Others() as others, capture_logs() as logs:
         before = len(others.turns)
-        log_picture()
+        log_state_dump()
         assert len(others.turns) > before
     assert len(logs) == len(lines)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from actors.profile import Profile, UpdateError
-from gateway.protocol import (
+from actors.session.profile import Profile, UpdateError
+from gateway.wire.protocol import (
     MAX_FUNCTIONS,
     ApiKeyAuth,
     FunctionDefinition,
@@ -19,7 +19,7 @@ from gateway.protocol import (
     SessionUpdate,
     SystemPrompt,
 )
-from llm.chat import Message, Tool
+from llm.chat.completions import Message, Tool
 
 
 def registered(**fields: Any) -> Profile:

@@ -10,9 +10,9 @@ import gevent
 import gevent.event
 import pytest
 
-from gateway.protocol import OnNewRequest
-from llm.connections import ConnectionReader
-from run import Gateway
+from gateway.app import Gateway
+from gateway.wire.protocol import OnNewRequest
+from llm.http.connections import ConnectionReader
 from tests.harness import scripts
 from tests.harness.client import Client, Received
 from tests.harness.provider_process import ProviderProcess

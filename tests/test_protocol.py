@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from msgspec import UNSET
 
-from gateway.protocol import (
+from gateway.wire.protocol import (
     MAX_TEXT_BYTES,
     MAX_VOICE_TEXT_BYTES,
     VERSION,

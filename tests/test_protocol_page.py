@@ -14,12 +14,16 @@ import pytest
 from msgspec import UNSET
 from msgspec import inspect as shapes
 
-import actors.lifetime
-from actors.memory import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS, MAX_REMEMBERED_IDS
-from actors.session import SessionSettings
-from gateway import protocol
-from gateway.outbox import MAX_FRAME_CHARS
-from gateway.protocol import (
+import actors.session.lifetime
+from actors.session.request_ids import (
+    EARLY_INTERRUPT_SECONDS,
+    MAX_EARLY_INTERRUPTS,
+    MAX_REMEMBERED_IDS,
+)
+from actors.session.session import SessionSettings
+from gateway.server.outbox import MAX_FRAME_CHARS
+from gateway.wire import protocol
+from gateway.wire.protocol import (
     CLIENT_PAYLOADS,
     MAX_FRAME_BYTES,
     MAX_FUNCTIONS,
@@ -199,7 +203,7 @@ LIMITS: list[Row] = [
     ("text of one RESPONSE", f"{MAX_FRAME_CHARS:,} code points"),
     ("session without REQUEST or HEARTBEAT_REPLY", seconds(SessionSettings.session_timeout)),
     ("between two HEARTBEATs", seconds(SessionSettings.heartbeat_interval)),
-    ("SESSION_WARN before the end", seconds(actors.lifetime._WARN_SECONDS)),
+    ("SESSION_WARN before the end", seconds(actors.session.lifetime._WARN_SECONDS)),
     ("messages of the history", f"{SessionSettings.history_messages:,}"),
     ("text of the history", f"{SessionSettings.history_chars:,} code points"),
 ]

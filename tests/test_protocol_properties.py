@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from msgspec import UNSET, Raw, Struct
 
-from gateway.protocol import (
+from gateway.app import Gateway
+from gateway.wire.protocol import (
     CLIENT_PAYLOADS,
     MAX_FRAME_BYTES,
     MAX_FUNCTIONS,
@@ -69,7 +70,6 @@ from gateway.protocol import (
     encode,
     error,
 )
-from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, Received
 from tests.harness.provider_process import ProviderProcess
@@ -697,7 +697,8 @@ sent: SearchStrategy[Sent] = st.one_of(
 class Talk:
     """One connection, and what is known of it: says of each answer whether it may be.
 
-    What a voice request is answered with is a matter of `actors/voice.py`, and not looked at here.
+    What a voice request is answered with is a matter of `actors/session/voice.py`, and not looked
+    at here.
     """
 
     def __init__(self, client: Client, script: str, seen: Counter[str]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from llm.client import ProviderClient
+from llm.chat.client import ProviderClient
 from llm.provider import (
     Provider,
     StopsOnClose,

@@ -21,11 +21,11 @@ import gevent.server
 import pytest
 import trustme
 
-from actors.history import BROKEN_MARK
-from gateway.protocol import OnNewRequest
+from actors.session.history import BROKEN_MARK
+from gateway.app import Gateway
+from gateway.wire.protocol import OnNewRequest
+from llm.chat.generation import GenerationSettings
 from llm.provider import StopsOnClose
-from llm.stream import GenerationSettings
-from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import wait_until
 from tests.harness.provider_process import ProviderProcess
@@ -58,7 +58,7 @@ def stand(make_stand: MakeStand) -> Stand:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.retries._FIRST_SECONDS", PAUSE_SECONDS)
+    monkeypatch.setattr("llm.chat.retries._FIRST_SECONDS", PAUSE_SECONDS)
 
 
 @pytest.fixture
@@ -428,7 +428,7 @@ def test_a_reset_in_the_middle_of_an_answer_is_an_incomplete_answer(stand: Stand
 def test_an_error_body_that_hangs_gives_its_status_in_time(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.attempt._ERROR_BODY_SECONDS", 0.05)
+    monkeypatch.setattr("llm.chat.attempt._ERROR_BODY_SECONDS", 0.05)
     head = scripts.head(401, {"Content-Length": "1000"})
     detail = stand.fail([send(head, f"bad {KEY}".encode()), scripts.hang()])
     assert detail == "the provider answered 401: bad ***"
@@ -519,7 +519,7 @@ def test_a_provider_that_comes_back_while_it_is_asked_again_answers(
         server.start()
         return 1.0
 
-    monkeypatch.setattr("llm.retries.random.uniform", come_back)
+    monkeypatch.setattr("llm.chat.retries.random.uniform", come_back)
     stand = make_stand(base_url=url_of(closed_port))
     try:
         request_id = stand.ask(scripts.answer([ANSWER]))
@@ -591,7 +591,7 @@ def test_a_first_answer_that_fails_for_good_ends_the_asking(stand: Stand) -> Non
 def test_the_time_that_a_provider_asks_for_is_waited_for(
     stand: Stand, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.retries._FIRST_SECONDS", 60.0)  # not this one
+    monkeypatch.setattr("llm.chat.retries._FIRST_SECONDS", 60.0)  # not this one
     request_id = stand.ask_in_turn(refusal(429, "slow", headers), scripts.answer([ANSWER]))
     stand.wait_completed(request_id)
     first, second = stand.posts(request_id)
@@ -604,7 +604,7 @@ def test_the_time_that_a_provider_asks_for_is_waited_for(
 def test_the_time_that_a_provider_asks_for_is_kept_to_up_to_the_cap(
     make_stand: MakeStand, headers: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.retries._FIRST_SECONDS", 60.0)
+    monkeypatch.setattr("llm.chat.retries._FIRST_SECONDS", 60.0)
     stand = make_stand(retry_after_cap=0.1)
     request_id = stand.ask_in_turn(refusal(503, "slow", headers), scripts.answer([ANSWER]))
     stand.wait_completed(request_id)
@@ -636,7 +636,7 @@ def test_a_refusal_that_means_no_is_not_asked_again_though_it_says_when(
 def test_an_interrupt_cuts_the_wait_for_a_retry_short_and_no_post_follows(
     stand: Stand, monkeypatch: pytest.MonkeyPatch, wait: dict[str, str]
 ) -> None:
-    monkeypatch.setattr("llm.retries._FIRST_SECONDS", 0.4)
+    monkeypatch.setattr("llm.chat.retries._FIRST_SECONDS", 0.4)
     request_id = stand.ask(refusal(429, "later", wait))
     pause_seconds = stand.wait_line("Retrying generation")["pause_seconds"]
     assert pause_seconds >= 0.2
@@ -655,7 +655,7 @@ def test_an_interrupt_cuts_the_wait_for_a_retry_short_and_no_post_follows(
 def test_an_interrupt_while_a_connection_is_tried_again_stops_it(
     make_stand: MakeStand, closed_port: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.retries._FIRST_SECONDS", 60.0)
+    monkeypatch.setattr("llm.chat.retries._FIRST_SECONDS", 60.0)
     stand = make_stand(base_url=url_of(closed_port))
     request_id = stand.ask(scripts.answer([ANSWER]))
     stand.wait_line("Retrying generation")

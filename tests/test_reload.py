@@ -16,12 +16,12 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-import run
-from gateway.given import Given
-from llm.connections import Connections
+from gateway import daemon
+from gateway.app import Gateway
+from gateway.settings.sources import ConfigSources
+from llm.chat.generation import GenerationSettings, LlmClient
+from llm.http.connections import Connections
 from llm.provider import Provider
-from llm.stream import GenerationSettings, LlmClient
-from run import Gateway
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon
@@ -311,10 +311,10 @@ def test_what_breaks_at_the_last_moment_is_logged_and_changes_nothing(
         raise OSError("a text that may hold a secret")
 
     before = gateway.provider
-    given = Given({"llm_url": provider.base_url, "llm_model": "other"}, {})
-    monkeypatch.setattr("run.LlmClient.reload", broken)
+    given = ConfigSources({"llm_url": provider.base_url, "llm_model": "other"}, {})
+    monkeypatch.setattr("gateway.app.LlmClient.reload", broken)
     with capture_logs() as logs:
-        run.reload(gateway, given.config, given)
+        daemon.reload(gateway, given.config, given)
     [line] = logs
     assert (line["event"], line["log_level"]) == ("Not reloaded", "error")
     assert line["fault"] == "a provider cannot be used (OSError)"

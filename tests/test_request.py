@@ -13,28 +13,28 @@ import pykka
 import pytest
 from prometheus_client import CollectorRegistry
 
-from actors.greenlet import tell
+from actors.actor import tell
+from actors.loop.lanes import lanes
 from actors.messages import (
     FirstToken,
     GenerationEnded,
     ReaderEnded,
     RegisterAgain,
-    Release,
     RequestAccepted,
-    RequestOver,
+    RequestClosed,
     RequestReported,
     Start,
     Stop,
     StreamOpened,
     SupervisorMessage,
+    TerminalSent,
 )
 from actors.request import RequestActor
-from gateway.protocol import FunctionCall
-from llm.chat import Delta, ToolCall, Usage
+from gateway.wire.protocol import FunctionCall
+from llm.chat.completions import Delta, ToolCall, Usage
+from llm.chat.generation import Ending, LlmClient, Result
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
-from llm.lanes import lanes
 from llm.provider import Provider
-from llm.stream import Ending, LlmClient, Result
 from metrics.instruments import Metrics
 from tests.fakes import LIMIT, PROMPT, Collector, FakeSource, FakeStream
 
@@ -113,10 +113,10 @@ class Given:
     def release(self) -> None:
         """Play the session that has nothing more to owe; up to here the actor lives."""
         self.ref.ask(StreamOpened(), timeout=LIMIT)  # changes nothing behind the report
-        assert RequestOver(self.ref.actor_urn) not in self.supervisor_mail
-        self.tell(Release())
+        assert RequestClosed(self.ref.actor_urn) not in self.supervisor_mail
+        self.tell(TerminalSent())
         assert self.ref.actor_stopped.wait(LIMIT)
-        assert self.supervisor_mail.count(RequestOver(self.ref.actor_urn)) == 1
+        assert self.supervisor_mail.count(RequestClosed(self.ref.actor_urn)) == 1
 
     def wait_ended(self) -> None:
         """Wait until the actor has ended, and all that it said has been heard."""
@@ -237,7 +237,9 @@ def test_no_message_leads_out_of_an_end(outcome: str, messages: list[object]) ->
     given = Given(FakeSource(stuck=True))
     given.start()
     # In one go: the actor handles all of them before it takes up its own end.
-    given.tell(StreamOpened(), *messages, *EVERY_MESSAGE, Release(), *EVERY_MESSAGE, Release())
+    given.tell(
+        StreamOpened(), *messages, *EVERY_MESSAGE, TerminalSent(), *EVERY_MESSAGE, TerminalSent()
+    )
     given.report()
     given.wait_ended()
     assert given.session_mail.get() == "are you through?"
@@ -420,7 +422,7 @@ def test_failing_while_it_opens_it_reports_a_failure() -> None:
     given.wait_ended()
     assert given.states() == {}
     urn = given.ref.actor_urn
-    assert ends == [RequestOver(urn), GenerationEnded(urn)]
+    assert ends == [RequestClosed(urn), GenerationEnded(urn)]
 
 
 @pytest.mark.parametrize("error", [OSError("no"), gevent.Timeout(60), SystemExit(1)])
@@ -475,7 +477,7 @@ def test_a_failed_session_does_not_keep_a_request_from_ending() -> None:
     given = Given()
     stream = given.start()
     given.session.stop(timeout=LIMIT)
-    given.tell(Stop(), Release())  # as a session says it when it fails
+    given.tell(Stop(), TerminalSent())  # as a session says it when it fails
     assert given.ref.actor_stopped.wait(LIMIT)
     assert stream.close_asked.is_set()
     assert given.states() == {}
@@ -493,19 +495,19 @@ def test_reported_before_it_is_released_it_lives_on_as_one_that_is_not_over() ->
     given.settle()  # registered again, and with all that was told before
     assert kinds(given) == [RequestAccepted, GenerationEnded, RequestAccepted, GenerationEnded]
     assert given.states() == {"connecting": 1}  # counted as live until its client has all of it
-    given.tell(Release())
+    given.tell(TerminalSent())
     given.wait_ended()
     assert given.states() == {}
-    assert kinds(given)[4:] == [RequestOver]
-    assert given.supervisor_mail[-1] == RequestOver(given.ref.actor_urn)
+    assert kinds(given)[4:] == [RequestClosed]
+    assert given.supervisor_mail[-1] == RequestClosed(given.ref.actor_urn)
 
 
 def test_released_before_it_has_reported_it_lives_on_as_one_whose_stream_is_open() -> None:
     given = Given(FakeSource(stuck=True))
     stream = given.start()
-    given.tell(Stop(), Release())
+    given.tell(Stop(), TerminalSent())
     given.settle()
-    assert kinds(given) == [RequestAccepted, RequestOver, RequestAccepted, RequestOver]
+    assert kinds(given) == [RequestAccepted, RequestClosed, RequestAccepted, RequestClosed]
     assert given.session_mail.empty()
     assert given.states() == {"connecting": 1}
     stream.end(CLOSED)
@@ -518,15 +520,17 @@ def test_released_before_it_has_reported_it_lives_on_as_one_whose_stream_is_open
 def test_released_and_then_failing_it_still_ends_in_one_report() -> None:
     given = Given(FakeSource(stuck=True))
     stream = given.start()
-    given.tell(Stop(), Release(), NONSENSE)
+    given.tell(Stop(), TerminalSent(), NONSENSE)
     assert given.ref.actor_stopped.wait(LIMIT)
     stream.end(CLOSED)
     assert is_our_failure(given.report())
     given.assert_over()
-    assert kinds(given) == [RequestAccepted, RequestOver, GenerationEnded]
+    assert kinds(given) == [RequestAccepted, RequestClosed, GenerationEnded]
 
 
-@pytest.mark.parametrize("order", [*itertools.permutations([Release(), ReaderEnded(COMPLETED)])])
+@pytest.mark.parametrize(
+    "order", [*itertools.permutations([TerminalSent(), ReaderEnded(COMPLETED)])]
+)
 def test_it_is_gone_when_it_is_both_and_not_before(order: tuple[object, object]) -> None:
     given = Given(FakeSource(stuck=True))
     given.start()
@@ -565,9 +569,11 @@ def test_registering_again_behind_its_end_does_not_make_it_live_again() -> None:
     given.ref.ask(StreamOpened(), timeout=LIMIT)
     assert isinstance(given.supervisor_mail[-1], GenerationEnded)
     given.supervisor_mail.clear()
-    given.tell(Release(), RegisterAgain())  # in one go: it registers before it takes up its end
+    given.tell(
+        TerminalSent(), RegisterAgain()
+    )  # in one go: it registers before it takes up its end
     given.wait_ended()
-    assert kinds(given) == [RequestOver, RequestAccepted, GenerationEnded, RequestOver]
+    assert kinds(given) == [RequestClosed, RequestAccepted, GenerationEnded, RequestClosed]
 
 
 def test_its_progress_is_the_later_one_of_provider_and_client() -> None:

@@ -9,7 +9,9 @@ import random
 import pytest
 from urllib3 import HTTPHeaderDict
 
-from llm import errors, retries
+from llm import errors
+from llm.chat import retries
+from llm.chat.retries import is_requests_fault, may_retry, parse_retry_after, pause_seconds
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -21,7 +23,6 @@ from llm.errors import (
     ProviderReportedError,
     StreamError,
 )
-from llm.retries import is_requests_fault, may_retry, parse_retry_after, pause_seconds
 
 AGAIN = [429, 500, 501, 502, 503, 504, 520, 529]
 NOT_AGAIN = [301, 302, 307, 400, 401, 402, 403, 404, 405, 408, 409, 413, 422, 451]

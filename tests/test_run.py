@@ -582,7 +582,7 @@ def test_without_what_only_linux_has_it_starts_and_does_its_job(provider: Provid
 
 
 def test_on_the_event_loop_of_windows_it_does_its_job(provider: ProviderProcess) -> None:
-    """libuv has no priorities: `llm/lanes.py` does without."""
+    """libuv has no priorities: `actors/loop/lanes.py` does without."""
     arguments = ("--llm-url", provider.base_url, "--llm-model", "test")
     with (
         Daemon(*arguments, env={"GEVENT_LOOP": "libuv-cffi"}) as daemon,
@@ -603,7 +603,8 @@ def test_on_the_event_loop_of_windows_it_does_its_job(provider: ProviderProcess)
 def test_importing_the_rooms_patches_nothing() -> None:
     """Only run.py patches: another program may use the rooms as they are."""
     program = (
-        "import actors.session, actors.supervisor, gateway.server, llm.demo, gevent.monkey;"
+        "import actors.session.session, actors.supervisor, gateway.app, llm.demo.server;"
+        "import gevent.monkey;"
         "assert not gevent.monkey.is_module_patched('socket')"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=15)

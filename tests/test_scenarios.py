@@ -17,12 +17,13 @@ import gevent
 import pytest
 import requests
 
-from llm import demo, scenarios
-from llm.demo import DemoProvider, Ended, ReceivedPost
-from llm.scenarios import ALIASES, SCENARIOS, NoScenarioError, Scenario, choose
-from llm.steps import ChatRequest, Completion, Pause, Send, Step
-from llm.stories import CHINESE_STORY, ENGLISH_STORY, answer, short_answer, tokens
-from llm.tool_scenarios import example
+from llm.demo import scenarios
+from llm.demo import server as demo
+from llm.demo.scenarios import ALIASES, SCENARIOS, NoScenarioError, Scenario, choose
+from llm.demo.server import DemoProvider, Ended, ReceivedPost
+from llm.demo.steps import ChatRequest, Completion, Pause, Send, Step
+from llm.demo.stories import CHINESE_STORY, ENGLISH_STORY, answer, short_answer, tokens
+from llm.demo.tool_scenarios import example
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 STORY = answer("Tell me a story")
@@ -167,7 +168,7 @@ def test_every_scenario_that_people_were_promised_is_there() -> None:
 
 
 def test_the_readme_has_the_same_table() -> None:
-    readme = Path(scenarios.__file__).with_name("README.md").read_text("utf-8")
+    readme = Path(scenarios.__file__).parents[1].joinpath("README.md").read_text("utf-8")
     rows = [f"| `{row.usage}` | {row.line} |" for row in SCENARIOS.values()]
     assert re.findall(r"^\| `.*` \| .* \|$", readme[readme.index("| model |") :], re.M) == rows
 

@@ -11,13 +11,14 @@ from typing import Any, TypeAlias
 import gevent
 import pytest
 
-import gateway.server
-from gateway.outbox import OutboxSettings
-from gateway.protocol import PATH
-from gateway.server import ServerSettings
-from llm.lanes import lanes
+import gateway.server.server
+from actors.loop.lanes import lanes
+from gateway.app import Gateway, bargein_version
+from gateway.server.outbox import OutboxSettings
+from gateway.server.server import ServerSettings
+from gateway.settings.settings import Settings
+from gateway.wire.protocol import PATH
 from llm.provider import Provider
-from run import Gateway, Settings, bargein_version
 from tests.harness import scripts
 from tests.harness.client import Client, HandshakeRefused, Received, wait_until
 from tests.harness.provider_process import ProviderProcess
@@ -800,13 +801,13 @@ def test_who_sends_faster_than_the_log_is_written_is_not_read_meanwhile(
     """What waits for its line is a part of the lane in which the answers of all others wait."""
     lane = lanes()
     waiting: list[int] = []
-    call_later = lane.call_later
+    run_deferred = lane.run_deferred
 
     def counted(function: Callable[..., object], *args: Any) -> None:
         waiting.append(len(lane._data))
-        call_later(function, *args)
+        run_deferred(function, *args)
 
-    monkeypatch.setattr(lane, "call_later", counted)
+    monkeypatch.setattr(lane, "run_deferred", counted)
     messages = 4000
     for _ in range(messages // in_a_packet):
         with client.one_packet():
@@ -815,4 +816,4 @@ def test_who_sends_faster_than_the_log_is_written_is_not_read_meanwhile(
     client.send("SESSION_QUERY", {"query_fields": ["platform"]})
     client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO")
     assert len(waiting) > messages  # each has its line
-    assert max(waiting) < 4 * gateway.server._TURN_FRAMES
+    assert max(waiting) < 4 * gateway.server.server._TURN_FRAMES

@@ -15,8 +15,8 @@ import pykka
 import pytest
 from prometheus_client import CollectorRegistry
 
-from actors.greenlet import tell
-from actors.memory import MAX_REMEMBERED_IDS
+from actors.actor import tell
+from actors.loop.lanes import Lanes, lanes
 from actors.messages import (
     BadFrameReceived,
     ConnectionLost,
@@ -26,17 +26,18 @@ from actors.messages import (
     ReapRequest,
     RegisterAgain,
     RequestAccepted,
-    RequestOver,
+    RequestClosed,
     SessionEnded,
     SessionStarted,
     Start,
     StopOverdue,
     SupervisorMessage,
 )
-from actors.places import Places
+from actors.quota import Quota
 from actors.request import RequestActor
-from actors.session import Authenticator, SessionActor, SessionHandle, SessionSettings
-from gateway.protocol import (
+from actors.session.request_ids import MAX_REMEMBERED_IDS
+from actors.session.session import Authenticator, SessionActor, SessionHandle, SessionSettings
+from gateway.wire.protocol import (
     AccountAuth,
     ApiKeyAuth,
     ClientFrame,
@@ -57,10 +58,9 @@ from gateway.protocol import (
     ResponseEncoder,
     Shutdown,
 )
-from llm.chat import ToolCall, Usage
+from llm.chat.completions import ToolCall, Usage
+from llm.chat.generation import Ending, Result
 from llm.errors import BadStatusError, LimitPassedError
-from llm.lanes import Lanes, lanes
-from llm.stream import Ending, Result
 from metrics.instruments import Metrics
 from tests.fakes import LIMIT, PROMPT, FakeSource, FakeStream
 
@@ -197,7 +197,7 @@ class FakeOutlet:
         self._do(write)
         self._outbox.finishing.set()
 
-    def shut(self) -> bool:
+    def discard(self) -> bool:
         if self.done:
             return False
         self._shut = True
@@ -225,14 +225,14 @@ class Given:
         *,
         tell_supervisor: Callable[[SupervisorMessage], None] | None = None,
         takes_requests: bool = True,
-        sessions: Places | None = None,
-        requests: Places | None = None,
+        sessions: Quota | None = None,
+        requests: Quota | None = None,
         authenticator: Authenticator | None = None,
         **settings: Any,
     ) -> None:
         self.source = source or FakeSource()
-        self.sessions = Places() if sessions is None else sessions
-        self.requests = Places() if requests is None else requests
+        self.sessions = Quota() if sessions is None else sessions
+        self.requests = Quota() if requests is None else requests
         self.outbox = FakeOutbox()
         self.metrics = Metrics(CollectorRegistry())
         self.supervisor_mail: list[SupervisorMessage] = []
@@ -244,7 +244,7 @@ class Given:
             health=lambda: HealthStatus("UP", 1, 0.0),
             settings=SessionSettings(**settings),
             metrics=self.metrics,
-            place=self.sessions.place(),
+            slot=self.sessions.slot(),
             requests=self.requests,
             takes_requests=takes_requests,
             authenticator=authenticator,
@@ -795,7 +795,7 @@ def test_a_stream_that_stays_open_is_acknowledged_as_timed_out_and_counted() -> 
     assert given.sample("interrupts_total", reason="USER_STOP", outcome="timed_out") == 1
     # It is left to the supervisor: the client's part is over, the stream's is not.
     given.settle_requests()
-    assert any(isinstance(one, RequestOver) for one in given.supervisor_mail)
+    assert any(isinstance(one, RequestClosed) for one in given.supervisor_mail)
     assert not any(isinstance(one, GenerationEnded) for one in given.supervisor_mail)
     (request,) = pykka.ActorRegistry.get_by_class(RequestActor)
     stream.end_closed()
@@ -818,12 +818,12 @@ def test_a_stuck_stream_is_not_waited_for_any_longer_when_data_is_behind(
     stream = given.source.next()
     put_off: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(Lanes, "call_later", lambda _, *call: put_off.append(call))
+        patch.setattr(Lanes, "run_deferred", lambda _, *call: put_off.append(call))
         given.interrupt("req_1")
         (result,) = given.outbox.wait_ack()["results"]
     assert result["outcome"] == "TIMED_OUT"
     for call in put_off:
-        lanes().call_later(*call)
+        lanes().run_deferred(*call)
     stream.end_closed()
     given.settle_requests()
 
@@ -1032,7 +1032,7 @@ def test_a_lost_connection_with_a_stuck_stream_ends_the_session_all_the_same() -
     lanes().wait_turn()  # its release was put off
     actor.ask(Start(PROMPT), timeout=LIMIT)  # changes nothing, but it has heard of its release
     assert isinstance(given.supervisor_mail[-2], SessionEnded)
-    assert given.supervisor_mail[-1] == RequestOver(actor.actor_urn)
+    assert given.supervisor_mail[-1] == RequestClosed(actor.actor_urn)
     assert not any(isinstance(one, GenerationEnded) for one in given.supervisor_mail)
 
 
@@ -1091,7 +1091,7 @@ def test_a_session_that_never_registered_ends_without_being_counted() -> None:
 def test_telling_a_session_that_has_ended_is_no_error(given: Given) -> None:
     given.tell(ConnectionLost("gone"))
     assert given.ref.actor_stopped.wait(LIMIT)
-    handle = SessionHandle(given.ref, Places().place())
+    handle = SessionHandle(given.ref, Quota().slot())
     handle.connection_lost("gone")
     handle.bad_frame(FrameError(ErrorCode.MALFORMED_PAYLOAD, "?"))
     handle.frame(ClientFrame(None, HealthCheck()), 0.0)
@@ -1192,8 +1192,8 @@ def test_it_registers_itself_again_when_asked_and_its_live_requests_themselves(
 # Letting go of requests --------------------------------------------------------------------------
 
 
-def overs(given: Given) -> list[RequestOver]:
-    return [one for one in given.supervisor_mail if isinstance(one, RequestOver)]
+def overs(given: Given) -> list[RequestClosed]:
+    return [one for one in given.supervisor_mail if isinstance(one, RequestClosed)]
 
 
 def test_a_request_actor_is_gone_when_the_client_has_the_terminal_frame(given: Given) -> None:
@@ -1202,7 +1202,7 @@ def test_a_request_actor_is_gone_when_the_client_has_the_terminal_frame(given: G
     given.outbox.wait_terminal("req_1")
     actor = given.actor("req_1")
     assert actor.actor_stopped.wait(LIMIT)
-    assert overs(given) == [RequestOver(actor.actor_urn)]
+    assert overs(given) == [RequestClosed(actor.actor_urn)]
 
 
 def test_a_request_actor_lives_while_the_client_has_not_got_the_terminal_frame(
@@ -1218,7 +1218,7 @@ def test_a_request_actor_lives_while_the_client_has_not_got_the_terminal_frame(
     assert isinstance(given.supervisor_mail[-1], GenerationEnded)
     given.tell(ConnectionLost("gone"))
     assert actor.actor_stopped.wait(LIMIT)
-    assert overs(given) == [RequestOver(actor.actor_urn)]
+    assert overs(given) == [RequestClosed(actor.actor_urn)]
 
 
 def test_a_request_actor_that_has_failed_says_once_that_it_is_over(given: Given) -> None:
@@ -1229,7 +1229,7 @@ def test_a_request_actor_that_has_failed_says_once_that_it_is_over(given: Given)
     given.outbox.wait_terminal("req_1")
     assert not actor.is_alive()
     given.settle()
-    assert overs(given) == [RequestOver(actor.actor_urn)]
+    assert overs(given) == [RequestClosed(actor.actor_urn)]
 
 
 # Ids, where they are easily mistaken -------------------------------------------------------------

@@ -18,11 +18,12 @@ import gevent.queue
 import greenlet
 import pytest
 
-from actors.greenlet import Timer
-from actors.lifetime import Due, Lifetime
+from actors.actor import Timer
 from actors.messages import BadFrameReceived, ConnectionLost, TimeIsDue, VoiceReceived
-from actors.session import SessionSettings
-from gateway.protocol import (
+from actors.session.lifetime import Due, Lifetime
+from actors.session.session import SessionSettings
+from gateway.app import Gateway
+from gateway.wire.protocol import (
     ErrorCode,
     FrameError,
     FunctionResult,
@@ -36,7 +37,6 @@ from gateway.protocol import (
     SessionQuery,
     Shutdown,
 )
-from run import Gateway
 from tests.fakes import LIMIT, Clock, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client
@@ -541,7 +541,7 @@ def test_the_processor_figure_is_this_process_s_share_since_the_last_one(
 ) -> None:
     wall, cpu = [50.0], [7.0]
     meter = types.SimpleNamespace(monotonic=lambda: wall[0], process_time=lambda: cpu[0])
-    monkeypatch.setattr("run.time", meter)
+    monkeypatch.setattr("gateway.app.time", meter)
     with Client(make_gateway().server.port, register=False) as client:
         for wall_passed, cpu_passed, percent in ((4, 1, 25), (10, 0, 0), (2, 3, 150), (1, 0.5, 50)):
             wall[0] += wall_passed
@@ -561,7 +561,7 @@ def test_work_shows_in_the_processor_figure(
 ) -> None:
     wall = [0.0]
     meter = types.SimpleNamespace(monotonic=lambda: wall[0], process_time=time.process_time)
-    monkeypatch.setattr("run.time", meter)
+    monkeypatch.setattr("gateway.app.time", meter)
     with Client(make_gateway().server.port, register=False) as client:
         wall[0] += 1000
         assert health(client)["cpu_usage"] < 10  # 100 s of work would be 10

@@ -17,9 +17,9 @@ import certifi
 import msgspec
 import pytest
 
-from gateway.config import SETTINGS, Config, default_config
-from gateway.given import Given
-from gateway.settings import Settings, SettingsError
+from gateway.settings.options import SETTINGS, Config, default_config
+from gateway.settings.settings import Settings, SettingsError
+from gateway.settings.sources import ConfigSources
 from llm.provider import StopsOnClose
 from run import make_parser
 from tests.harness import scripts
@@ -75,7 +75,7 @@ class Bench:
             if key != without and (key, without) != ("insecure_no_auth", "auth_file"):
                 self.give("file", key, value)
 
-    def read(self) -> Given:
+    def read(self) -> ConfigSources:
         flags = list(self.flags)
         if self.file:
             lines = (f"{key} = {value}\n" for key, value in self.file.items())
@@ -108,13 +108,13 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def given(*arguments: str, environ: dict[str, str] | None = None) -> Given:
+def given(*arguments: str, environ: dict[str, str] | None = None) -> ConfigSources:
     """What is given with this command line."""
     args, strays = PARSER.parse_known_args(["check-config", *arguments])
-    return Given(vars(args), environ or {}, strays)
+    return ConfigSources(vars(args), environ or {}, strays)
 
 
-def faults(given: Given) -> list[str]:
+def faults(given: ConfigSources) -> list[str]:
     try:
         Settings.of(given)
     except SettingsError as error:
@@ -986,7 +986,7 @@ def test_what_needs_a_restart_is_named_and_what_a_provider_is_needs_none(bench: 
 def test_who_may_connect_is_taken_up_but_whether_everybody_may_needs_a_restart(
     before: str | None, after: str | None, expected: list[str], with_provider: bool
 ) -> None:
-    def config_of(path: str | None) -> Given:
+    def config_of(path: str | None) -> ConfigSources:
         return given(*(["--auth-file", path] if path else []))
 
     running = config_of(before).config

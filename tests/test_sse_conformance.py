@@ -1,9 +1,9 @@
 """The event-stream format of WHATWG HTML, §9.2.5 and §9.2.6, as bytes and the events they make.
 
 Three accounts of each body have to agree: the table, written by hand; the standard's algorithm,
-written down here once more; and `llm.events.Events`, whichever way the network cuts the body. Where
-we differ from the standard on purpose, the table has both answers and the reason, and both are
-asserted, so that a difference can neither grow nor go unnoticed.
+written down here once more; and `llm.http.events.Events`, whichever way the network cuts the
+body. Where we differ from the standard on purpose, the table has both answers and the reason, and
+both are asserted, so that a difference can neither grow nor go unnoticed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from urllib3 import HTTPHeaderDict, HTTPResponse
 
-from llm.answer import Answer
-from llm.chat import parse_chunk
-from llm.events import Events
-from llm.lines import BodyEnded
+from llm.chat.completions import parse_chunk
+from llm.http.answer import Answer
+from llm.http.events import Events
+from llm.http.lines import BodyEnded
 from tests.harness import scripts
 from tests.harness.client import Client
 from tests.harness.provider_process import ProviderProcess

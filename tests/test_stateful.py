@@ -69,14 +69,14 @@ import sys
 import run  # first of all: it patches
 import time
 import gevent
-from actors.live import Live
-from actors.memory import Memory
+from actors.session.live import LiveRequest
+from actors.session.request_ids import RequestIds
 from actors.request import RequestActor
-from actors.session import SessionActor
-from gateway.outbox import Outbox, Outlet
-from llm.client import ProviderClient
-from llm.connections import ConnectionReader
-from llm.stream import Ending, Result
+from actors.session.session import SessionActor
+from gateway.server.outbox import Outbox, Outlet
+from llm.chat.client import ProviderClient
+from llm.http.connections import ConnectionReader
+from llm.chat.generation import Ending, Result
 {bug}
 sys.exit(run.main())
 """
@@ -119,7 +119,7 @@ SessionActor._forget = forget_and_repeat
         """
 interrupt = SessionActor._interrupt
 def interrupt_what_runs(session, frame, read_at):
-    if session._memory.has_ended(frame.target):
+    if session._request_ids.has_ended(frame.target):
         for live in list(session._live.values()):
             session._stop_request(live, frame.known_reason)
     interrupt(session, frame, read_at)
@@ -140,13 +140,13 @@ Outlet.delivered_text = property(lambda outlet: "".join(texts.get(outlet, [])))
     "history takes unheard text": (
         {Promise.HISTORY},
         """
-Live.heard = lambda live, chars: None
+LiveRequest.heard = lambda live, chars: None
 """,
     ),
     "interrupt ahead of its request is forgotten": (
         {Promise.RIGHT_TARGET},
         """
-Memory.take_early = lambda memory, request_id, now: None
+RequestIds.take_early = lambda memory, request_id, now: None
 """,
     ),
     "long text is cut": (

@@ -28,9 +28,10 @@ import trustme
 from urllib3.connection import HTTPConnection
 from urllib3.util.ssltransport import SSLTransport
 
-from llm.answer import Answer
-from llm.chat import Delta, Message, Prompt, ToolCall, Usage
-from llm.client import ProviderClient
+from actors.loop.lanes import Lanes, lanes
+from llm.chat.client import ProviderClient
+from llm.chat.completions import Delta, Message, Prompt, ToolCall, Usage
+from llm.chat.generation import Ending, Generation, LlmClient, Result
 from llm.errors import (
     BadStatusError,
     ConnectFailedError,
@@ -42,10 +43,9 @@ from llm.errors import (
     ProviderReportedError,
     StreamError,
 )
-from llm.lanes import Lanes, lanes
-from llm.lines import MAX_EVENT_LINES
+from llm.http.answer import Answer
+from llm.http.lines import MAX_EVENT_LINES
 from llm.provider import Provider
-from llm.stream import Ending, Generation, LlmClient, Result
 from tests.harness import scripts
 from tests.harness.client import wait_until
 from tests.harness.provider_process import ProviderProcess
@@ -1663,24 +1663,24 @@ def no_data_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[gevent.event.Event
     """A data lane that is behind: when the event is cleared nobody has a turn until it is set."""
     turns = gevent.event.Event()
     turns.set()
-    call_later, put_off = Lanes.call_later, []
+    run_deferred, put_off = Lanes.run_deferred, []
 
     def wait_turn(self: Lanes) -> None:
         assert turns.wait(PATIENCE_SECONDS)
 
     def put_off_call(self: Lanes, *call: Any) -> None:
         if turns.is_set():
-            call_later(self, *call)
+            run_deferred(self, *call)
         else:
             put_off.append(call)
 
     with monkeypatch.context() as patch:
         patch.setattr(Lanes, "wait_turn", wait_turn)
-        patch.setattr(Lanes, "call_later", put_off_call)
+        patch.setattr(Lanes, "run_deferred", put_off_call)
         yield turns
         turns.set()
     for call in put_off:
-        lanes().call_later(*call)
+        lanes().run_deferred(*call)
 
 
 @dataclass
@@ -1967,7 +1967,7 @@ def test_the_idle_limit_starts_again_when_a_slow_sink_has_taken_everything(
 def test_an_error_body_that_hangs_passes_its_own_bound_and_gives_the_status(
     make_client: MakeClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.attempt._ERROR_BODY_SECONDS", SHORT_SECONDS)
+    monkeypatch.setattr("llm.chat.attempt._ERROR_BODY_SECONDS", SHORT_SECONDS)
     head = scripts.head(401, {"Content-Length": "100"})
     run = Run(make_client(), provider.fresh([send(head, b"bad key"), scripts.hang()])).start()
     run.wait_failed(BadStatusError, "^the provider answered 401: bad key")
@@ -2019,7 +2019,7 @@ def test_control_has_its_turn_before_a_request_connects_and_before_its_answer_is
         def step(self: object, *args: Any, **kwargs: Any) -> Any:
             result = original(self, *args, **kwargs)
             order.append(when)
-            lanes().call(order.append, "control")
+            lanes().run_next(order.append, "control")
             return result
 
         monkeypatch.setattr(cls, name, step)
@@ -2058,7 +2058,7 @@ def test_a_complete_answer_leaves_its_connection_to_the_next_request(
 def test_a_last_chunk_that_comes_a_little_later_is_waited_for(
     client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm.attempt._DRAIN_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr("llm.chat.attempt._DRAIN_SECONDS", PATIENCE_SECONDS)
     key = provider.unique("key")
     *answer, last = scripts.answer(["a"])
     run = Run(client, provider.fresh([*answer, wait(key), last])).start()
@@ -2084,7 +2084,7 @@ NOT_REUSABLE: Mapping[str, Script] = {
 def test_a_connection_that_may_hold_a_rest_is_not_used_again(
     client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
-    monkeypatch.setattr("llm.attempt._ERROR_BODY_SECONDS", 0.05)
+    monkeypatch.setattr("llm.chat.attempt._ERROR_BODY_SECONDS", 0.05)
     run = Run(client, provider.fresh(NOT_REUSABLE[end])).start()
     run.wait_end()
     provider.wait_closed(conn_of(provider, run))

@@ -12,7 +12,8 @@ import pykka
 import pytest
 from structlog.testing import capture_logs
 
-from actors.greenlet import tell
+from actors.actor import tell
+from actors.loop.lanes import lanes
 from actors.messages import (
     Census,
     ConnectionLost,
@@ -21,7 +22,7 @@ from actors.messages import (
     Reap,
     ReapRequest,
     RequestAccepted,
-    RequestOver,
+    RequestClosed,
     SessionEnded,
     SessionStarted,
     ShutDown,
@@ -31,9 +32,8 @@ from actors.messages import (
 )
 from actors.request import RequestActor
 from actors.supervisor import MAX_RESTARTS, Supervision, SupervisorSettings
-from gateway.protocol import InterruptReason
-from llm.lanes import lanes
-from run import Gateway
+from gateway.app import Gateway
+from gateway.wire.protocol import InterruptReason
 from tests.fakes import LIMIT, PROMPT, Collector, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client
@@ -207,7 +207,7 @@ def test_a_request_whose_session_is_dead_is_stopped_the_first_time() -> None:
 def test_an_orphan_stream_is_killed_without_a_word_to_its_session() -> None:
     given = Given(stale_after=300)
     entry = Entry(given, "req_1", accepted_at=0)
-    given.tell(RequestOver(entry.request.ref.actor_urn))  # timed out: the stream is still open
+    given.tell(RequestClosed(entry.request.ref.actor_urn))  # timed out: the stream is still open
     assert given.census() == Census(sessions=1, requests=0, streams=1)
     given.reap(now=300)
     given.session.assert_empty()
@@ -232,7 +232,7 @@ def test_what_is_over_and_ended_is_never_reaped() -> None:
     given = Given(stale_after=300)
     entry = Entry(given, "req_1", accepted_at=0)
     urn = entry.request.ref.actor_urn
-    given.tell(GenerationEnded(urn), RequestOver(urn))
+    given.tell(GenerationEnded(urn), RequestClosed(urn))
     assert given.reap(now=1000) == []
     given.session.assert_empty()
 
@@ -291,9 +291,9 @@ def test_the_census_counts_sessions_requests_and_streams() -> None:
     assert given.census() == Census(1, 2, 2)
     given.tell(GenerationEnded(first.request.ref.actor_urn))
     assert given.census() == Census(1, 2, 1)
-    given.tell(RequestOver(first.request.ref.actor_urn))
+    given.tell(RequestClosed(first.request.ref.actor_urn))
     assert given.census() == Census(1, 1, 1)
-    given.tell(RequestOver(second.request.ref.actor_urn))
+    given.tell(RequestClosed(second.request.ref.actor_urn))
     assert given.census() == Census(1, 0, 1)
     given.tell(GenerationEnded(second.request.ref.actor_urn))
     assert given.census() == Census(1, 0, 0)
@@ -322,7 +322,7 @@ def test_a_request_that_registers_after_its_session_has_failed_is_not_counted_fo
 
 def test_news_of_somebody_unknown_changes_nothing() -> None:
     given = Given()
-    given.tell(SessionEnded("urn:1"), RequestOver("urn:2"), GenerationEnded("urn:3"))
+    given.tell(SessionEnded("urn:1"), RequestClosed("urn:2"), GenerationEnded("urn:3"))
     assert given.census() == Census(1, 0, 0)
 
 
@@ -340,7 +340,7 @@ def test_shutting_down_ends_every_session_and_is_done_when_the_last_stream_is_cl
         assert session.next() == EndSession(InterruptReason.SERVER_SHUTDOWN)
     for message in (
         SessionEnded(other.ref.actor_urn),
-        RequestOver(entry.request.ref.actor_urn),
+        RequestClosed(entry.request.ref.actor_urn),
         SessionEnded(given.session.ref.actor_urn),
     ):
         given.tell(message)

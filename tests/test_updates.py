@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
-from gateway.protocol import FunctionDefinition, OnNewRequest, Request, RequestContent, SystemPrompt
-from run import Gateway
+from gateway.app import Gateway
+from gateway.wire.protocol import (
+    FunctionDefinition,
+    OnNewRequest,
+    Request,
+    RequestContent,
+    SystemPrompt,
+)
 from tests.fakes import FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, Received

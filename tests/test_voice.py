@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from actors.voice import MAX_DROPPED_VOICES, VoiceError, VoiceIntake, VoiceRequests
-from gateway.protocol import ErrorCode, Request, RequestContent, VoiceMode
+from actors.session.voice import MAX_DROPPED_VOICES, VoiceError, VoiceIntake, VoiceRequests
+from gateway.wire.protocol import ErrorCode, Request, RequestContent, VoiceMode
 
 
 def intake(mode: VoiceMode = "BASE64", max_bytes: int = 100) -> VoiceIntake:

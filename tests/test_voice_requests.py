@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from actors.lifetime import Due
 from actors.messages import EndSession, TimeIsDue, VoiceReceived
-from gateway.protocol import InterruptReason, OnNewRequest, Request, RequestContent
-from run import Gateway
+from actors.session.lifetime import Due
+from gateway.app import Gateway
+from gateway.wire.protocol import InterruptReason, OnNewRequest, Request, RequestContent
 from tests.fakes import FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
@@ -514,7 +514,7 @@ def test_a_voice_is_interrupted_at_the_session_s_timeout(monkeypatch: pytest.Mon
     given.register()
     given.tell(given.frame(Request("v", "VOICE", RequestContent(voice_mode="BINARY"))))
     given.settle()
-    monkeypatch.setattr("actors.lifetime.Lifetime.due", lambda life, now: [Due.END])
+    monkeypatch.setattr("actors.session.lifetime.Lifetime.due", lambda life, now: [Due.END])
     given.tell(TimeIsDue())
     assert given.outbox.wait_terminal("v")["interrupt_reason"] == "SESSION_TIMEOUT"
     assert given.outbox.wait_for("SHUTDOWN") == {"reason": "session timeout"}

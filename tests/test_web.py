@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gateway.pages import WEB
-from run import Gateway
+from gateway.app import Gateway
+from gateway.server.pages import WEB
 from tests.tools import find_tool
 
 ROOT = Path(__file__).parents[1]

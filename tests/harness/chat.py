@@ -359,7 +359,7 @@ class ChatClient:
         """Wait for a frame, as `wait_for(SessionInfo)`.
 
         Args:
-            kind: one of the payloads of `gateway.protocol`.
+            kind: one of the payloads of `gateway.wire.protocol`.
             timeout: seconds; None is the client's own.
 
         Returns:

@@ -1,4 +1,4 @@
-"""`gateway.protocol`, under a name that nobody else has.
+"""`gateway.wire.protocol`, under a name that nobody else has.
 
 Whoever tests a client may well have a package `gateway` of their own, which Python finds first. So
 the file is loaded by its place then; the module that is imported from here is that of the gateway
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from .process import ROOT
 
 if TYPE_CHECKING:
-    from gateway.protocol import *  # noqa: F403
+    from gateway.wire.protocol import *  # noqa: F403
 
 
 def _load() -> ModuleType:
@@ -22,7 +22,7 @@ def _load() -> ModuleType:
     package = importlib.util.find_spec("gateway")  # runs nothing of a foreign one
     origin = package.origin if package else None
     if origin and Path(origin).exists() and (folder / "__init__.py").samefile(origin):
-        return importlib.import_module("gateway.protocol")
+        return importlib.import_module("gateway.wire.protocol")
     spec = importlib.util.spec_from_file_location(__name__, folder / "protocol.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

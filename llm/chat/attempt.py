@@ -1,0 +1,451 @@
+"""One POST to one provider, and the stream that answers it.
+
+An attempt runs in its generation's reader. It hands on what comes, and what goes wrong comes out of
+it as one of `llm/errors.py`: this is the border where everybody else's exceptions end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from http.client import HTTPException
+from typing import Any, Protocol, TypeVar
+
+import gevent
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProtocolError
+
+from actors.loop.lanes import lanes
+from llm.chat.calls import CallAssembler
+from llm.chat.client import ProviderClient
+from llm.chat.completions import (
+    DONE,
+    Delta,
+    ErrorChunkError,
+    MalformedChunkError,
+    Prompt,
+    ToolCall,
+    Usage,
+    UsageEstimate,
+    error_message,
+    parse_chunk,
+)
+from llm.chat.retries import parse_retry_after
+from llm.errors import (
+    BadStatusError,
+    ConnectFailedError,
+    IncompleteAnswerError,
+    LimitPassedError,
+    MalformedCallError,
+    MalformedStreamError,
+    NotAStreamError,
+    ProviderReportedError,
+    StreamError,
+)
+from llm.http.answer import Answer
+from llm.http.events import Events, NotEventsError
+from llm.http.lines import BodyEnded, Lines
+from llm.provider import Provider
+
+_T = TypeVar("_T")
+
+_ERROR_BODY_BYTES = 64 * 1024
+_ERROR_BODY_SECONDS = 5.0
+"""An error body is read for its message, within these bounds, before its connection is closed."""
+
+_DRAIN_BYTES = 4096
+_DRAIN_SECONDS = 0.02
+"""After `[DONE]` the last chunk is as good as there; only when it was read may the next request
+have the connection. A server that leaves the stream open costs this much and its connection."""
+
+_CUT = frozenset({"length", "content_filter"})
+"""Finish reasons of an answer that ended before the model was done."""
+
+
+class Sink(Protocol):
+    """What a reader writes to. All are called in the reader's greenlet."""
+
+    def posted(self) -> None:
+        """A request was sent to a provider."""
+
+    def opened(self) -> None:
+        """The provider answered with an event stream."""
+
+    def put(self, delta: Delta) -> None:
+        """Take what came in one read, of calls only how much. May block: then this stream waits,
+        and no other."""
+
+    def call(self, call: ToolCall) -> None:
+        """A call that is complete. May block."""
+
+
+class Attempt:
+    """One POST and its stream.
+
+    Args:
+        client: the provider.
+        prompt: what it is asked.
+        sink: gets what comes.
+        on_first_token: called when the first token of any kind came.
+        include_usage: whether it is asked for the usage, too.
+    """
+
+    def __init__(
+        self,
+        client: ProviderClient,
+        prompt: Prompt,
+        sink: Sink,
+        on_first_token: Callable[[], None],
+        *,
+        include_usage: bool,
+    ) -> None:
+        self.client = client
+        self._include_usage = include_usage
+        self._prompt = prompt
+        self._sink = sink
+        self._on_first_token: Callable[[], None] | None = on_first_token
+
+        self.progress_at = time.monotonic()
+        """`time.monotonic()` of the last byte from the provider (of the making, before any)."""
+        self.stopping = False
+        """Set when the reader is to be killed."""
+        self.has_token = False
+        self.finish_reason: str | None = None
+        self.reasoning_chars = 0
+        self._is_sent = self._is_refused = False
+
+        self._watchdog = _Watchdog(client.provider)
+        self._answer: Answer | None = None
+        self._lines: Lines | None = None
+        self._texts: list[str] = []
+        self._text_chars = self._token_events = 0
+        self._reasoning_put = self._call_chars = 0
+        self._calls = CallAssembler()
+        self.usage: Usage | None = None
+        """The tokens, as the provider counted them."""
+
+    @property
+    def may_cost(self) -> bool:
+        """True when the provider has the request and did not refuse it."""
+        return self._is_sent and not self._is_refused
+
+    @property
+    def usage_estimate(self) -> UsageEstimate | None:
+        """What to guess the tokens from; None where the provider had nothing to do."""
+        if not self.may_cost:
+            return None
+        chars = self._text_chars + self.reasoning_chars
+        return UsageEstimate(self._prompt, self._token_events, chars)
+
+    def run(self) -> None:
+        """POST, hand on what comes, return at the end of the answer; then `finish()` is due.
+
+        Raises:
+            StreamError: what went wrong, in words for the client. The connection is closed.
+        """
+        try:
+            self._watchdog.start()
+            answer = self._answer = self.client.post(
+                self._prompt, self._sent, include_usage=self._include_usage
+            )
+            if not self._is_sent:  # it answered before it had read all
+                self._sent()
+            # There is no longer work than to make a request and to take its answer up. So here, and
+            # before it connects, others have their turn: one of them may be an interrupt.
+            lanes().wait_turn()
+            if answer.status != 200:
+                raise self._bad_status(answer)
+            self._read_events(self._open(answer))
+        except HTTPError as error:
+            self.close()
+            mapped = self._connection_error(error)
+            for cause in _chain(error):
+                # It knows a frame of urllib3's that knows it, and so the socket would stay open
+                # until the collector comes.
+                cause.__traceback__ = cause.__context__ = None
+            raise mapped from None
+        except BaseException:
+            self.close()
+            raise
+        self._watchdog.stop()  # the answer is complete: nothing is late any more
+
+    def finish(self) -> None:
+        """After a complete answer: give the connection back, if the rest of the body is there."""
+        assert self._lines is not None
+        try:
+            with _time_limit(_DRAIN_SECONDS):
+                self._lines.drain(_DRAIN_BYTES)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection, unless it was given back."""
+        self._watchdog.stop()
+        self._lines = None  # it knows us, too: no cycle is left for the collector
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer.close()
+
+    def _sent(self) -> None:
+        self._is_sent = True
+        self._sink.posted()
+
+    def _open(self, answer: Answer) -> Events:
+        try:
+            events = Events(self.client.url, answer, self._hand_on, self._touch)
+        except NotEventsError:
+            self._is_refused = True
+            content_type = self.client.quote(answer.headers.get("Content-Type") or "missing")
+            is_json = content_type.startswith("application/json")
+            said = error_message(self._read_error_body(answer)) if is_json else None
+            raise NotAStreamError(
+                "the provider's answer is not a stream: its content type is "
+                f"{content_type}, not text/event-stream"
+                + (f" ({self.client.quote(said)})" if said else "")
+            ) from None
+        self._lines = events.lines
+        self._sink.opened()
+        return events
+
+    def _touch(self) -> None:
+        self.progress_at = time.monotonic()
+
+    def _read_events(self, events: Events) -> None:
+        try:
+            for data in events:
+                if data.startswith(DONE) and data.rstrip() == DONE:
+                    self._hand_on()
+                    if self.finish_reason is None:
+                        if bare := self._bare_error():
+                            raise bare
+                        self._give_calls()
+                    return
+                self._take(parse_chunk(data))
+        except MalformedCallError as error:
+            self._hand_on()
+            raise MalformedCallError(self.client.quote(str(error))) from None
+        except (MalformedChunkError, UnicodeDecodeError) as error:
+            self._hand_on()
+            if not (self._lines and self._lines.ended):
+                # In words: the error itself would be in a cycle with this frame.
+                why = error.reason if isinstance(error, UnicodeDecodeError) else str(error)
+                raise MalformedStreamError(f"malformed stream: {why}") from None
+            if self.finish_reason is None:  # cut in the middle of its last event
+                raise self._incomplete(None) from None
+        except ErrorChunkError as error:
+            self._hand_on()
+            message = self.client.quote(str(error))
+            raise ProviderReportedError(f"the provider reported: {message}") from None
+        except BodyEnded as end:
+            self._hand_on()
+            if self.finish_reason is None:
+                raise self._incomplete(end.cause) from None
+
+    def _take(self, delta: Delta) -> None:
+        if delta.text:
+            self._texts.append(delta.text)
+            self._text_chars += len(delta.text)
+        self.reasoning_chars += delta.reasoning_chars
+        if delta.calls:
+            self._calls.add(delta.calls)
+            chars = sum(piece.chars for piece in delta.calls)
+            self._call_chars += chars
+            self._text_chars += chars
+        is_finish = bool(delta.finish_reason) and self.finish_reason is None
+        self.finish_reason = delta.finish_reason or self.finish_reason
+        self.usage = delta.usage or self.usage
+        if is_token := delta.is_token:
+            self._token_events += 1
+            if self._on_first_token is not None:
+                on_first_token, self._on_first_token = self._on_first_token, None
+                self.has_token = True
+                on_first_token()
+        self._watchdog.event(is_token=is_token)
+        if is_finish:
+            self._give_calls()
+
+    def _hand_on(self) -> None:
+        """Give the sink everything that came with the last read."""
+        reasoning_chars = self.reasoning_chars - self._reasoning_put
+        if not (self._texts or reasoning_chars or self._call_chars):
+            return
+        delta = Delta("".join(self._texts), reasoning_chars, call_chars=self._call_chars)
+        self._texts.clear()
+        self._reasoning_put = self.reasoning_chars
+        self._call_chars = 0
+        self._give(self._sink.put, delta)
+
+    def _give_calls(self) -> None:
+        """The answer is finished: give the sink its calls, after its text."""
+        calls = self._calls.finish(is_cut=self.finish_reason in _CUT)
+        if calls:
+            self._hand_on()
+        for call in calls:
+            if self.stopping:  # since the reader last waited: the kill is on its way
+                raise gevent.GreenletExit
+            self._give(self._sink.call, call)
+
+    def _give(self, give: Callable[[_T], None], what: _T) -> None:
+        self._watchdog.paused = True  # a slow client is not the provider's silence
+        give(what)
+        self._watchdog.paused = False
+        self._watchdog.since = time.monotonic()
+
+    # Errors, in words.
+
+    def _incomplete(self, cause: Exception | None) -> StreamError:
+        bare = self._bare_error()
+        if bare:
+            return bare
+        root = None if cause is None else _root_cause(cause)
+        how = f" ({self.client.quote(_in_words(root))})" if isinstance(root, OSError) else ""
+        return IncompleteAnswerError(
+            f"incomplete answer: the provider's stream ended before it said it was done{how}"
+        )
+
+    def _bare_error(self) -> ProviderReportedError | None:
+        """The error that a provider put into the stream without making an event of it."""
+        message = error_message(self._lines.stray) if self._lines else None
+        if message is None:
+            return None
+        return ProviderReportedError(f"the provider reported: {self.client.quote(message)}")
+
+    def _bad_status(self, answer: Answer) -> BadStatusError:
+        self._is_refused = True
+        if 300 <= answer.status < 400:
+            return BadStatusError(answer.status, "redirects are not followed")
+        body = self._read_error_body(answer)
+        text = body.decode("utf-8", "replace")
+        message = error_message(body)
+        if message is None:
+            is_page = "html" in answer.headers.get("Content-Type", "")
+            message = "" if is_page else text  # a page says nothing that a person could read here
+        return BadStatusError(
+            answer.status,
+            self.client.quote(message),
+            parse_retry_after(answer.headers),
+            text,
+        )
+
+    def _read_error_body(self, answer: Answer) -> bytes:
+        parts: list[bytes] = []
+        left = _ERROR_BODY_BYTES
+        self._watchdog.stop()
+        try:
+            with _time_limit(_ERROR_BODY_SECONDS):
+                while left > 0 and (data := answer.read1(left)):
+                    parts.append(data)
+                    left -= len(data)
+        except (HTTPError, OSError) as error:
+            parts.append(f" (its message could not be read: {type(error).__name__})".encode())
+        return b"".join(parts)
+
+    def _connection_error(self, error: HTTPError) -> StreamError:
+        root = _root_cause(error)
+        cause = self.client.quote(_in_words(root))
+        match error:
+            case NewConnectionError():  # to urllib3, one kind of ConnectTimeoutError
+                return ConnectFailedError(f"no connection to the provider: {cause}")
+            case ConnectTimeoutError():
+                return LimitPassedError("connect", self.client.provider.connect_timeout)
+            case ProtocolError() if isinstance(root, HTTPException | ValueError) and not (
+                isinstance(root, ConnectionError)
+            ):
+                return NotAStreamError("the provider's answer is not HTTP")
+            case ProtocolError():
+                return IncompleteAnswerError(
+                    f"the provider closed the connection unanswered: {cause}"
+                )
+            case _:
+                return ConnectFailedError(f"no connection to the provider: {cause}")
+
+
+class _Watchdog:
+    """Raises `LimitPassedError` in the reader when the provider is too slow.
+
+    One timer for an attempt, set again only when it fires: an event costs one look at the clock.
+    """
+
+    def __init__(self, provider: Provider) -> None:
+        self.since = time.monotonic()
+        """`time.monotonic()` from which the limit runs."""
+        self.paused = False
+        """True while the wait is not for the provider."""
+        self._idle_timeout = provider.idle_timeout
+        self._name = "first token"
+        self._seconds = provider.first_token_timeout
+        self._reader: Any = None
+        self._timer: Any = None
+
+    def start(self) -> None:
+        """Watch this greenlet, from now on."""
+        self._reader = gevent.getcurrent()
+        self.since = time.monotonic()
+        self._set(self._seconds)
+
+    def event(self, *, is_token: bool) -> None:
+        """An event came."""
+        if self._name == "idle":
+            self.since = time.monotonic()
+        elif is_token:
+            self._name, self._seconds = "idle", self._idle_timeout
+            self.since = time.monotonic()
+            self._set(self._seconds)
+
+    def stop(self) -> None:
+        """Disarm it."""
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer.close()
+            self._timer = None
+
+    def _set(self, seconds: float) -> None:
+        self.stop()
+        if self._seconds > 0:
+            self._timer = gevent.get_hub().loop.timer(seconds)
+            self._timer.start(self._fired)
+
+    def _fired(self) -> None:
+        left = self.since + self._seconds - time.monotonic()
+        if self.paused:
+            self._set(self._seconds)
+        elif left > 0:
+            self._set(left)
+        else:
+            self._reader.throw(LimitPassedError(self._name, self._seconds))
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Leave the block when the time is up, without a word."""
+    timeout = gevent.Timeout.start_new(seconds)
+    try:
+        yield
+    except gevent.Timeout as fired:
+        if fired is not timeout:
+            raise
+        timeout.__traceback__ = None  # it leads to this frame, which knows it
+    finally:
+        timeout.close()
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what caused it, through urllib3's `reason` and wrapped arguments too."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        inner = getattr(current, "reason", None) or next(
+            (arg for arg in reversed(current.args) if isinstance(arg, BaseException)), None
+        )
+        current = inner if isinstance(inner, BaseException) else current.__cause__
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    *_, root = _chain(error)
+    return root
+
+
+def _in_words(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,387 @@
+"""One generation: a reader greenlet that asks for it, and hands on what comes.
+
+Only the reader uses the socket. To stop a generation, in whatever phase it is (resolving,
+connecting, in the TLS handshake, waiting for headers or an event, in the middle of a chunk, under
+a flood, waiting for a slow client, or for the time to ask again), its greenlet is killed, which
+raises inside whatever it is blocked in; the connection is ended before it finds its way out. That
+is why `close()` may be called by anybody at any time, never blocks, and cannot close a connection
+that serves somebody else by now.
+
+Before the first token, a provider that refuses or is not there may be asked again, and then the
+fallback provider; after it, nobody ever is (DESIGN.md, "Provider faults and what each one gives").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import gevent
+from msgspec import Struct
+
+from actors.loop.lanes import lanes
+from llm.chat.attempt import Attempt
+from llm.chat.attempt import Sink as AttemptSink
+from llm.chat.breaker import Breaker, BreakerState, Trial
+from llm.chat.client import ProviderClient
+from llm.chat.completions import Prompt, Usage, UsageEstimate
+from llm.chat.retries import is_about_usage, is_requests_fault, may_retry, pause_seconds
+from llm.errors import LimitPassedError, StreamError
+from llm.http.connections import Stopped
+from llm.provider import Provider, StopsOnClose
+from metrics.logs import get_logger
+
+_log = get_logger("LLM")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """What holds for a generation, whoever answers it.
+
+    Args:
+        total_timeout: seconds from the start to the end of the answer; 0 is no limit.
+        breaker_failures: so many failures in a row and only the fallback is asked; 0 never.
+        breaker_seconds: for how long, before the first provider is tried again.
+    """
+
+    total_timeout: float = 0.0
+    breaker_failures: int = 5
+    breaker_seconds: float = 30.0
+
+
+class Sink(AttemptSink, Protocol):
+    """What a reader writes to. All are called in the reader's greenlet."""
+
+    def retrying(self, provider: str, error: StreamError, pause_seconds: float) -> None:
+        """The provider of this name failed, and is asked again after a pause."""
+
+    def falling_back(self, provider: str, error: StreamError | None) -> None:
+        """The fallback is asked, since this provider failed now, or (None) has before."""
+
+
+class Ending(enum.Enum):
+    """How a generation ended."""
+
+    COMPLETED = "completed"
+    CLOSED = "closed"
+    FAILED = "failed"
+
+
+class Result(Struct, frozen=True):
+    """The one report of a generation, there when its reader is dead.
+
+    Args:
+        ending: how it ended.
+        error: why, where it failed.
+        finish_reason: the provider's, such as ``stop`` or ``length``.
+        usage: tokens; None where the provider did not say.
+        usage_estimate: what to guess them from; None where the provider had nothing to do.
+        reasoning_chars: reasoning text that was not relayed, in Unicode code points.
+        closed_at: `time.monotonic()` of the moment the connection was ended or given back; None
+            when the reader was killed before it did anything.
+        provider: name of the provider that was asked last; empty where none was.
+        stops_on_close: what that one does when it is closed, where it had the request.
+    """
+
+    ending: Ending
+    error: StreamError | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    usage_estimate: UsageEstimate | None = None
+    reasoning_chars: int = 0
+    closed_at: float | None = None
+    provider: str = ""
+    stops_on_close: StopsOnClose | None = None
+
+
+class LlmClient:
+    """The providers; `generation()` makes one generation that asks them.
+
+    Args:
+        provider: who is asked first.
+        fallback: who is asked when that one fails before its first token.
+        settings: what holds whoever answers.
+
+    Raises:
+        ValueError: the URL of one is none.
+        OSError: the certificates of one cannot be read.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        fallback: Provider | None = None,
+        settings: GenerationSettings | None = None,
+    ) -> None:
+        self.settings = settings or GenerationSettings()
+        self.first = ProviderClient(provider)
+        self.fallback = None if fallback is None else ProviderClient(fallback)
+        self.breaker = self._new_breaker()
+
+    def _new_breaker(self) -> Breaker:
+        settings = self.settings
+        return Breaker(
+            settings.breaker_failures, settings.breaker_seconds, on_change=self._breaker_changed
+        )
+
+    def _breaker_changed(self, state: BreakerState) -> None:
+        provider = self.first.name
+        if state is BreakerState.OPEN:
+            seconds = self.settings.breaker_seconds
+            _log.warning("Provider left alone", provider=provider, seconds=seconds)
+        elif state is BreakerState.CLOSED:
+            _log.info("Provider answers again", provider=provider)
+
+    def generation(
+        self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
+    ) -> Generation:
+        """A generation that has not started yet.
+
+        Args:
+            prompt: what is asked.
+            sink: gets what comes.
+            on_end: called once, in the hub, when the reader is dead; must not block.
+        """
+        return Generation(self, prompt, sink, on_end)
+
+    def reload(self, provider: Provider, fallback: Provider | None) -> None:
+        """Ask these providers, from the next generation on; those that run stay with the old ones.
+
+        Raises:
+            ValueError: the URL of one is none. Nothing has changed then.
+            OSError: the certificates of one cannot be read. Nothing has changed then.
+        """
+        first = ProviderClient(provider)
+        second = None if fallback is None else ProviderClient(fallback)
+        self.first.retire()
+        if self.fallback is not None:
+            self.fallback.retire()
+        self.first, self.fallback = first, second
+        self.breaker = self._new_breaker()
+
+    def close(self) -> None:
+        """Close the idle connections."""
+        self.first.close()
+        if self.fallback is not None:
+            self.fallback.close()
+
+
+class Generation:
+    """One answer, from asking to its end; made by `LlmClient.generation`."""
+
+    def __init__(
+        self,
+        llm: LlmClient,
+        prompt: Prompt,
+        sink: Sink,
+        on_end: Callable[[Result], None],
+    ) -> None:
+        self._llm = llm
+        self._prompt = prompt
+        self._sink = sink
+        self._on_end: Callable[[Result], None] | None = on_end
+        self._closing = False
+        self._attempt: Attempt | None = None
+        self._without_usage: set[ProviderClient] = set()
+        """Those who did not like to be asked for the usage."""
+        self._started_at = time.monotonic()
+        self._too_long: LimitPassedError | None = None
+        self._result: Result | None = None
+        self._closed_at: float | None = None
+        self._lanes = lanes()
+        self._reader = gevent.Greenlet(self._run)
+        self._reader.rawlink(self._ended)
+
+    @property
+    def progress_at(self) -> float:
+        """`time.monotonic()` of the last byte from a provider, or of asking it."""
+        return self._started_at if self._attempt is None else self._attempt.progress_at
+
+    def start(self) -> None:
+        """Start the reader, unless it was closed already."""
+        if not self._closing:
+            self._started_at = time.monotonic()
+            self._reader.start()
+
+    def close(self) -> None:
+        """Stop the reader and close its connection, at whatever point it is.
+
+        Returns at once; `on_end` follows. Any greenlet may call it, any number of times: it kills
+        once, since a second kill would cut the first one's cleaning up short.
+        """
+        if not self._closing:
+            self._closing = True
+            if self._attempt is not None:
+                self._attempt.stopping = True
+            self._lanes.run_next(self._kill)
+
+    def _kill(self) -> None:
+        # In the hub. Like `Greenlet.kill`, but now, and its end is told now.
+        stopped = Stopped()
+        self._lanes.throw(self._reader, stopped)
+        self._closed_at = self._closed_at or stopped.closed_at
+        if self.ended:
+            # Another client's INTERRUPT may have come meanwhile: its stream is closed first.
+            self._lanes.run_after_poll(self._ended, self._reader)
+
+    @property
+    def ended(self) -> bool:
+        """True when the stream is closed. Its reader is dead then, or on its way out."""
+        return self._reader.dead or self._closed_at is not None
+
+    def kill_again(self) -> None:
+        """The last resort for a reader that outlived its `close()` by far."""
+        self._reader.kill(block=False)
+
+    def _ended(self, _reader: object) -> None:
+        if self._on_end is not None:
+            on_end, self._on_end = self._on_end, None  # no cycle is left for the collector
+            on_end(self._result or self._make_result(Ending.CLOSED, None))
+
+    def _make_result(self, ending: Ending, error: StreamError | None) -> Result:
+        attempt = self._attempt
+        if attempt is None:
+            return Result(ending, error, closed_at=self._closed_at)
+        provider = attempt.client.provider
+        return Result(
+            ending,
+            error,
+            attempt.finish_reason,
+            attempt.usage,
+            attempt.usage_estimate,
+            attempt.reasoning_chars,
+            self._closed_at,
+            attempt.client.name,
+            provider.stops_on_close if attempt.may_cost else None,
+        )
+
+    # In the reader's greenlet from here on.
+
+    def _run(self) -> None:
+        ending, error = Ending.CLOSED, None
+        try:
+            self._lanes.wait_turn()  # half a millisecond of work, if the connection is to be made
+            with self._total_limit():
+                self._ask_providers()
+            ending = Ending.COMPLETED
+            if self._attempt is not None:
+                self._attempt.finish()
+        except gevent.GreenletExit:
+            # Caught, for an uncaught one would hold on to the traceback, and so to the socket.
+            pass
+        except StreamError as failure:
+            _forget_how(failure)
+            ending, error = Ending.FAILED, failure
+        except Exception:
+            _log.exception("Reader failed")
+            ending, error = Ending.FAILED, StreamError("the gateway failed to read the answer")
+        finally:
+            self._closed_at = self._closed_at or time.monotonic()
+        self._result = self._make_result(ending, error)
+
+    @contextlib.contextmanager
+    def _total_limit(self) -> Iterator[None]:
+        seconds = self._llm.settings.total_timeout
+        if not seconds:
+            yield
+            return
+        self._too_long = LimitPassedError("total", seconds)
+        with gevent.Timeout(seconds, self._too_long):
+            yield
+
+    def _ask_providers(self) -> None:
+        """Returns at the end of the answer; its attempt is to be finished then.
+
+        Raises:
+            StreamError: what went wrong, in words for the client.
+        """
+        first, fallback = self._llm.first, self._llm.fallback
+        if fallback is None:
+            self._ask(first, None)
+            return
+        trial = self._llm.breaker.trial()
+        if trial is not None:
+            failure = self._try(first, trial)
+            if failure is None:
+                return
+            self._sink.falling_back(first.name, failure)
+        else:
+            self._sink.falling_back(first.name, None)
+        self._ask(fallback, None)
+
+    def _try(self, client: ProviderClient, trial: Trial) -> StreamError | None:
+        """Ask a provider that another one can stand in for.
+
+        Returns:
+            None at the end of the answer; else why somebody else should be asked.
+        """
+        try:
+            self._ask(client, trial)
+            trial.succeeded()
+        except StreamError as error:
+            # One that used up all the time there is has failed, too.
+            if is_requests_fault(error):
+                trial.succeeded()
+            else:
+                trial.failed()
+            if self._is_final(error):
+                raise
+            return _forget_how(error)
+        finally:
+            trial.abandoned()
+        return None
+
+    def _ask(self, client: ProviderClient, trial: Trial | None) -> None:
+        """Ask one provider, again where that may help."""
+        retries = itertools.count()
+        while (pause := self._attempt_once(client, trial, retries)) is not None:
+            gevent.sleep(pause)
+
+    def _attempt_once(
+        self, client: ProviderClient, trial: Trial | None, retries: Iterator[int]
+    ) -> float | None:
+        """Returns None at the end of the answer, else the seconds until another attempt."""
+        on_first_token = _nothing if trial is None else trial.succeeded
+        asks_for_usage = client.asks_for_usage and client not in self._without_usage
+        attempt = self._attempt = Attempt(
+            client, self._prompt, self._sink, on_first_token, include_usage=asks_for_usage
+        )
+        try:
+            attempt.run()
+        except StreamError as error:
+            if self._is_final(error):
+                raise
+            if asks_for_usage and is_about_usage(error):
+                self._without_usage.add(client)
+                return 0.0
+            number = next(retries)
+            if number >= client.provider.retries or not may_retry(error):
+                raise
+            pause = pause_seconds(number, error, client.provider.retry_after_cap)
+            self._sink.retrying(client.name, _forget_how(error), pause)
+            return pause
+        finally:
+            if attempt.may_cost and client in self._without_usage:
+                client.asks_for_usage = False  # that was it, so no other request asks
+        return None
+
+    def _is_final(self, error: StreamError) -> bool:
+        """Whether nobody may be asked again, whatever the error: the answer has begun, or it is
+        too late."""
+        has_token = self._attempt is not None and self._attempt.has_token
+        return has_token or error is self._too_long
+
+
+def _forget_how(error: StreamError) -> StreamError:
+    """Its words are all that is wanted of it, not the frames that it came through."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
+    return error
+
+
+def _nothing() -> None:
+    pass
