@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from gateway.wire.protocol import ClientFrame, ErrorCode, FrameError, InterruptReason
 from llm.chat.completions import Prompt
-from llm.chat.generation import Result
+from llm.chat.generation import GenerationResult
 
 # To a session.
 
@@ -60,7 +60,7 @@ class RequestReported(Struct, frozen=True):
     """A request-actor's one report: its reader is dead and its stream closed."""
 
     request_id: str
-    result: Result
+    result: GenerationResult
 
 
 class TerminalWritten(Struct, frozen=True):
@@ -164,7 +164,7 @@ class TerminalSent(Struct, frozen=True):
 class ReaderEnded(Struct, frozen=True):
     """The reader is dead."""
 
-    result: Result
+    result: GenerationResult
 
 
 RequestMessage: TypeAlias = (

@@ -31,8 +31,9 @@ from actors.messages import (
 )
 from gateway.wire.protocol import FunctionCall
 from llm.chat.completions import Delta, Prompt, ToolCall
-from llm.chat.generation import Ending, Result, Sink
+from llm.chat.generation import GenerationResult, Sink
 from llm.errors import StreamError
+from llm.stage import Ending
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
@@ -102,7 +103,7 @@ class StreamSource(Protocol):
     """Makes generations; `llm.chat.generation.LlmClient` is the one in use."""
 
     def generation(
-        self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
+        self, prompt: Prompt, sink: Sink, on_end: Callable[[GenerationResult], None]
     ) -> Stream: ...
 
 
@@ -140,11 +141,11 @@ class RequestActor(GreenletActor):
         self._source = source
         self._stream: Stream | None = None
         self._state = self._active_state = RequestState.CONNECTING
-        self._result = Result(Ending.CLOSED)
+        self._result = GenerationResult(Ending.CLOSED)
         self._created_at = time.monotonic()
         self._started_at: float | None = None
         self._told_to_stop: Stop | None = None
-        self._reader_result: Result | None = None
+        self._reader_result: GenerationResult | None = None
         """There as soon as the reader is dead."""
         self._reported = self._released = self._is_recorded = False
         metrics.requests_active.labels(self._state).inc()
@@ -241,11 +242,11 @@ class RequestActor(GreenletActor):
             return
         self._told_to_stop = stop
         if self._stream is None:
-            self._end(Result(Ending.CLOSED))
+            self._end(GenerationResult(Ending.CLOSED))
         else:
             self._stream.close()
 
-    def _end(self, result: Result) -> None:
+    def _end(self, result: GenerationResult) -> None:
         self._report(result)
         if self._released:
             self._leave()
@@ -260,7 +261,7 @@ class RequestActor(GreenletActor):
         self.stop()
         self._record()
 
-    def _reader_ended(self, result: Result) -> None:
+    def _reader_ended(self, result: GenerationResult) -> None:
         # Runs in the hub. If the actor has failed meanwhile, or fails before it gets the message,
         # its request still gets its report.
         self._reader_result = result
@@ -270,9 +271,9 @@ class RequestActor(GreenletActor):
     def _report_failure(self) -> None:
         closed_at = None if self._reader_result is None else self._reader_result.closed_at
         error = StreamError("the gateway failed")
-        self._report(Result(Ending.FAILED, error, closed_at=closed_at))
+        self._report(GenerationResult(Ending.FAILED, error, closed_at=closed_at))
 
-    def _report(self, result: Result) -> None:
+    def _report(self, result: GenerationResult) -> None:
         if self._reported:
             return
         self._reported = True
@@ -301,7 +302,7 @@ class RequestActor(GreenletActor):
                 **self._log_fields,
             )
 
-    def _final_state(self, result: Result) -> RequestState:
+    def _final_state(self, result: GenerationResult) -> RequestState:
         match result.ending:
             case Ending.COMPLETED:
                 return RequestState.COMPLETED
@@ -311,7 +312,7 @@ class RequestActor(GreenletActor):
                 reaped = self._told_to_stop is not None and self._told_to_stop.reaped
                 return RequestState.REAPED if reaped else RequestState.INTERRUPTED
 
-    def _count(self, result: Result) -> None:
+    def _count(self, result: GenerationResult) -> None:
         metrics = self._metrics
         if self._started_at is not None:
             ended_at = result.closed_at or time.monotonic()

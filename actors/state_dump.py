@@ -22,6 +22,8 @@ from actors.loop.slices import in_slices
 _WAITING_PLACES = ("gevent", "greenlet", "actors.loop.lanes")
 """Where greenlets wait on somebody's behalf: who that is says more."""
 
+_ROOT = Path(__file__).parents[1]
+
 _lasting: weakref.WeakSet[greenlet] = weakref.WeakSet()
 
 # Asked for by a signal of its own, so it comes whatever the level of the log is otherwise.
@@ -82,13 +84,15 @@ def _place(one: greenlet) -> str:
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back
-    ours = [frame for frame in frames if not _is_waiting_place(frame)]
-    if not ours or isinstance(one, gevent.hub.Hub):
+    own_frames = [frame for frame in frames if not _is_waiting_place(frame)]
+    if not own_frames or isinstance(one, gevent.hub.Hub):
         return ""
-    code = ours[-1].f_code
-    stands = ours[0]
+    code = own_frames[-1].f_code
+    stands = own_frames[0]
     file = Path(stands.f_code.co_filename)
-    where = f"{file.parent.name}/{file.name}:{stands.f_lineno}"
+    is_ours = file.is_relative_to(_ROOT)
+    short = file.relative_to(_ROOT) if is_ours else Path(file.parent.name, file.name)
+    where = f"{short.as_posix()}:{stands.f_lineno}"
     return f"{code.co_qualname}, at {stands.f_code.co_qualname} ({where})"
 
 

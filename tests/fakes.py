@@ -12,7 +12,8 @@ import gevent.queue
 
 from actors.actor import GreenletActor
 from llm.chat.completions import Delta, Message, Prompt, encode_body
-from llm.chat.generation import Ending, Result, Sink
+from llm.chat.generation import GenerationResult, Sink
+from llm.stage import Ending
 
 PROMPT = Prompt((Message("user", "Hello"),))
 
@@ -31,7 +32,7 @@ class FakeStream:
         self.killed_again = gevent.event.Event()
         self.ended = False
         self._source = source
-        self._on_end: Callable[[Result], None] = on_end
+        self._on_end: Callable[[GenerationResult], None] = on_end
 
     def start(self) -> None:
         if self._source.fail_start is not None:
@@ -54,7 +55,7 @@ class FakeStream:
         for text in texts:
             self.sink.put(Delta(text))
 
-    def end(self, result: Result) -> None:
+    def end(self, result: GenerationResult) -> None:
         """The reader dies, if it has not yet."""
         if not self.ended:
             self.ended = True
@@ -62,11 +63,13 @@ class FakeStream:
 
     def end_closed(self) -> None:
         """The reader is killed at last."""
-        self.end(Result(Ending.CLOSED, closed_at=time.monotonic()))
+        self.end(GenerationResult(Ending.CLOSED, closed_at=time.monotonic()))
 
     def complete(self) -> None:
         """The answer is whole."""
-        self.end(Result(Ending.COMPLETED, finish_reason="stop", closed_at=time.monotonic()))
+        self.end(
+            GenerationResult(Ending.COMPLETED, finish_reason="stop", closed_at=time.monotonic())
+        )
 
 
 class FakeSource:
@@ -84,7 +87,7 @@ class FakeSource:
         self._made: gevent.queue.SimpleQueue[FakeStream] = gevent.queue.SimpleQueue()
 
     def generation(
-        self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
+        self, prompt: Prompt, sink: Sink, on_end: Callable[[GenerationResult], None]
     ) -> FakeStream:
         stream = FakeStream(self, prompt, sink, on_end)
         self.streams.append(stream)

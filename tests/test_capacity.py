@@ -27,8 +27,9 @@ from gateway.wire.protocol import (
     Request,
     RequestContent,
 )
-from llm.chat.generation import Ending, Result
+from llm.chat.generation import GenerationResult
 from llm.errors import StreamError
+from llm.stage import Ending
 from tests.fakes import LIMIT, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
@@ -229,7 +230,7 @@ def test_so_it_does_when_the_end_of_the_other_is_on_its_way_to_the_client() -> N
     given.source.next()
     request = given.frame(Request("req_2", "TEXT", RequestContent("Hi")))
     # The session hears that the terminal frame is written only after the request.
-    given.tell(RequestReported("req_1", Result(Ending.COMPLETED)), request)
+    given.tell(RequestReported("req_1", GenerationResult(Ending.COMPLETED)), request)
     given.source.next()
     assert given.sample("refused_total", reason="max_requests") == 0
     assert quota.taken == 1
@@ -265,7 +266,7 @@ def _complete(given: Given) -> None:
 
 
 def _fail(given: Given) -> None:
-    given.source.streams[0].end(Result(Ending.FAILED, StreamError("no")))
+    given.source.streams[0].end(GenerationResult(Ending.FAILED, StreamError("no")))
 
 
 def _reap(given: Given) -> None:

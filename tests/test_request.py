@@ -32,9 +32,10 @@ from actors.messages import (
 from actors.request import RequestActor
 from gateway.wire.protocol import FunctionCall
 from llm.chat.completions import Delta, ToolCall, Usage
-from llm.chat.generation import Ending, LlmClient, Result
+from llm.chat.generation import GenerationResult, LlmClient
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
 from llm.provider import Provider
+from llm.stage import Ending
 from metrics.instruments import Metrics
 from tests.fakes import LIMIT, PROMPT, Collector, FakeSource, FakeStream
 
@@ -102,7 +103,7 @@ class Given:
         stream: FakeStream = self.source.next()
         return stream
 
-    def report(self) -> Result:
+    def report(self) -> GenerationResult:
         """Wait for the one report, and until the supervisor was told of it, too."""
         message = self.session_mail.get(timeout=LIMIT)
         lanes().wait_turn()
@@ -158,9 +159,9 @@ class Given:
 pytestmark = pytest.mark.usefixtures("no_actor_left")
 
 
-COMPLETED = Result(Ending.COMPLETED, finish_reason="stop", closed_at=1.0)
-FAILED = Result(Ending.FAILED, BadStatusError(500, "no"), closed_at=1.0)
-CLOSED = Result(Ending.CLOSED, closed_at=1.0)
+COMPLETED = GenerationResult(Ending.COMPLETED, finish_reason="stop", closed_at=1.0)
+FAILED = GenerationResult(Ending.FAILED, BadStatusError(500, "no"), closed_at=1.0)
+CLOSED = GenerationResult(Ending.CLOSED, closed_at=1.0)
 
 
 # The states --------------------------------------------------------------------------------------
@@ -285,7 +286,7 @@ def test_a_failure_is_reported_with_its_error() -> None:
     stream = given.start()
     error = IncompleteAnswerError("incomplete answer")
     stream.say("Hel")
-    stream.end(Result(Ending.FAILED, error, closed_at=time.monotonic()))
+    stream.end(GenerationResult(Ending.FAILED, error, closed_at=time.monotonic()))
     result = given.report()
     assert (result.ending, result.error) == (Ending.FAILED, error)
     given.release()
@@ -296,7 +297,7 @@ def test_a_failure_is_reported_with_its_error() -> None:
 
 def test_the_usage_of_a_provider_is_counted() -> None:
     given = Given()
-    given.start().end(Result(Ending.COMPLETED, usage=Usage(9, 12, 21), closed_at=1.0))
+    given.start().end(GenerationResult(Ending.COMPLETED, usage=Usage(9, 12, 21), closed_at=1.0))
     given.report()
     given.release()
     given.assert_over()
@@ -306,7 +307,7 @@ def test_the_usage_of_a_provider_is_counted() -> None:
 @pytest.mark.parametrize("usage", [Usage(-1, 5, 4), Usage(3, -5, 0), Usage(10**400, 1, 1)])
 def test_a_usage_that_cannot_be_counted_does_not_cost_the_report(usage: Usage) -> None:
     given = Given()
-    given.start().end(Result(Ending.COMPLETED, usage=usage, closed_at=time.monotonic()))
+    given.start().end(GenerationResult(Ending.COMPLETED, usage=usage, closed_at=time.monotonic()))
     assert given.report().ending is Ending.COMPLETED
     given.release()
     given.assert_over()
@@ -316,7 +317,7 @@ def test_a_usage_that_cannot_be_counted_does_not_cost_the_report(usage: Usage) -
 def test_stopped_before_its_start_it_reports_at_once_and_never_starts() -> None:
     given = Given()
     given.tell(Stop(), Start(PROMPT))
-    assert given.report() == Result(Ending.CLOSED)
+    assert given.report() == GenerationResult(Ending.CLOSED)
     given.release()
     given.assert_over()
     assert given.source.streams == []
@@ -366,7 +367,7 @@ def test_a_second_stop_is_the_first_one() -> None:
 
 
 @pytest.mark.parametrize("ending", [COMPLETED, FAILED])
-def test_a_stop_that_crosses_the_end_does_not_change_it(ending: Result) -> None:
+def test_a_stop_that_crosses_the_end_does_not_change_it(ending: GenerationResult) -> None:
     given = Given()
     stream = given.start()
     stream.end(ending)
@@ -378,7 +379,7 @@ def test_a_stop_that_crosses_the_end_does_not_change_it(ending: Result) -> None:
 
 
 @pytest.mark.parametrize("ending", [COMPLETED, FAILED])
-def test_a_stop_behind_the_end_is_no_error(ending: Result) -> None:
+def test_a_stop_behind_the_end_is_no_error(ending: GenerationResult) -> None:
     given = Given()
     given.start()
     given.tell(ReaderEnded(ending), Stop())
@@ -397,7 +398,7 @@ def kinds(given: Given) -> list[type]:
     return [type(message) for message in given.supervisor_mail]
 
 
-def is_our_failure(result: Result) -> bool:
+def is_our_failure(result: GenerationResult) -> bool:
     return result.ending is Ending.FAILED and isinstance(result.error, StreamError)
 
 

@@ -59,8 +59,9 @@ from gateway.wire.protocol import (
     Shutdown,
 )
 from llm.chat.completions import ToolCall, Usage
-from llm.chat.generation import Ending, Result
+from llm.chat.generation import GenerationResult
 from llm.errors import BadStatusError, LimitPassedError
+from llm.stage import Ending
 from metrics.instruments import Metrics
 from tests.fakes import LIMIT, PROMPT, FakeSource, FakeStream
 
@@ -382,7 +383,11 @@ def test_an_answer_is_text_and_then_one_terminal_frame(given: Given) -> None:
     given.request("req_1")
     stream = given.source.next()
     stream.say("Hello", ", world")
-    stream.end(Result(Ending.COMPLETED, finish_reason="stop", usage=Usage(1, 2, 3), closed_at=1.0))
+    stream.end(
+        GenerationResult(
+            Ending.COMPLETED, finish_reason="stop", usage=Usage(1, 2, 3), closed_at=1.0
+        )
+    )
     terminal = given.outbox.wait_terminal("req_1")
     assert terminal["outcome"] == "COMPLETED"
     assert terminal["finish_reason"] == "stop"
@@ -419,7 +424,7 @@ def test_a_failure_of_the_provider_is_the_requests_one_terminal_frame(
     given: Given, error: Any, code: str
 ) -> None:
     given.request("req_1")
-    given.source.next().end(Result(Ending.FAILED, error, closed_at=1.0))
+    given.source.next().end(GenerationResult(Ending.FAILED, error, closed_at=1.0))
     terminal = given.outbox.wait_terminal("req_1")
     assert (terminal["error_code"], terminal["outcome"]) == (code, "FAILED")
     assert terminal["error_detail"] == str(error)
@@ -431,7 +436,7 @@ def test_a_failure_of_the_provider_is_the_requests_one_terminal_frame(
 @pytest.mark.parametrize("usage", [Usage(-1, -1, -1), Usage(10**400, 1, 1)])
 def test_a_mad_usage_does_not_cost_the_terminal_frame(given: Given, usage: Usage) -> None:
     given.request("req_1")
-    given.source.next().end(Result(Ending.COMPLETED, usage=usage, closed_at=1.0))
+    given.source.next().end(GenerationResult(Ending.COMPLETED, usage=usage, closed_at=1.0))
     assert given.outbox.wait_terminal("req_1")["outcome"] == "COMPLETED"
     given.request("req_2")
     given.source.next().complete()
@@ -1363,7 +1368,9 @@ def test_what_was_heard_is_counted_in_code_points_also_when_the_answer_fails(giv
     first = given.source.next()
     first.say("éé你好")
     given.outbox.hold = True  # its terminal frame waits
-    first.end(Result(Ending.FAILED, LimitPassedError("idle", 1), closed_at=time.monotonic()))
+    first.end(
+        GenerationResult(Ending.FAILED, LimitPassedError("idle", 1), closed_at=time.monotonic())
+    )
     assert given.outbox.finishing.wait(LIMIT)
     given.tell(given.frame(Interrupt("req_1", "USER_STOP", 3)))
     given.outbox.wait_terminal("req_1")

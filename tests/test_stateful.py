@@ -76,7 +76,8 @@ from actors.session.session import SessionActor
 from gateway.server.outbox import Outbox, Outlet
 from llm.chat.client import ProviderClient
 from llm.http.connections import ConnectionReader
-from llm.chat.generation import Ending, Result
+from llm.chat.generation import GenerationResult
+from llm.stage import Ending
 {bug}
 sys.exit(run.main())
 """
@@ -98,7 +99,7 @@ def hang_up_slowly(connection):
     gevent.sleep(0.5)
     hang_up(connection)
 def report_and_stop(request, stop):
-    request._report(Result(Ending.CLOSED, closed_at=time.monotonic()))
+    request._report(GenerationResult(Ending.CLOSED, closed_at=time.monotonic()))
     stop_reading(request, stop)
 ConnectionReader.hang_up, RequestActor._stop_reading = hang_up_slowly, report_and_stop
 """,

@@ -29,10 +29,11 @@ from gateway.wire.protocol import (
     error,
 )
 from llm.chat.completions import ToolCall
-from llm.chat.generation import Ending, Result
+from llm.chat.generation import GenerationResult
 from llm.errors import LimitPassedError
+from llm.stage import Ending
 
-_NO_RESULT = Result(Ending.CLOSED)
+_NO_RESULT = GenerationResult(Ending.CLOSED)
 _WORDS = {
     InterruptOutcome.STOPPED: "stopped",
     InterruptOutcome.ALREADY_DONE: "already finished",
@@ -78,7 +79,7 @@ class LiveRequest(Struct, eq=False):
     interrupted_by: InterruptReason | None = None
     reaped: str | None = None
     """What the reaper found."""
-    result: Result | None = None
+    result: GenerationResult | None = None
     timed_out: bool = False
     timer: Timer | None = None
     heard_chars: int | None = None
@@ -209,7 +210,7 @@ class PendingInterrupt(Struct, eq=False):
 def completed(
     request_id: str,
     voice_stream_seq: int | UnsetType,
-    result: Result = _NO_RESULT,
+    result: GenerationResult = _NO_RESULT,
 ) -> Response:
     """The terminal frame of a request that was answered, or needed no answer."""
     return Response(
@@ -226,7 +227,7 @@ def interrupted(
     request_id: str,
     reason: InterruptReason,
     voice_stream_seq: int | UnsetType,
-    result: Result = _NO_RESULT,
+    result: GenerationResult = _NO_RESULT,
 ) -> Response:
     """The terminal frame of a request that was interrupted, before or after it began."""
     return Response(
@@ -241,7 +242,7 @@ def interrupted(
     )
 
 
-def _usage(result: Result) -> Usage | None:
+def _usage(result: GenerationResult) -> Usage | None:
     usage = result.usage
     if usage is None and result.usage_estimate is not None:
         usage = result.usage_estimate.guess()

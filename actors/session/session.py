@@ -84,7 +84,8 @@ from gateway.wire.protocol import (
     error,
 )
 from llm.chat.completions import Prompt, ToolCall
-from llm.chat.generation import Ending, Result
+from llm.chat.generation import GenerationResult
+from llm.stage import Ending
 from metrics.instruments import Metrics, exemplar
 from metrics.logs import get_logger
 
@@ -752,7 +753,7 @@ class SessionActor(GreenletActor):
 
     # Ends.
 
-    def _on_report(self, request_id: str, result: Result) -> None:
+    def _on_report(self, request_id: str, result: GenerationResult) -> None:
         live = self._live.get(request_id)
         if live is None or live.result is not None:
             return  # its interrupt was answered without waiting any longer

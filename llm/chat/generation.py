@@ -14,7 +14,6 @@ fallback provider; after it, nobody ever is (DESIGN.md, "Provider faults and wha
 from __future__ import annotations
 
 import contextlib
-import enum
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import gevent
-from msgspec import Struct
 
 from actors.loop.lanes import lanes
 from llm.chat.attempt import Attempt
@@ -33,7 +31,8 @@ from llm.chat.completions import Prompt, Usage, UsageEstimate
 from llm.chat.retries import is_about_usage, is_requests_fault, may_retry, pause_seconds
 from llm.errors import LimitPassedError, StreamError
 from llm.http.connections import Stopped
-from llm.provider import Provider, StopsOnClose
+from llm.provider import Provider
+from llm.stage import Ending, StageResult
 from metrics.logs import get_logger
 
 _log = get_logger("LLM")
@@ -64,39 +63,21 @@ class Sink(AttemptSink, Protocol):
         """The fallback is asked, since this provider failed now, or (None) has before."""
 
 
-class Ending(enum.Enum):
-    """How a generation ended."""
-
-    COMPLETED = "completed"
-    CLOSED = "closed"
-    FAILED = "failed"
-
-
-class Result(Struct, frozen=True):
+class GenerationResult(StageResult, frozen=True):
     """The one report of a generation, there when its reader is dead.
 
     Args:
-        ending: how it ended.
-        error: why, where it failed.
         finish_reason: the provider's, such as ``stop`` or ``length``.
         usage: tokens; None where the provider did not say.
         usage_estimate: what to guess them from; None where the provider had nothing to do.
-        reasoning_chars: reasoning text that was not relayed, in Unicode code points.
-        closed_at: `time.monotonic()` of the moment the connection was ended or given back; None
-            when the reader was killed before it did anything.
         provider: name of the provider that was asked last; empty where none was.
-        stops_on_close: what that one does when it is closed, where it had the request.
     """
 
-    ending: Ending
-    error: StreamError | None = None
+    name: str = "generate"
     finish_reason: str | None = None
     usage: Usage | None = None
     usage_estimate: UsageEstimate | None = None
-    reasoning_chars: int = 0
-    closed_at: float | None = None
     provider: str = ""
-    stops_on_close: StopsOnClose | None = None
 
 
 class LlmClient:
@@ -138,7 +119,7 @@ class LlmClient:
             _log.info("Provider answers again", provider=provider)
 
     def generation(
-        self, prompt: Prompt, sink: Sink, on_end: Callable[[Result], None]
+        self, prompt: Prompt, sink: Sink, on_end: Callable[[GenerationResult], None]
     ) -> Generation:
         """A generation that has not started yet.
 
@@ -172,26 +153,28 @@ class LlmClient:
 
 
 class Generation:
-    """One answer, from asking to its end; made by `LlmClient.generation`."""
+    """The stage *generate*: one answer, from asking to its end; made by `LlmClient.generation`."""
+
+    name = "generate"
 
     def __init__(
         self,
         llm: LlmClient,
         prompt: Prompt,
         sink: Sink,
-        on_end: Callable[[Result], None],
+        on_end: Callable[[GenerationResult], None],
     ) -> None:
         self._llm = llm
         self._prompt = prompt
         self._sink = sink
-        self._on_end: Callable[[Result], None] | None = on_end
+        self._on_end: Callable[[GenerationResult], None] | None = on_end
         self._closing = False
         self._attempt: Attempt | None = None
         self._without_usage: set[ProviderClient] = set()
         """Those who did not like to be asked for the usage."""
         self._started_at = time.monotonic()
         self._too_long: LimitPassedError | None = None
-        self._result: Result | None = None
+        self._result: GenerationResult | None = None
         self._closed_at: float | None = None
         self._lanes = lanes()
         self._reader = gevent.Greenlet(self._run)
@@ -243,21 +226,20 @@ class Generation:
             on_end, self._on_end = self._on_end, None  # no cycle is left for the collector
             on_end(self._result or self._make_result(Ending.CLOSED, None))
 
-    def _make_result(self, ending: Ending, error: StreamError | None) -> Result:
+    def _make_result(self, ending: Ending, error: StreamError | None) -> GenerationResult:
         attempt = self._attempt
         if attempt is None:
-            return Result(ending, error, closed_at=self._closed_at)
+            return GenerationResult(ending, error, closed_at=self._closed_at)
         provider = attempt.client.provider
-        return Result(
+        return GenerationResult(
             ending,
             error,
-            attempt.finish_reason,
-            attempt.usage,
-            attempt.usage_estimate,
-            attempt.reasoning_chars,
             self._closed_at,
-            attempt.client.name,
             provider.stops_on_close if attempt.may_cost else None,
+            finish_reason=attempt.finish_reason,
+            usage=attempt.usage,
+            usage_estimate=attempt.usage_estimate,
+            provider=attempt.client.name,
         )
 
     # In the reader's greenlet from here on.
