@@ -1,4 +1,6 @@
-"""Every mailbox message: frozen, one union per actor, matched exhaustively.
+"""What actors tell one another: frozen, one union per actor, matched exhaustively.
+
+What a door tells a session is in `actors/session/messages.py`.
 
 Mailboxes carry control only; tokens go through the outlet. Times are `time.monotonic()` seconds.
 """
@@ -11,78 +13,25 @@ from typing import Any, TypeAlias
 import pykka
 from msgspec import Struct
 
-from gateway.wire.protocol import ClientFrame, ErrorCode, FrameError, InterruptReason
-from llm.chat.completions import Prompt
-from llm.chat.generation import GenerationResult
+from actors.row import Report
+from llm.chat.completions import Prompt, ToolCall
+from llm.stage import StageResult
 
 # To a session.
 
 
-class FrameReceived(Struct, frozen=True):
-    """The client sent a frame."""
-
-    frame: ClientFrame
-    read_at: float
-
-
-class BadFrameReceived(Struct, frozen=True):
-    """The client sent something that was not understood."""
-
-    error: FrameError
-
-
-class VoiceReceived(Struct, frozen=True):
-    """The client sent a binary frame."""
-
-    voice: bytes
-
-
-class ConnectionLost(Struct, frozen=True):
-    """Nothing can be read from the client or written to it any more."""
-
-    reason: str
-
-
-class Authenticated(Struct, frozen=True):
-    """The credentials of REGISTER are right. `client` is whose they are."""
-
-    client: str
-
-
-class AuthenticationFailed(Struct, frozen=True):
-    """The credentials of REGISTER are wrong (`AUTH_FAILED`), or could not be checked."""
-
-    code: ErrorCode
-    detail: str
-
-
 class RequestReported(Struct, frozen=True):
-    """A request-actor's one report: its reader is dead and its stream closed."""
+    """A request-actor's one report: every stage has ended, and its connection is closed."""
 
     request_id: str
-    result: GenerationResult
+    report: Report
 
 
-class TerminalWritten(Struct, frozen=True):
-    """The terminal frame of a request was handed to the kernel."""
-
-    request_id: str
-
-
-class CallWritten(Struct, frozen=True):
-    """A function call of the model was handed to the kernel: there is one more in its list."""
+class CallDelivered(Struct, frozen=True):
+    """A function call of the model was handed to the kernel."""
 
     request_id: str
-
-
-class TimeIsDue(Struct, frozen=True):
-    """The session's time says that there is something to do."""
-
-
-class StopOverdue(Struct, frozen=True):
-    """A request that was told to stop has not reported within the time that an ack may wait."""
-
-    request_id: str
+    call: ToolCall
 
 
 class ReapRequest(Struct, frozen=True):
@@ -93,44 +42,15 @@ class ReapRequest(Struct, frozen=True):
 
 
 class Leave(Struct, frozen=True):
-    """The gateway is to shut down: take no more requests, and say goodbye when none is live, but
-    not before a pause, so that not all clients come back at once."""
+    """The gateway drains: take no more requests, and say goodbye when none is live, but not before
+    a pause, so that not all clients come back at once."""
 
     pause_seconds: float
 
 
-class PauseIsOver(Struct, frozen=True):
-    """The pause before a goodbye."""
-
-
 class EndSession(Struct, frozen=True):
-    """The gateway shuts down."""
+    """The gateway shuts down: stop what is live, and say goodbye."""
 
-    reason: InterruptReason
-
-
-class RegisterAgain(Struct, frozen=True):
-    """A new supervisor asks those alive for their names."""
-
-
-SessionMessage: TypeAlias = (
-    FrameReceived
-    | BadFrameReceived
-    | VoiceReceived
-    | ConnectionLost
-    | Authenticated
-    | AuthenticationFailed
-    | RequestReported
-    | TerminalWritten
-    | CallWritten
-    | TimeIsDue
-    | StopOverdue
-    | ReapRequest
-    | Leave
-    | PauseIsOver
-    | EndSession
-    | RegisterAgain
-)
 
 # To a request.
 
@@ -150,56 +70,67 @@ class FirstToken(Struct, frozen=True):
 
 
 class Stop(Struct, frozen=True):
-    """Stop and close the stream."""
+    """Close every stage. From the reaper for the second time: kill those that have not ended."""
 
-    reaped: bool = False
+    is_reaped: bool = False
     reason: str = ""
     """Why, for the log."""
 
 
 class TerminalSent(Struct, frozen=True):
-    """The client has its terminal frame, or is gone: nothing is owed any more."""
+    """The client has its terminal frame, or is gone: nothing is owed to it any more."""
 
 
-class ReaderEnded(Struct, frozen=True):
-    """The reader is dead."""
+class StagesEnded(Struct, frozen=True):
+    """Every stage has ended."""
 
-    result: GenerationResult
+    results: tuple[StageResult, ...]
+
+
+class AskProgress(Struct, frozen=True):
+    """The supervisor asks for the time of the last progress; `now` comes back with it."""
+
+    now: float
+
+
+class RegisterAgain(Struct, frozen=True):
+    """A new supervisor asks the requests that are alive to register with it."""
 
 
 RequestMessage: TypeAlias = (
-    Start | StreamOpened | FirstToken | Stop | TerminalSent | ReaderEnded | RegisterAgain
+    Start
+    | StreamOpened
+    | FirstToken
+    | Stop
+    | TerminalSent
+    | StagesEnded
+    | AskProgress
+    | RegisterAgain
 )
 
 # To the supervisor.
 
 
 class SessionStarted(Struct, frozen=True):
-    """A connection has a session."""
+    """A session was registered."""
 
     session: pykka.ActorRef[Any]
 
 
 class SessionEnded(Struct, frozen=True):
-    """A session is over, and so is everything it owed its client."""
+    """A session is over, and so is everything that it owed its client."""
 
     session_urn: str
 
 
 class RequestAccepted(Struct, frozen=True):
-    """A request is live from now on.
-
-    `progress_at` gives the time of its last progress, and `kill_again` is the last resort against
-    a reader that outlives its stop.
-    """
+    """A request is live from now on."""
 
     request: pykka.ActorRef[Any]
     session: pykka.ActorRef[Any]
     session_id: str
     request_id: str
     accepted_at: float
-    progress_at: Callable[[], float]
-    kill_again: Callable[[], None]
 
 
 class RequestClosed(Struct, frozen=True):
@@ -209,13 +140,21 @@ class RequestClosed(Struct, frozen=True):
 
 
 class GenerationEnded(Struct, frozen=True):
-    """A request-actor has ended, and its stream is closed."""
+    """Every stage of a request has ended, and its connections are closed."""
 
     request_urn: str
 
 
+class ProgressTold(Struct, frozen=True):
+    """The answer to `AskProgress`."""
+
+    request_urn: str
+    progress_at: float
+    now: float
+
+
 class Reap(Struct, frozen=True):
-    """Look for stale requests."""
+    """Find stale requests."""
 
     now: float
 
@@ -227,7 +166,7 @@ class TakeCensus(Struct, frozen=True):
 class Census(Struct, frozen=True):
     """What is alive.
 
-    `streams` counts generations whose stream is not closed yet, of live requests or not.
+    `streams` counts requests with a stage that has not ended yet, live or not.
     """
 
     sessions: int
@@ -251,7 +190,6 @@ class ShutDown(Struct, frozen=True):
     The first may be told at once, the last after `spread_seconds`.
     """
 
-    reason: InterruptReason
     spread_seconds: float
     done: Callable[[], None]
 
@@ -262,6 +200,7 @@ SupervisorMessage: TypeAlias = (
     | RequestAccepted
     | RequestClosed
     | GenerationEnded
+    | ProgressTold
     | Reap
     | TakeCensus
     | Drain

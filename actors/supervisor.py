@@ -15,11 +15,13 @@ import pykka
 from actors.actor import ActorFailedError, GreenletActor, Timer, tell
 from actors.loop.deferred_log import DeferredLog
 from actors.messages import (
+    AskProgress,
     Census,
     Drain,
     EndSession,
     GenerationEnded,
     Leave,
+    ProgressTold,
     Reap,
     ReapRequest,
     RegisterAgain,
@@ -32,6 +34,8 @@ from actors.messages import (
     SupervisorMessage,
     TakeCensus,
 )
+from actors.request import RequestActor
+from actors.session.session import SessionActor
 from metrics.logs import get_logger
 
 MAX_RESTARTS = 5
@@ -61,15 +65,16 @@ class SupervisorSettings:
 @dataclass
 class _Entry:
     request: RequestAccepted
-    over: bool = False
+    is_closed: bool = False
     """The client has its terminal frame."""
-    ended: bool = False
-    """The stream is closed."""
-    reaped: bool = False
+    has_ended: bool = False
+    """Every stage has ended."""
+    is_reaped: bool = False
+    """Its session was told to reap it."""
 
 
 class SupervisorActor(GreenletActor):
-    """Knows every session and every request; they tell it of their beginnings and ends.
+    """Knows every session and every request; they tell it when they begin and end.
 
     Args:
         settings: what is stale.
@@ -97,37 +102,39 @@ class SupervisorActor(GreenletActor):
             case SessionStarted(session):
                 self._sessions[session.actor_urn] = session
                 if self._shut_down is not None:
-                    self._end(session, self._shut_down)
+                    self._end_session(session, self._shut_down)
                 elif self._drain is not None:
-                    self._let_go(session, self._drain)
+                    self._drain_session(session, self._drain)
             case SessionEnded(urn):
                 self._on_session_ended(urn)
             case RequestAccepted():
-                # Of a session that has failed meanwhile, nobody will say that it is over.
-                known = message.session.actor_urn in self._sessions
-                self._requests[message.request.actor_urn] = _Entry(message, over=not known)
+                # If its session has failed meanwhile, no RequestClosed will come.
+                is_orphan = message.session.actor_urn not in self._sessions
+                self._requests[message.request.actor_urn] = _Entry(message, is_closed=is_orphan)
             case RequestClosed(urn):
-                self._update(urn, over=True)
+                self._update(urn, is_closed=True)
             case GenerationEnded(urn):
-                self._update(urn, ended=True)
+                self._update(urn, has_ended=True)
             case Reap(now):
-                self._reap(now)
+                self._check_requests(now)
+            case ProgressTold(urn, progress_at, now):
+                self._check_progress(urn, progress_at, now)
             case TakeCensus():
                 entries = self._requests.values()
                 return Census(
                     len(self._sessions),
-                    sum(not entry.over for entry in entries),
-                    sum(not entry.ended for entry in entries),
+                    sum(not entry.is_closed for entry in entries),
+                    sum(not entry.has_ended for entry in entries),
                 )
             case Drain():
                 self._drain = message
                 for session in self._sessions.values():
-                    self._let_go(session, message)
+                    self._drain_session(session, message)
                 self._check_empty()
             case ShutDown():
                 self._shut_down = message
                 for session in self._sessions.values():
-                    self._end(session, message)
+                    self._end_session(session, message)
                 self._check_empty()
             case _:
                 assert_never(message)
@@ -141,70 +148,74 @@ class SupervisorActor(GreenletActor):
         self._sessions.pop(urn, None)
         for request_urn, entry in list(self._requests.items()):
             if entry.request.session.actor_urn == urn:
-                self._update(request_urn, over=True)
+                self._update(request_urn, is_closed=True)
         self._check_empty()
 
-    def _update(self, urn: str, *, over: bool = False, ended: bool = False) -> None:
+    def _update(self, urn: str, *, is_closed: bool = False, has_ended: bool = False) -> None:
         entry = self._requests.get(urn)
         if entry is None:
             return
-        entry.over = entry.over or over
-        entry.ended = entry.ended or ended
-        if entry.over and entry.ended:
+        entry.is_closed = entry.is_closed or is_closed
+        entry.has_ended = entry.has_ended or has_ended
+        if entry.is_closed and entry.has_ended:
             del self._requests[urn]
             self._check_empty()
 
     @staticmethod
-    def _let_go(session: pykka.ActorRef[Any], drain: Drain) -> None:
+    def _drain_session(session: pykka.ActorRef[Any], drain: Drain) -> None:
         tell(session, Leave(random.uniform(0, drain.spread_seconds)))
 
     @staticmethod
-    def _end(session: pykka.ActorRef[Any], shut_down: ShutDown) -> None:
+    def _end_session(session: pykka.ActorRef[Any], shut_down: ShutDown) -> None:
         pause_seconds = random.uniform(0, shut_down.spread_seconds)
-        message = EndSession(shut_down.reason)
         if pause_seconds:
-            Timer(pause_seconds, session, message)
+            Timer(pause_seconds, session, EndSession())
         else:
-            tell(session, message)
+            tell(session, EndSession())
 
     def _check_empty(self) -> None:
         if self._sessions:
             return
         if self._drain is not None:
-            self._drain.done()  # a stream that outlived its request keeps nobody waiting
+            self._drain.done()  # does not wait for streams that outlive their requests
         if self._shut_down is not None and not self._requests:
             self._shut_down.done()
 
-    def _reap(self, now: float) -> None:
-        for entry in list(self._requests.values()):
-            complaint = self._complaint(entry.request, now)
-            if complaint is None:
-                continue
-            request = entry.request
-            _log.warning(
-                "Cleaned up old request",
-                session_id=request.session_id,
-                request_id=request.request_id,
-                reason=complaint,
-            )
-            if not entry.reaped and not entry.over:
-                entry.reaped = True
-                if tell(request.session, ReapRequest(request.request_id, complaint)):
-                    continue
-            # Its session is done with it, or did not get it to stop in a whole interval.
-            tell(request.request, Stop(reaped=True))
-            if not entry.ended:
-                request.kill_again()
+    # The reaper.
 
-    def _complaint(self, request: RequestAccepted, now: float) -> str | None:
-        settings = self._settings
-        idle = now - request.progress_at()
-        if 0 < settings.stale_after <= idle:
-            return f"no progress for {idle:.0f} s"
-        age = now - request.accepted_at
-        if 0 < settings.request_max_age <= age:
-            return f"older than {settings.request_max_age:g} s"
-        return None
+    def _check_requests(self, now: float) -> None:
+        """Reap requests that are too old, and ask the others for their progress."""
+        for entry in list(self._requests.values()):
+            age = now - entry.request.accepted_at
+            if 0 < self._settings.request_max_age <= age:
+                self._reap(entry, f"older than {self._settings.request_max_age:g} s")
+            elif self._settings.stale_after > 0:
+                tell(entry.request.request, AskProgress(now))
+
+    def _check_progress(self, urn: str, progress_at: float, now: float) -> None:
+        entry = self._requests.get(urn)
+        idle = now - progress_at
+        if entry is not None and idle >= self._settings.stale_after:
+            self._reap(entry, f"no progress for {idle:.0f} s")
+
+    def _reap(self, entry: _Entry, reason: str) -> None:
+        request = entry.request
+        _log.warning(
+            "Cleaned up old request",
+            session_id=request.session_id,
+            request_id=request.request_id,
+            reason=reason,
+        )
+        # Only three things can be true of a stale request.
+        # 1. Its session owes the client an end, and was not told yet: the session reaps it.
+        if not entry.is_reaped and not entry.is_closed:
+            entry.is_reaped = True
+            if tell(request.session, ReapRequest(request.request_id, reason)):
+                return
+        # 2. Its session is done with it, or is gone.
+        # 3. Its session was told an interval ago, and a stage still runs.
+        # In both the request-actor closes its stages; told so twice, it kills them.
+        tell(request.request, Stop(is_reaped=True))
 
 
 class Supervision:
@@ -258,7 +269,7 @@ class Supervision:
     def _start_one(self) -> pykka.ActorRef[SupervisorActor]:
         return SupervisorActor.start(self._settings, self._restart)
 
-    def _restart(self, sessions: list[pykka.ActorRef[Any]]) -> None:
+    def _restart(self, known: list[pykka.ActorRef[Any]]) -> None:
         now = self._clock()
         if len(self._failures) == MAX_RESTARTS and (
             now - self._failures[0] < RESTART_WINDOW_SECONDS
@@ -269,12 +280,14 @@ class Supervision:
         self._failures.append(now)
         _log.error("Supervisor restarted")
         self.ref = self._start_one()
-        for session in sessions:
+        # Those that are alive, each once: also sessions whose start was lost with the mailbox. They
+        # come first, since a drain is done when there is none, and a request belongs to one.
+        sessions = {one.actor_urn: one for one in [*known, *_alive(SessionActor)]}
+        for session in sessions.values():
             if session.is_alive():
                 self.tell(SessionStarted(session))
-        for name in ("SessionActor", "RequestActor"):  # by name: neither is ours to import
-            for ref in pykka.ActorRegistry.get_by_class_name(name):
-                tell(ref, RegisterAgain())
+        for request in _alive(RequestActor):
+            tell(request, RegisterAgain())
         for message in self._leaving:
             tell(self.ref, message)
 
@@ -282,3 +295,7 @@ class Supervision:
         while True:
             gevent.sleep(self._settings.reap_interval)
             self.tell(Reap(self._clock()))
+
+
+def _alive(kind: type[GreenletActor]) -> list[pykka.ActorRef[Any]]:
+    return [actor.actor_ref for actor in GreenletActor.alive if isinstance(actor, kind)]

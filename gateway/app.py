@@ -15,17 +15,17 @@ from prometheus_client import CollectorRegistry
 from actors.actor import queued_messages
 from actors.loop.lanes import lanes
 from actors.loop.loop_lag import LoopLag
-from actors.messages import Drain, ShutDown
+from actors.messages import Census, Drain, ShutDown
 from actors.quota import Quota
-from actors.session.session import SessionActor, SessionHandle
+from actors.session.session import Sessions
 from actors.supervisor import Supervision
 from gateway.access.authenticator import Authenticator
 from gateway.access.credentials import Credentials
 from gateway.ops.server import OpsServer
-from gateway.server.outbox import Outbox
 from gateway.server.server import Server
 from gateway.settings.settings import Settings
-from gateway.wire.protocol import HealthStatus, InterruptReason
+from gateway.wire.door import WireDoor
+from gateway.wire.frames import HealthStatus
 from llm.chat.generation import LlmClient
 from llm.demo import server as demo
 from llm.provider import Provider
@@ -118,25 +118,21 @@ class Gateway:
         def health_status() -> HealthStatus:
             return HealthStatus("UP", self.server.connections, cpu.percent())
 
-        def open_session(outbox: Outbox, peer: str) -> SessionHandle:
-            slot = self.sessions.slot()
-            ref = SessionActor.start(
-                outbox=outbox,
-                peer=peer,
-                source=client,
+        self.door = WireDoor(
+            sessions=Sessions(
+                quota=self.sessions,
+                requests=self.requests,
+                make_stages=lambda *row: [client.generation(*row)],
                 tell_supervisor=supervision.tell,
-                health=health_status,
                 settings=self.settings.session,
                 metrics=self.metrics,
-                slot=slot,
-                requests=self.requests,
-                takes_requests=not self._is_draining,
-                authenticator=authenticator,
-            )
-            return SessionHandle(ref, slot)
-
+            ),
+            authenticator=authenticator,
+            health=health_status,
+            metrics=self.metrics,
+        )
         self.server = Server(
-            self.settings.server, open_session, self._health, self.metrics, self.unready
+            self.settings.server, self.door.attach, self._health, self.metrics, self.unready
         )
         self._teardown.callback(self.server.stop)
         self.server.start()
@@ -221,10 +217,12 @@ class Gateway:
         seconds = limit - min(limit * _END_SHARE, _MOST_END_SECONDS)
         census = self.supervision.census()
         # Where the supervisor has just failed, the next one lets them go.
-        sessions = census.sessions if census else self.server.connections
+        sessions = self._clients(census)
         _log.info("Draining", sessions=sessions, requests=census.requests if census else None)
         all_gone = gevent.event.Event()
-        self.supervision.tell(Drain(_spread(seconds, sessions), all_gone.set))
+        spread_seconds = _spread(seconds, sessions)
+        self.door.drain(spread_seconds)
+        self.supervision.tell(Drain(spread_seconds, all_gone.set))
         if not all_gone.wait(seconds):
             self.metrics.drain_timeouts.inc()
             _log.warning("Drain timed out", seconds=seconds)
@@ -261,11 +259,13 @@ class Gateway:
         until = now + seconds
         census = self.supervision.census()
         if census is None:
-            return  # there is nobody who could do it in order
-        spread_seconds = 0.0 if self._ends_at is None else _spread(seconds, census.sessions)
+            self.door.drain(0)
+            return  # without a supervisor, sessions cannot be ended in order
+        clients = self._clients(census)
+        spread_seconds = 0.0 if self._ends_at is None else _spread(seconds, clients)
         all_ended = gevent.event.Event()
-        reason = InterruptReason.SERVER_SHUTDOWN
-        self.supervision.tell(ShutDown(reason, spread_seconds, all_ended.set))
+        self.door.drain(spread_seconds)
+        self.supervision.tell(ShutDown(spread_seconds, all_ended.set))
         if not all_ended.wait(max(0.0, until - time.monotonic())):
             _log.error("Sessions did not end in time", seconds=round(seconds, 3))
         self.server.wait_until_empty(max(0.0, until - time.monotonic()))
@@ -279,13 +279,19 @@ class Gateway:
     def _provider_of(self, settings: Settings) -> Provider:
         return settings.provider or dataclasses.replace(settings.demo, base_url=self._demo_url)
 
+    def _clients(self, census: Census | None) -> int:
+        """How many clients there are, registered or not; without a census, connections."""
+        return (
+            self.server.connections if census is None else census.sessions + self.door.unregistered
+        )
+
     def _health(self) -> dict[str, object]:
         census = self.supervision.census()
         return {
             "status": "ok" if census else "degraded",
             "version": bargein_version(),
             "uptime_seconds": round(time.monotonic() - self._started_at, 3),
-            "sessions": census.sessions if census else None,
+            "sessions": self._clients(census) if census else None,
             "requests": census.requests if census else None,
         }
 

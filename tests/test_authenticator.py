@@ -11,29 +11,22 @@ from typing import Any
 
 import gevent
 import gevent.monkey
-import pykka
 import pytest
 from structlog.testing import capture_logs
 
 from actors.loop.lanes import lanes
-from actors.messages import (
-    Authenticated,
-    AuthenticationFailed,
-    ConnectionLost,
-    EndSession,
-    Leave,
-)
+from actors.session.messages import ConnectionLost
 from actors.session.session import SessionActor
+from actors.words import ErrorCode
 from gateway.access import authenticator
 from gateway.access.authenticator import MOST_WAITING, Authenticator
 from gateway.access.credentials import Credentials, PasswordHash, hash_api_key
 from gateway.app import Gateway
-from gateway.wire.protocol import (
+from gateway.wire.attachment import Applicant
+from gateway.wire.frames import (
     AccountAuth,
     ApiKeyAuth,
-    ErrorCode,
     HealthCheck,
-    InterruptReason,
     Register,
     Request,
     RequestContent,
@@ -43,7 +36,7 @@ from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
 from tests.harness.daemon import Daemon, run_to_the_end
 from tests.harness.provider_process import ProviderProcess
-from tests.test_session import Given
+from tests.test_session import Given, VoiceReceived
 
 KEY, OTHER_KEY = "bargein_key-of-the-kiosk", "bargein_key-of-the-others"
 PASSWORD, OTHER_PASSWORD = "correct horse", "battery staple"
@@ -73,10 +66,10 @@ class FakeAuthenticator:
     """Answers when the test does."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[Any, pykka.ActorRef[Any]]] = []
+        self.asked: list[tuple[Any, Applicant]] = []
 
-    def check(self, auth: Any, session: pykka.ActorRef[Any]) -> None:
-        self.asked.append((auth, session))
+    def check(self, auth: Any, applicant: Applicant) -> None:
+        self.asked.append((auth, applicant))
 
 
 class NativeThread:
@@ -334,24 +327,23 @@ def test_without_credentials_everybody_is_let_in(make_gateway: Callable[..., Gat
 
 
 @pytest.fixture
-def session(no_actor_left: None) -> Given:
-    """A session that has sent REGISTER, and whose credentials are being checked."""
+def client(no_actor_left: None) -> Given:
+    """A client that has sent REGISTER, and whose credentials are being checked."""
     given = Given(authenticator=FakeAuthenticator())
     given.tell(given.frame(Register(ApiKeyAuth(KEY))))
-    given.settle()
     return given
 
 
-def test_a_session_waits_for_its_answer_and_asks_once(no_actor_left: None) -> None:
+def test_a_client_waits_for_its_answer_and_asks_once(no_actor_left: None) -> None:
     fake = FakeAuthenticator()
     given = Given(authenticator=fake)
     auth = ApiKeyAuth(KEY)
     given.tell(given.frame(Register(auth)), given.frame(Register(AccountAuth("a", "b"))))
-    given.settle()
-    assert fake.asked == [(auth, given.ref)]
+    assert fake.asked == [(auth, given.attachment)]
     assert [frame["msg_type"] for frame in given.outbox.frames] == ["ERROR"]
     assert given.sample("sessions_active") == 0
-    given.tell(Authenticated("kiosk"))
+    given.outbox.next()
+    given.attachment.accept("kiosk")
     given.session_id = given.outbox.wait_for("REGISTER_ACK")["session_id"]
     given.tell(given.frame(Register(auth)))
     assert given.outbox.wait_for("ERROR")["error_code"] == "MALFORMED_PAYLOAD"
@@ -362,22 +354,24 @@ def test_its_profile_is_that_of_the_registration_that_was_checked(no_actor_left:
     given = Given(authenticator=FakeAuthenticator())
     given.tell(given.frame(Register(ApiKeyAuth(KEY), require_tts=True)))
     given.tell(given.frame(Register(ApiKeyAuth(KEY), require_tts=False)))
-    given.tell(Authenticated("kiosk"))
+    given.attachment.accept("kiosk")
     given.session_id = given.outbox.wait_for("REGISTER_ACK")["session_id"]
     given.request("req_1", text="")
     assert given.outbox.wait_terminal("req_1")["voice_stream_seq"] == -1
 
 
-def test_it_answers_a_health_check_meanwhile_and_nothing_else(session: Given) -> None:
-    session.tell(session.frame(HealthCheck()))
-    session.outbox.wait_for("HEALTH_CHECK_ACK")
-    session.tell(session.frame(Request("req_1", "TEXT", RequestContent("Hi"))))
-    error = session.outbox.wait_for("ERROR")
+def test_it_answers_a_health_check_meanwhile_and_nothing_else(client: Given) -> None:
+    client.tell(client.frame(HealthCheck()))
+    client.outbox.wait_for("HEALTH_CHECK_ACK")
+    client.tell(client.frame(Request("req_1", "TEXT", RequestContent("Hi"))))
+    error = client.outbox.wait_for("ERROR")
     assert (error["error_code"], error["error_detail"]) == (
         "SESSION_INVALID",
         "wait for REGISTER_ACK",
     )
-    assert session.source.streams == []
+    client.tell(VoiceReceived(b"voice"))
+    assert client.outbox.wait_for("ERROR")["error_detail"] == "wait for REGISTER_ACK"
+    assert client.source.streams == []
 
 
 @pytest.mark.parametrize(
@@ -389,52 +383,56 @@ def test_it_answers_a_health_check_meanwhile_and_nothing_else(session: Given) ->
     ],
 )
 def test_a_refusal_ends_it(
-    session: Given, code: ErrorCode, close_code: int, reason: str | None
+    client: Given, code: ErrorCode, close_code: int, reason: str | None
 ) -> None:
-    session.tell(AuthenticationFailed(code, "why"))
-    error = session.outbox.wait_for("ERROR")
+    client.attachment.reject(code, "why")
+    error = client.outbox.wait_for("ERROR")
     assert (error["error_code"], error["error_detail"]) == (code.value, "why")
-    wait_until(lambda: not session.ref.is_alive(), "it has ended")
-    assert session.outbox.closed == (close_code, "registration refused")
-    assert len(session.outbox.frames) == 1
+    assert client.outbox.closed == (close_code, "registration refused")
+    assert client.door.unregistered == 0
+    client.tell(client.frame(Register(ApiKeyAuth(KEY))))  # nothing is answered behind that
+    assert len(client.outbox.frames) == 1
     for known in ("auth", "auth_busy"):
-        assert session.sample("refused_total", reason=known) == (known == reason)
-    session.assert_nothing_counted_as_live()
+        assert client.sample("refused_total", reason=known) == (known == reason)
+    client.assert_nothing_counted_as_live()
 
 
-def test_who_was_checked_while_the_gateway_began_to_leave_is_not_let_in(session: Given) -> None:
-    session.tell(Leave(pause_seconds=LIMIT), Authenticated("kiosk"))
-    assert session.outbox.wait_for("ERROR")["error_code"] == "SERVER_BUSY"
-    session.outbox.wait_for("SHUTDOWN")
-    wait_until(lambda: not session.ref.is_alive(), "it has ended")
-    assert session.outbox.closed == (1012, "SERVER_SHUTDOWN")
+def test_who_was_checked_while_the_gateway_began_to_leave_is_not_let_in(client: Given) -> None:
+    client.door.drain(LIMIT)
+    client.attachment.accept("kiosk")
+    assert client.outbox.wait_for("ERROR")["error_code"] == "SERVER_BUSY"
+    client.outbox.wait_for("SHUTDOWN")
+    assert client.outbox.closed == (1012, "SERVER_SHUTDOWN")
+    assert client.sample("refused_total", reason="shutdown") == 1
 
 
-def test_the_wrong_credentials_are_told_so_even_then(session: Given) -> None:
-    session.tell(Leave(pause_seconds=LIMIT), AuthenticationFailed(ErrorCode.AUTH_FAILED, "no"))
-    assert session.outbox.wait_for("ERROR")["error_code"] == "AUTH_FAILED"
-    wait_until(lambda: session.outbox.closed == (1008, "registration refused"), "it is closed")
+def test_the_wrong_credentials_are_told_so_even_then(client: Given) -> None:
+    client.door.drain(LIMIT)
+    client.attachment.reject(ErrorCode.AUTH_FAILED, "no")
+    assert client.outbox.wait_for("ERROR")["error_code"] == "AUTH_FAILED"
+    assert client.outbox.closed == (1008, "registration refused")
 
 
-@pytest.mark.parametrize(
-    "end", [ConnectionLost("gone"), EndSession(InterruptReason.SERVER_SHUTDOWN)]
-)
-def test_the_end_of_a_session_does_not_wait_for_its_check(session: Given, end: object) -> None:
-    session.tell(end)
-    wait_until(lambda: not session.ref.is_alive(), "it has ended")
-    session.assert_nothing_counted_as_live()
-    assert "REGISTER_ACK" not in [frame["msg_type"] for frame in session.outbox.frames]
+@pytest.mark.parametrize("end", ["lost", "drain"])
+def test_the_end_of_a_client_does_not_wait_for_its_check(client: Given, end: str) -> None:
+    assert client.attachment.is_waiting
+    if end == "lost":
+        client.tell(ConnectionLost("gone"))
+    else:
+        client.door.drain(0)
+    assert not client.attachment.is_waiting
+    client.attachment.accept("kiosk")  # too late
+    client.assert_nothing_counted_as_live()
+    assert "REGISTER_ACK" not in [frame["msg_type"] for frame in client.outbox.frames]
 
 
-def test_a_picture_shows_who_it_is_and_no_credentials(session: Given) -> None:
-    [actor] = [one for one in SessionActor.alive if one.actor_ref == session.ref]
-    before = actor.describe(0)
-    assert (before["registering"], before["client"]) == (True, None)
-    session.tell(Authenticated("kiosk"))
-    session.outbox.wait_for("REGISTER_ACK")
-    after = actor.describe(0)
-    assert (after["registering"], after["client"]) == (False, "kiosk")
-    assert KEY not in repr([before, after])
+def test_a_state_dump_shows_who_it_is_and_no_credentials(client: Given) -> None:
+    client.attachment.accept("kiosk")
+    client.outbox.wait_for("REGISTER_ACK")
+    [actor] = [one for one in SessionActor.alive if one.actor_ref == client.ref]
+    dump = actor.describe(0)
+    assert dump["client"] == "kiosk"
+    assert KEY not in repr(dump)
 
 
 # Its own bounds ----------------------------------------------------------------------------------
@@ -451,7 +449,6 @@ def ask(checker: Authenticator, auth: ApiKeyAuth | AccountAuth) -> Given:
     """A session that asks."""
     given = Given(authenticator=checker)
     given.tell(given.frame(Register(auth)))
-    given.settle()
     return given
 
 
@@ -460,10 +457,9 @@ def test_no_more_passwords_wait_than_may(native: NativeThread, checker: Authenti
     right = AccountAuth("alice", PASSWORD)
     first = ask(checker, right)
     native.wait_for(1)
-    dead = Given()
-    dead.ref.stop(timeout=LIMIT)
-    for _ in range(MOST_WAITING - 1):
-        checker.check(right, dead.ref)
+    gone = [ask(checker, right) for _ in range(MOST_WAITING - 1)]
+    for given in gone:
+        given.tell(ConnectionLost("gone"))
     last = ask(checker, right)
     refused = ask(checker, right)
     error = refused.outbox.wait_for("ERROR")

@@ -13,16 +13,19 @@ from typing import Any
 
 import pytest
 
-from actors.messages import ConnectionLost, ReapRequest, RequestReported
+from actors.messages import ReapRequest, RequestReported
+from actors.outlet import Delivered
 from actors.quota import Quota
+from actors.row import Report
+from actors.session.messages import ConnectionLost
+from actors.words import OnNewRequest
 from gateway.app import Gateway
 from gateway.server.server import ServerSettings
 from gateway.settings.settings import Settings
-from gateway.wire.protocol import (
+from gateway.wire.frames import (
     ApiKeyAuth,
     FunctionResult,
     HealthCheck,
-    OnNewRequest,
     Register,
     Request,
     RequestContent,
@@ -97,8 +100,8 @@ def test_a_session_too_many_is_told_so_and_to_try_again_later() -> None:
     second.tell(second.frame(HealthCheck()))
     second.outbox.wait_for("HEALTH_CHECK_ACK")
     second.tell(second.frame(Register(ApiKeyAuth("key"))))
-    assert "sessions" in busy(second)["error_detail"]
-    assert second.ref.actor_stopped.wait(LIMIT)
+    assert busy(second)["error_detail"] == "session limit reached"
+    assert second.door.unregistered == 0
     assert second.outbox.closed is not None
     assert second.outbox.closed[0] == 1013
     assert second.outbox.history() == ["HEALTH_CHECK_ACK", "ERROR"]
@@ -126,7 +129,7 @@ def test_a_session_that_ends_or_fails_makes_room_for_another(how: Any) -> None:
 
 def test_who_has_not_registered_has_no_place() -> None:
     sessions = Quota(1)
-    Given(sessions=sessions).settle()
+    Given(sessions=sessions)
     assert sessions.taken == 0
 
 
@@ -230,7 +233,10 @@ def test_so_it_does_when_the_end_of_the_other_is_on_its_way_to_the_client() -> N
     given.source.next()
     request = given.frame(Request("req_2", "TEXT", RequestContent("Hi")))
     # The session hears that the terminal frame is written only after the request.
-    given.tell(RequestReported("req_1", GenerationResult(Ending.COMPLETED)), request)
+    given.tell(
+        RequestReported("req_1", Report((GenerationResult(Ending.COMPLETED),), Delivered())),
+        request,
+    )
     given.source.next()
     assert given.sample("refused_total", reason="max_requests") == 0
     assert quota.taken == 1

@@ -13,8 +13,8 @@ from unittest.mock import ANY
 import pytest
 
 from actors.session.history import BROKEN_MARK, INTERRUPTED_BEFORE_TEXT, INTERRUPTED_MARK, NO_RESULT
+from actors.words import OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import OnNewRequest
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
 from tests.harness.provider_process import ProviderProcess

@@ -43,7 +43,7 @@ from gateway.doctor.doctor import (
     read_counts,
     target_of,
 )
-from gateway.wire.protocol import AccountAuth, ApiKeyAuth
+from gateway.wire.frames import AccountAuth, ApiKeyAuth
 from tests.harness.client import wait_until
 from tests.harness.daemon import Daemon, run_to_the_end
 

@@ -26,26 +26,23 @@ from structlog.testing import capture_logs
 from actors.actor import GreenletActor, tell
 from actors.messages import (
     Census,
-    ConnectionLost,
     Drain,
     EndSession,
     GenerationEnded,
     Leave,
-    PauseIsOver,
     RequestClosed,
     SessionEnded,
     SessionStarted,
     ShutDown,
-    VoiceReceived,
 )
+from actors.session.messages import ConnectionLost, PauseIsOver
 from actors.session.request_ids import EARLY_INTERRUPT_SECONDS
 from actors.session.session import SessionActor
 from gateway.app import Gateway
 from gateway.settings.settings import Settings
-from gateway.wire.protocol import (
+from gateway.wire.frames import (
     ApiKeyAuth,
     FunctionResult,
-    InterruptReason,
     Register,
     Request,
     RequestContent,
@@ -58,8 +55,8 @@ from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon
 from tests.harness.provider_process import ProviderProcess
 from tests.test_run import health, provider_arguments
+from tests.test_session import FakeOutbox, VoiceReceived, call, stuck
 from tests.test_session import Given as GivenSession
-from tests.test_session import call, stuck
 from tests.test_supervisor import NONSENSE, Entry, Mailbox
 from tests.test_supervisor import Given as GivenSupervisor
 
@@ -217,22 +214,40 @@ def test_results_of_a_request_that_was_accepted_before_are_taken() -> None:
 
 @pytest.mark.parametrize("since", ["leave", "start"])
 def test_who_registers_now_is_refused_and_sent_away(since: str) -> None:
-    given = GivenSession(takes_requests=since != "start")
+    given = GivenSession(is_draining=since == "start")
     if since == "leave":
-        given.tell(Leave(FAR))
+        given.door.drain(FAR)
     given.tell(given.frame(Register(ApiKeyAuth("key"))))
     assert "request_id" not in busy(given)
-    assert given.ref.actor_stopped.wait(LIMIT)
+    assert given.door.unregistered == 0
     assert given.outbox.history() == ["ERROR", "SHUTDOWN"]
     assert given.outbox.closed == RESTART
 
 
 def test_who_never_registers_is_sent_away_too() -> None:
     given = GivenSession()
-    given.tell(Leave(0))
-    assert given.ref.actor_stopped.wait(LIMIT)
+    given.door.drain(0)
+    assert given.door.unregistered == 0
     assert given.outbox.history() == ["SHUTDOWN"]
     assert given.outbox.closed == RESTART
+
+
+def test_those_who_never_register_are_sent_away_one_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = GivenSession()
+    delays: list[float] = []
+    monkeypatch.setattr("gateway.wire.door.random.uniform", lambda _least, most: most)
+    monkeypatch.setattr(
+        "gateway.wire.door.gevent.spawn_later", lambda delay, _leave: delays.append(delay)
+    )
+    given.door.drain(3.0)
+    late = given.door.attach(FakeOutbox(), "127.0.0.1:10")
+    assert delays == [3.0, 3.0]
+    assert given.door.unregistered == 2
+    late.leave()
+    late.leave()
+    assert given.door.unregistered == 1
 
 
 def test_an_interrupt_gets_its_ack_and_its_terminal_frame_and_then_the_goodbye() -> None:
@@ -280,7 +295,7 @@ def test_voice_that_is_not_at_its_end_when_the_limit_passes_is_interrupted() -> 
     given = GivenSession()
     given.register()
     given.tell(given.frame(voice_frame("v", 0)), Leave(FAR), PauseIsOver())
-    given.tell(EndSession(InterruptReason.SERVER_SHUTDOWN))
+    given.tell(EndSession())
     assert goodbye(given) == ["end INTERRUPTED v", "SHUTDOWN"]
     assert given.outbox.frames[-2]["payload"]["interrupt_reason"] == "SERVER_SHUTDOWN"
 
@@ -320,7 +335,7 @@ def test_an_interrupt_that_came_long_before_its_request_is_forgotten(clock: Sess
     assert busy(given)["request_id"] == "req_1"
 
 
-@pytest.mark.parametrize("message", [PauseIsOver(), EndSession(InterruptReason.SERVER_SHUTDOWN)])
+@pytest.mark.parametrize("message", [PauseIsOver(), EndSession()])
 def test_goodbye_is_said_once(given: GivenSession, message: object) -> None:
     with contextlib.suppress(AssertionError):  # the second may come too late even for its mailbox
         given.tell(PauseIsOver(), message, message)
@@ -406,7 +421,7 @@ def test_a_stream_that_outlived_its_session_does_not_hold_up_the_drain_but_the_s
     given.tell(SessionEnded(given.session.ref.actor_urn))
     assert drained.wait(LIMIT)
     ended = gevent.event.Event()
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, ended.set))
+    given.tell(ShutDown(0, ended.set))
     given.census()
     assert not ended.is_set()
     given.tell(GenerationEnded(entry.request.ref.actor_urn))
@@ -438,28 +453,28 @@ def test_who_is_left_is_ended_after_a_pause_of_its_own(monkeypatch: pytest.Monke
     monkeypatch.setattr("actors.supervisor.random.uniform", uniform)
     monkeypatch.setattr("actors.supervisor.Timer", lambda *what: timers.append(what))
     given = GivenSupervisor()
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 7.0, lambda: None))
+    given.tell(ShutDown(7.0, lambda: None))
     late = Mailbox()
     given.tell(SessionStarted(late.ref))
     given.census()
-    end = EndSession(InterruptReason.SERVER_SHUTDOWN)
+    end = EndSession()
     assert timers == [(1.0, given.session.ref, end), (2.0, late.ref, end)]
     assert asked == [(0, 7.0)] * 2
 
 
 def test_the_pause_before_the_end_ends_by_itself() -> None:
     given = GivenSupervisor()
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0.001, lambda: None))
-    assert given.session.next() == EndSession(InterruptReason.SERVER_SHUTDOWN)
+    given.tell(ShutDown(0.001, lambda: None))
+    assert given.session.next() == EndSession()
 
 
 def test_a_session_that_comes_after_the_limit_is_ended() -> None:
     given = GivenSupervisor()
     drain(given)
-    given.tell(ShutDown(InterruptReason.SERVER_SHUTDOWN, 0, lambda: None))
+    given.tell(ShutDown(0, lambda: None))
     late = Mailbox()
     given.tell(SessionStarted(late.ref))
-    assert late.next() == EndSession(InterruptReason.SERVER_SHUTDOWN)
+    assert late.next() == EndSession()
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -516,7 +531,9 @@ def test_the_spread_grows_with_the_clients_and_stays_well_within_the_limit(
 ) -> None:
     gateway = Gateway(Settings(drain_timeout=limit))
     gateway.supervision = told = Told(Census(sessions, 0, 0))  # type: ignore[assignment]
+    gateway.door = door = Door()  # type: ignore[assignment]
     gateway.drain()
+    assert door.spreads == [spread]
     assert [one.spread_seconds for one in told.messages] == [spread]
     assert gateway.metrics.registry.get_sample_value("bargein_drain_timeouts_total") == 0
 
@@ -540,6 +557,18 @@ class Clock:
         self.waits.append(round(seconds, 6))
         self.now += seconds
         return False
+
+
+class Door:
+    """A door without clients that have not registered."""
+
+    unregistered = 0
+
+    def __init__(self) -> None:
+        self.spreads: list[float] = []
+
+    def drain(self, spread_seconds: float) -> None:
+        self.spreads.append(spread_seconds)
 
 
 class Deaf:
@@ -577,6 +606,7 @@ def test_all_of_it_is_over_within_the_limit_whatever_clients_do(
         Census(1_000_000, 1, 1), are_gone=False
     )
     gateway.server = Deaf(clock)  # type: ignore[assignment]
+    gateway.door = Door()  # type: ignore[assignment]
     gateway._is_up = True
     gateway.drain()
     gateway.stop()
@@ -594,6 +624,7 @@ def test_who_lingers_after_a_short_drain_is_not_waited_for_up_to_the_limit(
     gateway = Gateway(Settings(drain_timeout=FAR))
     gateway.supervision = Told(Census(0, 0, 0), are_gone=False)  # type: ignore[assignment]
     gateway.server = Deaf(clock)  # type: ignore[assignment]
+    gateway.door = Door()  # type: ignore[assignment]
     gateway._is_up = True
     gateway._ends_at = clock.now + FAR
     gateway.stop()

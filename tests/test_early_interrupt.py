@@ -9,26 +9,23 @@ from typing import Any
 
 import pytest
 
-from actors.messages import FrameReceived
+from actors.session.profile import FunctionDefinition, SystemPrompt
 from actors.session.request_ids import EARLY_INTERRUPT_SECONDS, MAX_EARLY_INTERRUPTS
+from actors.words import OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import (
-    ClientFrame,
-    FunctionDefinition,
+from gateway.wire.frames import (
     FunctionResult,
     Interrupt,
-    OnNewRequest,
     Request,
     RequestContent,
     SessionQuery,
-    SystemPrompt,
 )
 from llm.chat.completions import ToolCall
 from tests.fakes import Clock, FakeSource, FakeStream
 from tests.harness import scripts
 from tests.harness.client import Client
 from tests.harness.provider_process import ProviderProcess
-from tests.test_session import Given
+from tests.test_session import FrameReceived, Given
 
 pytestmark = pytest.mark.usefixtures("no_actor_left")
 
@@ -42,8 +39,8 @@ def session(source: FakeSource | None = None, **settings: Any) -> Given:
 
 def interrupt_early(given: Given, clock: Clock, request_id: str, reason: str = "USER_STOP") -> None:
     """INTERRUPT, read now, of what has not come."""
-    frame = ClientFrame(given.session_id, Interrupt(request_id, reason))
-    given.tell(FrameReceived(frame, clock.now))
+    interrupt = Interrupt(request_id, reason)
+    given.tell(FrameReceived(interrupt, given.session_id, clock.now))
     ack = given.outbox.wait_ack()
     assert ack["status"] == "FAILED"
     assert ack["interrupt_request_id"] == request_id
@@ -152,7 +149,7 @@ def test_the_time_runs_from_when_the_interrupt_was_read(clock: Clock) -> None:
     given = session()
     clock.now += 1000
     read_at = clock.now - 31  # it lay in the mailbox for so long
-    given.tell(FrameReceived(ClientFrame(given.session_id, Interrupt("req_1")), read_at))
+    given.tell(FrameReceived(Interrupt("req_1"), given.session_id, read_at))
     given.outbox.wait_ack()
     assert is_generated(given, "req_1")
 
@@ -218,8 +215,8 @@ def test_an_interrupt_of_one_request_is_no_other_s_and_no_other_session_s(clock:
 
 def test_an_interrupt_that_was_refused_is_not_remembered() -> None:
     given = session()
-    foreign = ClientFrame("sess_0123456789abcdef", Interrupt("req_1"))
-    given.tell(FrameReceived(foreign, time.monotonic()))
+    foreign = "sess_0123456789abcdef"
+    given.tell(FrameReceived(Interrupt("req_1"), foreign, time.monotonic()))
     assert given.outbox.wait_for("ERROR")["error_code"] == "SESSION_INVALID"
     assert is_generated(given, "req_1")
 

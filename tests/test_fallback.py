@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from actors.words import OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import OnNewRequest
 from llm.chat.breaker import Breaker, BreakerState
 from llm.chat.generation import GenerationSettings
 from llm.provider import Provider, StopsOnClose

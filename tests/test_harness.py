@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gateway.wire import protocol as gateway_protocol
-from gateway.wire.protocol import Heartbeat
+from gateway.wire.frames import Heartbeat
 from llm.demo.scenarios import SCENARIOS, Scenario
 from llm.demo.steps import ChatRequest, Completion, Pause, Stall
 from tests.harness import (

@@ -12,10 +12,11 @@ import gevent.event
 import pytest
 
 from actors.loop.lanes import lanes
+from actors.outlet import RequestEnd
+from actors.words import OnNewRequest
 from gateway.app import Gateway
 from gateway.server.outbox import Outlet
 from gateway.server.server import ServerSettings
-from gateway.wire.protocol import OnNewRequest
 from llm.http.connections import ConnectionReader
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
@@ -250,14 +251,14 @@ def test_an_interrupt_that_is_read_just_before_the_terminal_frame_is_written_com
         request_id = "req_race"
 
         def interrupted_finish(
-            outlet: Outlet, payload: bytes, on_written: Callable[[float], None]
+            outlet: Outlet, end: RequestEnd, on_sent: Callable[[], None]
         ) -> None:
             monkeypatch.undo()
             client.interrupt(request_id)
             for _ in range(3):  # the gateway reads it meanwhile
                 other.send("HEALTH_CHECK", {})
                 other.wait_for(lambda frame: frame.msg_type == "HEALTH_CHECK_ACK")
-            finish(outlet, payload, on_written)
+            finish(outlet, end, on_sent)
 
         monkeypatch.setattr(Outlet, "finish", interrupted_finish)
         client.request(provider.fresh(scripts.answer(["all ", "of it"])), request_id)

@@ -10,14 +10,14 @@ import pytest
 
 from actors.loop.deferred_log import DeferredLog
 from actors.loop.lanes import lanes
-from gateway.server.server import _Connection
-from gateway.wire.protocol import ClientFrame
+from gateway.wire.frames import HealthCheck
 from tests.fakes import LIMIT
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon
 from tests.harness.provider_process import ProviderProcess
 from tests.test_run import provider_arguments
+from tests.test_session import Given
 
 
 class Log:
@@ -151,7 +151,7 @@ def test_bad_frames_between_good_ones(log: Log) -> None:
 
 
 def test_frames_that_come_together(log: Log) -> None:
-    """All of them are read before the session hears of the first."""
+    """What came of a frame stands behind it, and before the frames that follow."""
     with log.client.one_packet():
         log.client.send("HEARTBEAT_REPLY", {"client_status": "OK"})
         log.client.send_text(b"no JSON")
@@ -159,9 +159,9 @@ def test_frames_that_come_together(log: Log) -> None:
     log.client.wait_for(lambda frame: frame.msg_type == "REGISTER_ACK")
     assert log.until("Session registered") == [
         "Received message: HEARTBEAT_REPLY",
-        "Received message: REGISTER",
         "Refused message: SESSION_INVALID",
         "Refused message: MALFORMED_PAYLOAD",
+        "Received message: REGISTER",
         "Session registered",
     ]
 
@@ -223,22 +223,13 @@ def test_what_was_received_is_queued_before_the_session_hears_of_it(
     """However soon that may have something to log."""
     lines: list[str] = []
     monkeypatch.setattr(
-        "gateway.server.server._log_received", lambda _frame: lines.append("received")
+        "gateway.wire.attachment._log_received", lambda _frame: lines.append("received")
     )
 
-    class AtOnce:
-        def frame(self, _frame: ClientFrame, _read_at: float) -> None:
-            lanes().run_deferred(lines.append, "caused")
-
-    connection = _Connection.__new__(_Connection)
-    connection._heard_at, connection._lanes = 0.0, lanes()
-    envelope = {"version": "1.0", "session_id": None, "timestamp": 0}
-    frame: dict[str, Any] = {
-        **envelope,
-        "msg_type": "HEALTH_CHECK",
-        "payload": {"check_fields": []},
-    }
-    connection._message_opcode = 1  # type: ignore[assignment]
-    connection._deliver(AtOnce(), json.dumps(frame).encode())  # type: ignore[arg-type]
+    given = Given()
+    monkeypatch.setattr(
+        given.attachment, "_receive", lambda *_: lanes().run_deferred(lines.append, "caused")
+    )
+    given.tell(given.frame(HealthCheck()))
     lanes().wait_turn()
     assert lines == ["received", "caused"]

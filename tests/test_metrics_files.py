@@ -16,8 +16,9 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import generate_latest
 
 from actors.request import RequestState, _kind
+from actors.words import InterruptOutcome, InterruptReason, Outcome
 from gateway.settings.options import Config
-from gateway.wire.protocol import _CLIENT_REASONS, InterruptOutcome, InterruptReason, Outcome
+from gateway.wire.frames import _CLIENT_REASONS
 from llm.errors import StreamError
 from metrics import instruments
 from metrics.instruments import Metrics, exemplar

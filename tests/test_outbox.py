@@ -20,6 +20,8 @@ from websockets.protocol import State
 from websockets.server import ServerProtocol
 from websockets.uri import parse_uri
 
+from actors.outlet import RequestEnd
+from actors.words import Outcome
 from gateway.server.outbox import (
     MAX_CONTROL_FRAMES,
     MAX_FRAME_CHARS,
@@ -28,7 +30,8 @@ from gateway.server.outbox import (
     OutboxSettings,
     Outlet,
 )
-from gateway.wire.protocol import FunctionCall, ResponseEncoder
+from gateway.wire.encode import AnswerEncoder
+from llm.chat.completions import ToolCall
 from metrics.instruments import Metrics
 from tests.harness.client import wait_until
 
@@ -38,6 +41,28 @@ LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 def turn() -> None:
     """Let the loop run what is ready: what was put in this turn is flushed."""
     gevent.sleep(0)
+
+
+class Encoder(AnswerEncoder):
+    """Whose last frame is what its end says, and nothing else."""
+
+    def encode_end(self, end: RequestEnd, timestamp_ms: int) -> bytes:
+        return json.dumps(end.detail).encode()
+
+
+def the_end(text: str) -> RequestEnd:
+    """An end whose frame is this text."""
+    return RequestEnd("req_1", Outcome.COMPLETED, detail=text)
+
+
+def look(arguments: dict[str, Any]) -> ToolCall:
+    """A call of the model."""
+    return ToolCall("call_1", "look", json.dumps(arguments))
+
+
+def note(times: list[float]) -> Callable[[], None]:
+    """Notes when it is called."""
+    return lambda: times.append(time.monotonic())
 
 
 class Pair:
@@ -67,7 +92,7 @@ class Pair:
         self.died.set()
 
     def outlet(self, request_id: str = "req_1") -> Outlet:
-        return self.outbox.outlet(ResponseEncoder("sess_1", request_id))
+        return self.outbox.outlet(Encoder("sess_1", request_id))
 
     def fill_kernel(self) -> None:
         """From now on the kernel takes nothing; the client will skip what fills it."""
@@ -87,7 +112,7 @@ class Pair:
         while self.outbox.begun_frame(outlet) is None:
             outlet.put("b" * chars)
             turn()
-        assert self.outbox.queued_bytes == 0
+        assert self.outbox._data_bytes == 0
 
     # The client.
 
@@ -175,7 +200,7 @@ def pair(make_pair: Callable[..., Pair]) -> Pair:
     return make_pair()
 
 
-def nothing_follows(_at: float) -> None:
+def nothing_follows() -> None:
     pass
 
 
@@ -200,19 +225,19 @@ def test_text_is_written_at_the_end_of_the_turn_in_which_it_was_put(pair: Pair) 
     turn()
     pair.read_now()
     assert pair.text_of("req_1") == "Hello"
-    assert outlet.delivered_text_chars == 5
+    assert outlet.delivered.text_chars == 5
 
 
 def test_a_terminal_frame_takes_the_text_of_its_turn_along_and_goes_behind_it(pair: Pair) -> None:
     outlet = pair.outlet()
     written: list[float] = []
     outlet.put("Hello")
-    outlet.finish(b'"end"', written.append)
+    outlet.finish(the_end("end"), note(written))
     assert len(written) == 1
     text, end = pair.read_now()
     assert text["payload"]["content"]["text"] == "Hello"
     assert end == "end"
-    assert outlet.done
+    assert outlet.is_done
     turn()
     assert len(pair.read_now()) == 2  # the flush that was due found nothing
 
@@ -253,7 +278,7 @@ def test_what_was_delivered_is_counted_in_code_points(pair: Pair) -> None:
     outlet = pair.outlet()
     outlet.put("aé你😀")  # one each, though 1 to 4 bytes and 1 or 2 units of UTF-16
     turn()
-    assert outlet.delivered_text_chars == 4
+    assert outlet.delivered.text_chars == 4
 
 
 def test_no_text_is_no_frame(pair: Pair) -> None:
@@ -277,7 +302,7 @@ def test_control_goes_before_all_queued_data_but_behind_a_frame_that_was_begun(p
     turn()
     second.put("B")
     turn()
-    first.finish(b'"end"', nothing_follows)
+    first.finish(the_end("end"), nothing_follows)
     pair.outbox.send_control(b'"control 1"')
     pair.outbox.send_control(b'"control 2"')
     pair.read_until(lambda: "end" in pair.texts)
@@ -336,7 +361,7 @@ def test_a_frame_is_reported_as_written_when_the_kernel_has_all_of_it(pair: Pair
     outlet = pair.outlet()
     written: list[float] = []
     pair.fill_kernel()
-    outlet.finish(b'"%b"' % (b"t" * 100_000), written.append)
+    outlet.finish(the_end("t" * 100_000), note(written))
     pair.read_some(8192)
     turn()
     assert written == []
@@ -353,24 +378,24 @@ def test_shutting_an_outlet_drops_what_was_queued_and_what_was_not_yet_a_frame(p
     pair.fill_kernel()
     other.put("kept")  # unbegun, but somebody else's
     turn()
-    kept_bytes = pair.outbox.queued_bytes
+    kept_bytes = pair.outbox._data_bytes
     assert kept_bytes > 0
     for text in ("A", "B", "C"):
         outlet.put(text)
         turn()
-    outlet.finish(b'"end"', lambda _at: pytest.fail("a purged frame was written"))
+    outlet.finish(the_end("end"), lambda: pytest.fail("a purged frame was written"))
     outlet.put("not yet a frame")
     outlet.discard()
     outlet.put("too late")
-    outlet.finish(b'"too late"', lambda _at: pytest.fail("a late frame was written"))
+    outlet.finish(the_end("too late"), lambda: pytest.fail("a late frame was written"))
     turn()
-    assert pair.outbox.queued_bytes == kept_bytes
+    assert pair.outbox._data_bytes == kept_bytes
     pair.outbox.send_control(b'"ack"')
     pair.read_texts(2)
     assert pair.texts[0] == "ack"  # before what was not begun
     assert pair.text_of("req_2") == "kept"
-    assert outlet.delivered_text_chars == 0
-    assert not outlet.done
+    assert outlet.delivered.text_chars == 0
+    assert not outlet.is_done
     assert pair.count("frames_purged") == 4
 
 
@@ -384,7 +409,7 @@ def test_shutting_an_outlet_drops_its_frame_at_the_head_that_was_not_begun(pair:
     assert pair.count("frames_purged") == 1
     pair.outbox.send_control(b'"ack"')
     assert pair.read_texts(1) == ["ack"]
-    assert outlet.delivered_text_chars == 0
+    assert outlet.delivered.text_chars == 0
 
 
 def test_shutting_an_outlet_finishes_its_begun_frame_and_counts_it_as_delivered(pair: Pair) -> None:
@@ -393,11 +418,11 @@ def test_shutting_an_outlet_finishes_its_begun_frame_and_counts_it_as_delivered(
     outlet.put("queued")
     turn()
     outlet.discard()
-    counted = outlet.delivered_text_chars
+    counted = outlet.delivered.text_chars
     pair.outbox.send_control(b'"ack"')
     pair.read_until(lambda: "ack" in pair.texts)
     assert len(pair.text_of("req_1")) == counted
-    assert outlet.delivered_text_chars == counted  # and not once more when it was written
+    assert outlet.delivered.text_chars == counted  # and not once more when it was written
     assert "queued" not in pair.text_of("req_1")
     assert pair.count("frames_purged") == 1
 
@@ -406,7 +431,7 @@ def test_a_call_goes_behind_the_text_before_it_and_takes_the_next_number(pair: P
     outlet = pair.outlet()
     written: list[float] = []
     outlet.put("text")
-    outlet.put_call(FunctionCall("look", {"at": ["x"]}, "call_1"), written.append)
+    outlet.put_call(look({"at": ["x"]}), note(written))
     assert len(written) == 1
     outlet.put("more")
     turn()
@@ -424,7 +449,7 @@ def test_a_call_goes_behind_the_text_before_it_and_takes_the_next_number(pair: P
 def test_a_call_that_was_begun_when_its_outlet_is_shut_counts_at_once_and_once(pair: Pair) -> None:
     outlet = pair.outlet()
     written: list[float] = []
-    outlet.put_call(FunctionCall("look", {"at": "x" * 300_000}, "call_1"), written.append)
+    outlet.put_call(look({"at": "x" * 300_000}), note(written))
     assert pair.outbox.begun_frame(outlet) is not None
     assert written == []
     outlet.discard()
@@ -436,7 +461,7 @@ def test_a_call_that_was_begun_when_its_outlet_is_shut_counts_at_once_and_once(p
 def test_a_call_is_not_given_to_a_shut_outlet(pair: Pair) -> None:
     outlet = pair.outlet()
     outlet.discard()
-    outlet.put_call(FunctionCall("look", {}, "call_1"), nothing_follows)
+    outlet.put_call(look({}), nothing_follows)
     turn()
     assert pair.read_now() == []
 
@@ -445,10 +470,10 @@ def test_a_reader_with_a_call_waits_beyond_the_bound(make_pair: Callable[..., Pa
     pair = make_pair(max_bytes=1000)
     outlet = pair.outlet()
     pair.begin_frame(outlet)
-    call = FunctionCall("look", {"at": "x" * 2000}, "call_1")
+    call = look({"at": "x" * 2000})
     reader = gevent.spawn(outlet.put_call, call, nothing_follows)
     turn()
-    assert outlet.waiting
+    assert outlet._is_blocked
     pair.read_until(lambda: any("function_call" in one["payload"] for one in pair.texts))
     reader.join(LIMIT)
     assert reader.successful()
@@ -458,30 +483,29 @@ def test_an_outlet_may_be_shut_twice(pair: Pair) -> None:
     outlet = pair.outlet()
     pair.begin_frame(outlet)
     outlet.discard()
-    counted = outlet.delivered_text_chars
+    counted = outlet.delivered.text_chars
     outlet.discard()
-    assert outlet.delivered_text_chars == counted
+    assert outlet.delivered.text_chars == counted
 
 
 def test_a_terminal_frame_that_was_begun_cannot_be_held_back(pair: Pair) -> None:
     outlet = pair.outlet()
-    terminal = b'"%b"' % (b"t" * 100_000)
     written: list[float] = []
-    outlet.finish(terminal, written.append)
-    assert outlet.done
+    outlet.finish(the_end("t" * 100_000), note(written))
+    assert outlet.is_done
     assert written == []
     assert not outlet.discard()
     pair.read_texts(1)
     assert len(written) == 1
-    assert outlet.done
+    assert outlet.is_done
     assert not outlet.discard()
 
 
 def test_a_terminal_frame_that_waits_is_not_done(pair: Pair) -> None:
     outlet = pair.outlet()
     pair.fill_kernel()
-    outlet.finish(b'"end"', nothing_follows)
-    assert not outlet.done
+    outlet.finish(the_end("end"), nothing_follows)
+    assert not outlet.is_done
 
 
 # Bounds ------------------------------------------------------------------------------------------
@@ -494,9 +518,9 @@ def test_without_a_bound_no_reader_waits(make_pair: Callable[..., Pair]) -> None
     for _ in range(200):
         outlet.put("x" * MAX_FRAME_CHARS)  # would block for ever
         turn()
-    assert pair.outbox.queued_bytes > 200 * MAX_FRAME_CHARS
+    assert pair.outbox._data_bytes > 200 * MAX_FRAME_CHARS
     outlet.discard()
-    assert pair.outbox.queued_bytes == 0
+    assert pair.outbox._data_bytes == 0
 
 
 def test_a_reader_waits_beyond_the_bound_and_goes_on_when_half_of_it_is_free(
@@ -507,21 +531,21 @@ def test_a_reader_waits_beyond_the_bound_and_goes_on_when_half_of_it_is_free(
     pair.fill_kernel()
     outlet.put("x" * 200_000)
     turn()
-    assert pair.outbox.queued_bytes > 100_000
-    assert not outlet.waiting
+    assert pair.outbox._data_bytes > 100_000
+    assert not outlet._is_blocked
     reader = gevent.spawn(outlet.put, "last")
     turn()
-    assert outlet.waiting
+    assert outlet._is_blocked
     levels = []
     while not reader.ready():
-        levels.append(pair.outbox.queued_bytes)
+        levels.append(pair.outbox._data_bytes)
         gevent.socket.wait_read(pair.peer.fileno(), timeout=LIMIT)
         pair.read_some(4096)
         turn()
         turn()  # one for the writer, one for the reader whom it wakes
     assert min(levels) > 50_000 - 20_000  # the last look was at most a frame before it
     assert any(50_000 < level <= 100_000 for level in levels), "it woke as soon as there was room"
-    assert not outlet.waiting
+    assert not outlet._is_blocked
     pair.read_until(lambda: pair.text_of("req_1").endswith("last"))
     assert len(pair.text_of("req_1")) == 200_004
     assert pair.seqs_of("req_1") == list(range(len(pair.texts)))
@@ -535,7 +559,7 @@ def test_a_purge_makes_room_for_the_readers_of_others(make_pair: Callable[..., P
     turn()
     reader = gevent.spawn(second.put, "Hello")
     turn()
-    assert second.waiting
+    assert second._is_blocked
     first.discard()
     reader.get(timeout=LIMIT)
     pair.read_texts(1)
@@ -635,14 +659,14 @@ def test_its_death_is_told_once_and_wakes_everybody(make_pair: Callable[..., Pai
     for one in waiting:
         one.get(timeout=LIMIT)
     assert pair.deaths == ["the reason"]
-    assert pair.outbox.queued_bytes == 0
+    assert pair.outbox._data_bytes == 0
 
 
 def test_after_its_death_nothing_is_written_and_nothing_raises(pair: Pair) -> None:
     outlet = pair.outlet()
     outlet.put("in the turn of the death")
     pair.outbox.die("the reason")
-    outlet.finish(b'"end"', lambda _at: pytest.fail("written"))
+    outlet.finish(the_end("end"), lambda: pytest.fail("written"))
     pair.outbox.send_control(b'"control"', lambda _at: pytest.fail("written"))
     pair.outbox.ping()
     pair.outbox.close(1000, "bye")
@@ -712,7 +736,7 @@ def test_closing_sends_control_then_the_close_frame_and_no_data(pair: Pair) -> N
     pair.outbox.send_control(b'"SHUTDOWN"')
     pair.outbox.close(1012, "going away")
     outlet.put("too late")
-    outlet.finish(b'"too late"', lambda _at: pytest.fail("written"))
+    outlet.finish(the_end("too late"), lambda: pytest.fail("written"))
     turn()
     pair.read_until(lambda: bool(close_codes(pair)))
     assert close_codes(pair) == [1012]
@@ -724,15 +748,15 @@ def test_closing_sends_control_then_the_close_frame_and_no_data(pair: Pair) -> N
 def test_closing_drops_a_data_frame_at_the_head_that_was_not_begun(pair: Pair) -> None:
     outlet = pair.outlet()
     pair.fill_kernel()
-    outlet.finish(b'"end"', lambda _at: pytest.fail("a dropped frame was written"))
-    assert pair.outbox.queued_bytes == len(b'"end"')
+    outlet.finish(the_end("end"), lambda: pytest.fail("a dropped frame was written"))
+    assert pair.outbox._data_bytes == len(b'"end"')
     assert pair.outbox.begun_frame(outlet) is None
     pair.outbox.send_control(b'"SHUTDOWN"')
     pair.outbox.close(1012, "going away")
     pair.read_until(lambda: bool(close_codes(pair)))
     assert pair.texts == ["SHUTDOWN"]
     assert close_codes(pair) == [1012]
-    assert not outlet.done
+    assert not outlet.is_done
 
 
 def test_closing_keeps_a_control_frame_at_the_head_that_was_not_begun(pair: Pair) -> None:
@@ -788,7 +812,7 @@ def test_closing_wakes_the_readers_that_wait(make_pair: Callable[..., Pair]) -> 
     turn()
     reader = gevent.spawn(outlet.put, "y")
     turn()
-    assert outlet.waiting
+    assert outlet._is_blocked
     pair.outbox.close(1012, "going away")
     reader.get(timeout=LIMIT)
     pair.read_until(lambda: bool(close_codes(pair)))
@@ -823,20 +847,20 @@ def test_a_reader_that_is_killed_while_its_outlet_waits_leaves_no_half_frame(
 
     pair.begin_frame(outlet)
     reader = gevent.spawn(read)
-    while not outlet.waiting:
+    while not outlet._is_blocked:
         turn()
     assert pair.outbox.begun_frame(outlet) is not None
     outlet.discard()
     reader.kill(timeout=LIMIT)
-    assert not outlet.waiting
+    assert not outlet._is_blocked
     pair.outbox.send_control(b'"ack"')
     pair.read_until(lambda: "ack" in pair.texts)  # which checks that all of it are frames
-    assert len(pair.text_of("req_1")) == outlet.delivered_text_chars
+    assert len(pair.text_of("req_1")) == outlet.delivered.text_chars
     assert pair.seqs_of("req_1") == list(range(len(pair.texts) - 1))
     # The connection serves the next request.
     following = pair.outlet("req_2")
     following.put("Hello")
-    following.finish(b'"end"', nothing_follows)
+    following.finish(the_end("end"), nothing_follows)
     pair.read_until(lambda: "end" in pair.texts)
     assert pair.text_of("req_2") == "Hello"
 
@@ -849,10 +873,10 @@ def test_a_killed_reader_does_not_hold_back_the_others(make_pair: Callable[..., 
     turn()
     readers = [gevent.spawn(first.put, "y"), gevent.spawn(second.put, "z")]
     turn()
-    assert first.waiting
-    assert second.waiting
+    assert first._is_blocked
+    assert second._is_blocked
     readers[0].kill(timeout=LIMIT)
-    assert not first.waiting
-    assert second.waiting
+    assert not first._is_blocked
+    assert second._is_blocked
     pair.read_until(lambda: pair.text_of("req_2") == "z")
     readers[1].get(timeout=LIMIT)

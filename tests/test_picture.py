@@ -19,7 +19,7 @@ from actors.actor import tell
 from actors.loop.lanes import lanes
 from actors.request import RequestActor
 from actors.state_dump import keep_in_state_dump, log_state_dump, state_dump
-from gateway.wire.protocol import Request, RequestContent
+from gateway.wire.frames import Request, RequestContent
 from tests.fakes import LIMIT, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until

@@ -6,24 +6,25 @@ from typing import Any
 
 import pytest
 
-from actors.session.profile import Profile, UpdateError
-from gateway.wire.protocol import (
+from actors.session.profile import (
     MAX_FUNCTIONS,
-    ApiKeyAuth,
     FunctionDefinition,
     FunctionOp,
     FunctionParameter,
     Platform,
-    Register,
+    Profile,
     SceneContext,
     SessionUpdate,
     SystemPrompt,
+    UpdateError,
 )
+from gateway.wire.attachment import profile_of
+from gateway.wire.frames import ApiKeyAuth, Register
 from llm.chat.completions import Message, Tool
 
 
 def registered(**fields: Any) -> Profile:
-    return Profile.registered(Register(ApiKeyAuth("key"), **fields))
+    return profile_of(Register(ApiKeyAuth("key"), **fields))
 
 
 def functions(*names: str, description: str | None = None) -> list[Any]:

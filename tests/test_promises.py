@@ -10,8 +10,8 @@ import gevent
 import gevent.event
 import pytest
 
+from actors.words import OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import OnNewRequest
 from llm.http.connections import ConnectionReader
 from tests.harness import scripts
 from tests.harness.client import Client, Received

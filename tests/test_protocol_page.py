@@ -15,27 +15,26 @@ from msgspec import UNSET
 from msgspec import inspect as shapes
 
 import actors.session.lifetime
+from actors.session.profile import MAX_FUNCTIONS, FunctionName
 from actors.session.request_ids import (
     EARLY_INTERRUPT_SECONDS,
     MAX_EARLY_INTERRUPTS,
     MAX_REMEMBERED_IDS,
 )
 from actors.session.session import SessionSettings
+from actors.words import ErrorCode
 from gateway.server.outbox import MAX_FRAME_CHARS
 from gateway.wire import protocol
-from gateway.wire.protocol import (
+from gateway.wire.encode import error
+from gateway.wire.frames import (
     CLIENT_PAYLOADS,
     MAX_FRAME_BYTES,
-    MAX_FUNCTIONS,
     MAX_NESTING,
     MAX_TEXT_BYTES,
     MAX_VOICE_TEXT_BYTES,
     SERVER_PAYLOADS,
     VERSION,
-    ErrorCode,
-    FunctionName,
     RequestId,
-    error,
 )
 
 ROOT = Path(__file__).parents[1]

@@ -22,8 +22,8 @@ import pytest
 import trustme
 
 from actors.session.history import BROKEN_MARK
+from actors.words import OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import OnNewRequest
 from llm.chat.generation import GenerationSettings
 from llm.provider import StopsOnClose
 from tests.harness import scripts

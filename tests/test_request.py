@@ -16,21 +16,24 @@ from prometheus_client import CollectorRegistry
 from actors.actor import tell
 from actors.loop.lanes import lanes
 from actors.messages import (
+    AskProgress,
     FirstToken,
     GenerationEnded,
-    ReaderEnded,
+    ProgressTold,
     RegisterAgain,
     RequestAccepted,
     RequestClosed,
     RequestReported,
+    StagesEnded,
     Start,
     Stop,
     StreamOpened,
     SupervisorMessage,
     TerminalSent,
 )
+from actors.outlet import Delivered, RequestEnd
 from actors.request import RequestActor
-from gateway.wire.protocol import FunctionCall
+from actors.row import Report
 from llm.chat.completions import Delta, ToolCall, Usage
 from llm.chat.generation import GenerationResult, LlmClient
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
@@ -43,19 +46,27 @@ from tests.fakes import LIMIT, PROMPT, Collector, FakeSource, FakeStream
 
 
 class FakeOutlet:
-    """Takes text."""
+    """Takes an answer, all of which is delivered at once."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
-        self.calls: list[FunctionCall] = []
+        self.delivered = Delivered()
+        self.is_done = False
         self.waited_at = 0.0
 
     def put(self, text: str) -> None:
         self.texts.append(text)
+        self.delivered = Delivered(self.delivered.text + text, self.delivered.calls)
 
-    def put_call(self, call: FunctionCall, on_written: Callable[[float], None]) -> None:
-        self.calls.append(call)
-        on_written(time.monotonic())
+    def put_call(self, call: ToolCall, on_sent: Callable[[], None]) -> None:
+        self.delivered = Delivered(self.delivered.text, (*self.delivered.calls, call))
+        on_sent()
+
+    def finish(self, end: RequestEnd, on_sent: Callable[[], None]) -> None:
+        raise AssertionError("the session does that")
+
+    def discard(self) -> bool:
+        raise AssertionError("the session does that")
 
     def progress_at(self) -> float:
         return self.waited_at
@@ -72,7 +83,6 @@ class Given:
     ) -> None:
         self.source = FakeSource() if source is None else source
         self.outlet = FakeOutlet()
-        self.calls: list[ToolCall] = []
         self.metrics = Metrics(CollectorRegistry())
         self.session_mail: gevent.queue.SimpleQueue[Any] = gevent.queue.SimpleQueue()
         self.session = Collector.start(self.session_mail)
@@ -82,9 +92,8 @@ class Given:
             request_id="req_1",
             session=self.session,
             tell_supervisor=tell_supervisor or self.supervisor_mail.append,
-            source=self.source,
+            make_stages=lambda *row: [self.source.generation(*row)],
             outlet=self.outlet,
-            calls=self.calls,
             metrics=self.metrics,
         )
 
@@ -103,13 +112,13 @@ class Given:
         stream: FakeStream = self.source.next()
         return stream
 
-    def report(self) -> GenerationResult:
+    def report(self) -> Report:
         """Wait for the one report, and until the supervisor was told of it, too."""
         message = self.session_mail.get(timeout=LIMIT)
         lanes().wait_turn()
         assert isinstance(message, RequestReported)
         assert message.request_id == "req_1"
-        return message.result
+        return message.report
 
     def release(self) -> None:
         """Play the session that has nothing more to owe; up to here the actor lives."""
@@ -199,10 +208,10 @@ def test_a_live_state_goes_only_where_its_table_says(
 
 
 ENDS: list[tuple[str, list[object]]] = [
-    ("completed", [ReaderEnded(COMPLETED)]),
-    ("failed", [ReaderEnded(FAILED)]),
-    ("interrupted", [Stop(), ReaderEnded(CLOSED)]),
-    ("reaped", [Stop(reaped=True), ReaderEnded(CLOSED)]),
+    ("completed", [StagesEnded((COMPLETED,))]),
+    ("failed", [StagesEnded((FAILED,))]),
+    ("interrupted", [Stop(), StagesEnded((CLOSED,))]),
+    ("reaped", [Stop(is_reaped=True), StagesEnded((CLOSED,))]),
 ]
 
 
@@ -225,10 +234,10 @@ EVERY_MESSAGE = [
     StreamOpened(),
     FirstToken(),
     Stop(),
-    Stop(reaped=True),
-    ReaderEnded(COMPLETED),
-    ReaderEnded(FAILED),
-    ReaderEnded(CLOSED),
+    Stop(is_reaped=True),
+    StagesEnded((COMPLETED,)),
+    StagesEnded((FAILED,)),
+    StagesEnded((CLOSED,)),
     RegisterAgain(),
 ]
 
@@ -258,8 +267,10 @@ def test_an_answer_goes_to_the_outlet_and_its_end_is_reported() -> None:
     stream.say("Hello", ", ", "world")
     stream.complete()
     result = given.report()
-    assert (result.ending, result.finish_reason) == (Ending.COMPLETED, "stop")
+    assert result.generation is not None
+    assert (result.ending, result.generation.finish_reason) == (Ending.COMPLETED, "stop")
     assert given.outlet.texts == ["Hello", ", ", "world"]
+    assert result.delivered.text == "Hello, world"
     given.release()
     given.assert_over()
     assert given.outcomes() == {"completed": 1}
@@ -317,7 +328,7 @@ def test_a_usage_that_cannot_be_counted_does_not_cost_the_report(usage: Usage) -
 def test_stopped_before_its_start_it_reports_at_once_and_never_starts() -> None:
     given = Given()
     given.tell(Stop(), Start(PROMPT))
-    assert given.report() == GenerationResult(Ending.CLOSED)
+    assert given.report() == Report((), Delivered())
     given.release()
     given.assert_over()
     assert given.source.streams == []
@@ -334,7 +345,7 @@ def test_stopped_it_reports_when_its_reader_is_dead_and_not_before() -> None:
     given.settle()
     assert given.session_mail.empty()
     stream.end(CLOSED)
-    assert given.report() is CLOSED
+    assert given.report().stages == (CLOSED,)
     given.release()
     given.assert_over()
     assert given.outcomes() == {"interrupted": 1}
@@ -357,7 +368,7 @@ def test_stopped_before_its_reader_ran_it_still_ends_in_one_report() -> None:
 def test_a_second_stop_is_the_first_one() -> None:
     given = Given(FakeSource(stuck=True))
     stream = given.start()
-    given.tell(Stop(reaped=True), Stop())
+    given.tell(Stop(is_reaped=True), Stop())
     assert stream.close_asked.wait(LIMIT)
     stream.end(CLOSED)
     given.report()
@@ -372,7 +383,7 @@ def test_a_stop_that_crosses_the_end_does_not_change_it(ending: GenerationResult
     stream = given.start()
     stream.end(ending)
     given.tell(Stop())  # handled first: the end is still on its way from the hub
-    assert given.report() is ending
+    assert given.report().stages == (ending,)
     given.release()
     given.assert_over()
     assert given.outcomes() == {ending.ending.value: 1}
@@ -382,8 +393,8 @@ def test_a_stop_that_crosses_the_end_does_not_change_it(ending: GenerationResult
 def test_a_stop_behind_the_end_is_no_error(ending: GenerationResult) -> None:
     given = Given()
     given.start()
-    given.tell(ReaderEnded(ending), Stop())
-    assert given.report() is ending
+    given.tell(StagesEnded((ending,)), Stop())
+    assert given.report().stages == (ending,)
     given.release()
     given.assert_over()
 
@@ -398,7 +409,7 @@ def kinds(given: Given) -> list[type]:
     return [type(message) for message in given.supervisor_mail]
 
 
-def is_our_failure(result: GenerationResult) -> bool:
+def is_our_failure(result: Report) -> bool:
     return result.ending is Ending.FAILED and isinstance(result.error, StreamError)
 
 
@@ -512,7 +523,7 @@ def test_released_before_it_has_reported_it_lives_on_as_one_whose_stream_is_open
     assert given.session_mail.empty()
     assert given.states() == {"connecting": 1}
     stream.end(CLOSED)
-    assert given.report() is CLOSED
+    assert given.report().stages == (CLOSED,)
     given.assert_over()
     assert kinds(given)[4:] == [GenerationEnded]
     assert given.outcomes() == {"interrupted": 1}
@@ -530,7 +541,7 @@ def test_released_and_then_failing_it_still_ends_in_one_report() -> None:
 
 
 @pytest.mark.parametrize(
-    "order", [*itertools.permutations([TerminalSent(), ReaderEnded(COMPLETED)])]
+    "order", [*itertools.permutations([TerminalSent(), StagesEnded((COMPLETED,))])]
 )
 def test_it_is_gone_when_it_is_both_and_not_before(order: tuple[object, object]) -> None:
     given = Given(FakeSource(stuck=True))
@@ -565,7 +576,7 @@ def test_it_registers_with_its_supervisor_and_again_when_asked() -> None:
 def test_registering_again_behind_its_end_does_not_make_it_live_again() -> None:
     given = Given()
     given.start()
-    given.tell(ReaderEnded(COMPLETED), RegisterAgain())
+    given.tell(StagesEnded((COMPLETED,)), RegisterAgain())
     given.report()
     given.ref.ask(StreamOpened(), timeout=LIMIT)
     assert isinstance(given.supervisor_mail[-1], GenerationEnded)
@@ -577,25 +588,55 @@ def test_registering_again_behind_its_end_does_not_make_it_live_again() -> None:
     assert kinds(given) == [RequestClosed, RequestAccepted, GenerationEnded, RequestClosed]
 
 
+def progress_told(given: Given, now: float = 5.0) -> float:
+    """What it answers the reaper."""
+    given.tell(AskProgress(now))
+    given.settle()
+    (told,) = [one for one in given.supervisor_mail if isinstance(one, ProgressTold)]
+    assert (told.request_urn, told.now) == (given.ref.actor_urn, now)
+    given.supervisor_mail.remove(told)
+    return told.progress_at
+
+
 def test_its_progress_is_the_later_one_of_provider_and_client() -> None:
     given = Given()
     given.settle()
     accepted = given.supervisor_mail[0]
     assert isinstance(accepted, RequestAccepted)
-    assert accepted.progress_at() == accepted.accepted_at  # nothing is begun
+    assert progress_told(given) == accepted.accepted_at  # nothing is begun
     given.outlet.waited_at = accepted.accepted_at + 1
-    assert accepted.progress_at() == accepted.accepted_at + 1
+    assert progress_told(given) == accepted.accepted_at + 1
     given.start()
     for provider, client in itertools.permutations([10.0, 20.0]):
         given.stream.progress_at, given.outlet.waited_at = provider, client
-        assert accepted.progress_at() == 20.0
+        assert progress_told(given) == 20.0
 
 
-def test_the_last_resort_reaches_the_stream() -> None:
+@pytest.mark.parametrize("first", [Stop(), Stop(is_reaped=True)])
+def test_only_the_reaper_kills_again_and_only_what_was_told_to_stop_before(first: Stop) -> None:
     given = Given(FakeSource(stuck=True))
     stream = given.start()
+    given.tell(first, Stop(reason="USER_STOP"))
     given.settle()
-    accepted = given.supervisor_mail[0]
-    assert isinstance(accepted, RequestAccepted)
-    accepted.kill_again()
+    assert stream.close_asked.is_set()
+    assert not stream.killed_again.is_set()
+    given.tell(Stop(is_reaped=True))
+    given.settle()
     assert stream.killed_again.is_set()
+
+
+def test_a_stream_that_outlives_its_actor_is_killed_again_until_it_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("actors.request._KILL_AGAIN_SECONDS", 0.001)
+    given = Given(FakeSource(stuck=True))
+    stream = given.start()
+    given.tell(NONSENSE)
+    for _ in range(3):
+        stream.killed_again.clear()
+        assert stream.killed_again.wait(LIMIT)
+    stream.end(CLOSED)
+    given.report()
+    stream.killed_again.clear()
+    gevent.get_hub().loop.update_now()
+    assert not stream.killed_again.wait(0.01)

@@ -17,7 +17,7 @@ from gateway.app import Gateway, bargein_version
 from gateway.server.outbox import OutboxSettings
 from gateway.server.server import ServerSettings
 from gateway.settings.settings import Settings
-from gateway.wire.protocol import PATH
+from gateway.wire.frames import PATH
 from llm.provider import Provider
 from tests.harness import scripts
 from tests.harness.client import Client, HandshakeRefused, Received, wait_until
@@ -816,4 +816,4 @@ def test_who_sends_faster_than_the_log_is_written_is_not_read_meanwhile(
     client.send("SESSION_QUERY", {"query_fields": ["platform"]})
     client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO")
     assert len(waiting) > messages  # each has its line
-    assert max(waiting) < 4 * gateway.server.server._TURN_FRAMES
+    assert max(waiting) < 4 * gateway.server.connection.FRAMES_BETWEEN_PAUSES

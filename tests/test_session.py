@@ -6,11 +6,12 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import gevent
 import gevent.event
 import gevent.queue
+import msgspec
 import pykka
 import pytest
 from prometheus_client import CollectorRegistry
@@ -18,44 +19,40 @@ from prometheus_client import CollectorRegistry
 from actors.actor import tell
 from actors.loop.lanes import Lanes, lanes
 from actors.messages import (
-    BadFrameReceived,
-    ConnectionLost,
     EndSession,
-    FrameReceived,
     GenerationEnded,
     ReapRequest,
     RegisterAgain,
     RequestAccepted,
     RequestClosed,
     SessionEnded,
-    SessionStarted,
     Start,
-    StopOverdue,
     SupervisorMessage,
 )
+from actors.outlet import Delivered, RequestEnd
 from actors.quota import Quota
 from actors.request import RequestActor
+from actors.session.messages import ConnectionLost, StopOverdue
 from actors.session.request_ids import MAX_REMEMBERED_IDS
-from actors.session.session import Authenticator, SessionActor, SessionHandle, SessionSettings
-from gateway.wire.protocol import (
+from actors.session.session import Sessions, SessionSettings
+from actors.words import ErrorCode, OnNewRequest
+from gateway.wire.attachment import Authenticator
+from gateway.wire.decode import FrameError
+from gateway.wire.door import WireDoor
+from gateway.wire.encode import AnswerEncoder
+from gateway.wire.frames import (
     AccountAuth,
     ApiKeyAuth,
-    ClientFrame,
     ClientPayload,
-    ErrorCode,
-    FrameError,
-    FunctionCall,
     FunctionResult,
     HealthCheck,
     HealthStatus,
     HeartbeatReply,
     Interrupt,
-    InterruptReason,
-    OnNewRequest,
     Register,
     Request,
     RequestContent,
-    ResponseEncoder,
+    SessionQuery,
     Shutdown,
 )
 from llm.chat.completions import ToolCall, Usage
@@ -66,6 +63,8 @@ from metrics.instruments import Metrics
 from tests.fakes import LIMIT, PROMPT, FakeSource, FakeStream
 
 NONSENSE: Any = "no message of the protocol"
+
+FAR = 1000.0  # seconds; nothing waits for them
 
 
 # Fakes -------------------------------------------------------------------------------------------
@@ -89,7 +88,7 @@ class FakeOutbox:
         """What the next control frame raises."""
         self._written: gevent.queue.SimpleQueue[dict[str, Any]] = gevent.queue.SimpleQueue()
 
-    def outlet(self, encoder: ResponseEncoder) -> FakeOutlet:
+    def outlet(self, encoder: AnswerEncoder) -> FakeOutlet:
         return FakeOutlet(self, encoder)
 
     def send_control(
@@ -161,47 +160,45 @@ def name_of(frame: dict[str, Any]) -> str:
 class FakeOutlet:
     """One request's way to the fake outbox."""
 
-    def __init__(self, outbox: FakeOutbox, encoder: ResponseEncoder) -> None:
-        self.delivered_text_chars = 0
-        self.delivered_text = ""
-        self.done = False
+    def __init__(self, outbox: FakeOutbox, encoder: AnswerEncoder) -> None:
+        self.delivered = Delivered()
+        self.is_done = False
         self._outbox = outbox
         self._encoder = encoder
-        self._seq = 0
-        self._shut = False
+        self._is_discarded = False
         self._queued: list[Callable[[], None]] = []
 
     def put(self, text: str) -> None:
         def write() -> None:
-            self._outbox.write(self._encoder.encode_text(self._seq, text, 0))
-            self._seq += 1
-            self.delivered_text_chars += len(text)
-            self.delivered_text += text
+            self._outbox.write(self._encoder.encode_text(text, 0))
+            got = self.delivered
+            self.delivered = Delivered(got.text + text, got.calls)
 
         self._do(write)
 
-    def put_call(self, call: FunctionCall, on_written: Callable[[float], None]) -> None:
+    def put_call(self, call: ToolCall, on_sent: Callable[[], None]) -> None:
         def write() -> None:
-            self._outbox.write(self._encoder.encode_call(self._seq, call, 0))
-            self._seq += 1
-            on_written(time.monotonic())
+            self._outbox.write(self._encoder.encode_call(call, 0))
+            got = self.delivered
+            self.delivered = Delivered(got.text, (*got.calls, call))
+            on_sent()
 
         self._do(write)
 
-    def finish(self, payload: bytes, on_written: Callable[[float], None]) -> None:
+    def finish(self, end: RequestEnd, on_sent: Callable[[], None]) -> None:
         def write() -> None:
-            self._outbox.write(payload)
-            self.done = True
+            self._outbox.write(self._encoder.encode_end(end, 0))
+            self.is_done = True
             self._outbox.on_done()
-            on_written(time.monotonic())
+            on_sent()
 
         self._do(write)
         self._outbox.finishing.set()
 
     def discard(self) -> bool:
-        if self.done:
+        if self.is_done:
             return False
-        self._shut = True
+        self._is_discarded = True
         self._queued.clear()
         return True
 
@@ -209,7 +206,7 @@ class FakeOutlet:
         return 0.0
 
     def _do(self, write: Callable[[], None]) -> None:
-        if self._shut:
+        if self._is_discarded:
             return
         if self._outbox.hold:
             self._queued.append(write)
@@ -217,15 +214,35 @@ class FakeOutlet:
             write()
 
 
+class FrameReceived(NamedTuple):
+    """The client sent a frame: what its connection tells the attachment."""
+
+    payload: ClientPayload
+    session_id: str | None
+    read_at: float
+
+
+class BadFrameReceived(NamedTuple):
+    """The client sent what `decode` refuses so."""
+
+    error: FrameError
+
+
+class VoiceReceived(NamedTuple):
+    """The client sent a binary frame."""
+
+    data: bytes
+
+
 class Given:
-    """A session-actor between fakes."""
+    """An attachment and its session, between fakes."""
 
     def __init__(
         self,
         source: FakeSource | None = None,
         *,
         tell_supervisor: Callable[[SupervisorMessage], None] | None = None,
-        takes_requests: bool = True,
+        is_draining: bool = False,
         sessions: Quota | None = None,
         requests: Quota | None = None,
         authenticator: Authenticator | None = None,
@@ -237,27 +254,54 @@ class Given:
         self.outbox = FakeOutbox()
         self.metrics = Metrics(CollectorRegistry())
         self.supervisor_mail: list[SupervisorMessage] = []
-        self.ref = SessionActor.start(
-            outbox=self.outbox,
-            peer="127.0.0.1:9",
-            source=self.source,
-            tell_supervisor=tell_supervisor or self.supervisor_mail.append,
-            health=lambda: HealthStatus("UP", 1, 0.0),
-            settings=SessionSettings(**settings),
-            metrics=self.metrics,
-            slot=self.sessions.slot(),
-            requests=self.requests,
-            takes_requests=takes_requests,
+        self.door = WireDoor(
+            sessions=Sessions(
+                quota=self.sessions,
+                requests=self.requests,
+                make_stages=lambda *row: [self.source.generation(*row)],
+                tell_supervisor=tell_supervisor or self.supervisor_mail.append,
+                settings=SessionSettings(**settings),
+                metrics=self.metrics,
+            ),
             authenticator=authenticator,
+            health=lambda: HealthStatus("UP", 1, 0.0),
+            metrics=self.metrics,
         )
+        if is_draining:
+            self.door.drain(FAR)
+        self.attachment = self.door.attach(self.outbox, "127.0.0.1:9")
         self.session_id: str | None = None
+
+    @property
+    def ref(self) -> pykka.ActorRef[Any]:
+        """The session's actor, once the client has registered."""
+        session = self.attachment._session
+        assert session is not None
+        return session._ref
 
     def tell(self, *messages: object) -> None:
         for message in messages:
-            assert tell(self.ref, message)
+            match message:
+                case FrameReceived(payload, session_id, read_at):
+                    frame = {
+                        "version": "1.0",
+                        "msg_type": payload.msg_type,
+                        "session_id": session_id,
+                        "payload": payload,
+                        "timestamp": 0,
+                    }
+                    self.attachment.text(msgspec.json.encode(frame), read_at)
+                case BadFrameReceived(error):
+                    self.attachment._fault(error)
+                case VoiceReceived(data):
+                    self.attachment.binary(data)
+                case ConnectionLost(reason):
+                    self.attachment.connection_lost(reason)
+                case _:
+                    assert tell(self.ref, message)
 
     def frame(self, payload: ClientPayload) -> FrameReceived:
-        return FrameReceived(ClientFrame(self.session_id, payload), time.monotonic())
+        return FrameReceived(payload, self.session_id, time.monotonic())
 
     def register(self, **fields: Any) -> None:
         self.tell(self.frame(Register(ApiKeyAuth("key"), **fields)))
@@ -364,8 +408,8 @@ def test_a_second_registration_is_refused_and_the_session_goes_on(given: Given) 
 
 
 def test_a_foreign_session_id_is_refused(given: Given) -> None:
-    frame = ClientFrame("sess_0123456789abcdef", Request("req_1", "TEXT", RequestContent("Hi")))
-    given.tell(FrameReceived(frame, 0.0))
+    request = Request("req_1", "TEXT", RequestContent("Hi"))
+    given.tell(FrameReceived(request, "sess_0123456789abcdef", 0.0))
     assert given.outbox.wait_for("ERROR")["error_code"] == "SESSION_INVALID"
     assert given.source.streams == []
 
@@ -1055,7 +1099,7 @@ def test_a_client_that_says_shutdown_is_told_so_and_closed_with_1000(given: Give
 def test_a_gateway_that_shuts_down_tells_its_clients_and_closes_with_1012(given: Given) -> None:
     given.request("req_1")
     given.source.next()
-    given.tell(EndSession(InterruptReason.SERVER_SHUTDOWN))
+    given.tell(EndSession())
     assert given.outbox.wait_terminal("req_1")["interrupt_reason"] == "SERVER_SHUTDOWN"
     assert given.ref.actor_stopped.wait(LIMIT)
     assert given.outbox.history()[1:] == ["end INTERRUPTED req_1", "SHUTDOWN"]
@@ -1067,7 +1111,7 @@ def test_a_session_that_is_ending_takes_no_more_requests_but_answers_interrupts(
     given = stuck()
     given.request("req_1")
     stream = given.source.next()
-    given.tell(EndSession(InterruptReason.SERVER_SHUTDOWN))
+    given.tell(EndSession())
     given.request("req_2")
     assert given.outbox.wait_terminal("req_2")["error_code"] == "SERVER_BUSY"
     given.interrupt("req_1")
@@ -1083,23 +1127,35 @@ def test_a_session_that_is_ending_takes_no_more_requests_but_answers_interrupts(
     ]
 
 
-def test_a_session_that_never_registered_ends_without_being_counted() -> None:
+def test_a_client_that_never_registered_leaves_without_being_counted() -> None:
     given = Given()
-    given.tell(ConnectionLost("gone"))
-    assert given.ref.actor_stopped.wait(LIMIT)
+    assert given.door.unregistered == 1
+    given.tell(ConnectionLost("gone"), ConnectionLost("told twice"))
+    assert given.door.unregistered == 0
     given.assert_nothing_counted_as_live()
     assert given.sample("sessions_total", outcome="ended") == 0
-    assert isinstance(given.supervisor_mail[0], SessionStarted)
-    assert isinstance(given.supervisor_mail[-1], SessionEnded)
+    assert given.supervisor_mail == []
+
+
+def test_what_comes_after_a_lost_connection_is_ignored(given: Given) -> None:
+    frame = given.frame(HealthCheck())
+    given.tell(ConnectionLost("gone"))
+    assert given.ref.actor_stopped.wait(LIMIT)
+    given.tell(
+        ConnectionLost("gone"),
+        BadFrameReceived(FrameError(ErrorCode.MALFORMED_PAYLOAD, "?")),
+        frame,
+        VoiceReceived(b"voice"),
+    )
+    assert given.outbox.history() == ["REGISTER_ACK"]
 
 
 def test_telling_a_session_that_has_ended_is_no_error(given: Given) -> None:
-    given.tell(ConnectionLost("gone"))
+    given.tell(given.frame(Shutdown()))
     assert given.ref.actor_stopped.wait(LIMIT)
-    handle = SessionHandle(given.ref, Quota().slot())
-    handle.connection_lost("gone")
-    handle.bad_frame(FrameError(ErrorCode.MALFORMED_PAYLOAD, "?"))
-    handle.frame(ClientFrame(None, HealthCheck()), 0.0)
+    given.request("req_1")
+    given.tell(ConnectionLost("gone"))
+    assert given.outbox.history() == ["REGISTER_ACK", "SHUTDOWN"]
 
 
 # Failures ----------------------------------------------------------------------------------------
@@ -1118,7 +1174,7 @@ def test_a_session_that_fails_closes_its_connection_and_takes_only_its_own_reque
     actor = failing.actor("req_1")
     lost.say("once")
     failing.outbox.fail = error
-    failing.tell(failing.frame(HealthCheck()))
+    failing.tell(failing.frame(SessionQuery()))
     assert lost.close_asked.wait(LIMIT)
     lost.say("too late")
     assert failing.ref.actor_stopped.wait(LIMIT)
@@ -1178,20 +1234,15 @@ def test_a_bad_frame_names_its_request_only_where_that_ends_nothing(given: Given
         assert ("request_id" in given.outbox.wait_for("ERROR")) is named
 
 
-def test_it_registers_itself_again_when_asked_and_its_live_requests_themselves(
-    given: Given,
-) -> None:
+def test_its_live_requests_register_again_when_asked(given: Given) -> None:
     given.request("req_1")
     given.source.next()
     given.settle()
     actor = given.actor("req_1")
     given.supervisor_mail.clear()
-    given.tell(RegisterAgain())
-    given.settle_requests()
-    assert given.supervisor_mail == [SessionStarted(given.ref)]
     tell(actor, RegisterAgain())
     given.settle_requests()
-    assert [type(one) for one in given.supervisor_mail] == [SessionStarted, RequestAccepted]
+    assert [type(one) for one in given.supervisor_mail] == [RequestAccepted]
 
 
 # Letting go of requests --------------------------------------------------------------------------

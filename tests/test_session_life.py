@@ -19,19 +19,18 @@ import greenlet
 import pytest
 
 from actors.actor import Timer
-from actors.messages import BadFrameReceived, ConnectionLost, TimeIsDue, VoiceReceived
 from actors.session.lifetime import Due, Lifetime
+from actors.session.messages import ConnectionLost, TimeIsDue
+from actors.session.profile import Platform
 from actors.session.session import SessionSettings
+from actors.words import ErrorCode, OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import (
-    ErrorCode,
-    FrameError,
+from gateway.wire.decode import FrameError
+from gateway.wire.frames import (
     FunctionResult,
     HealthCheck,
     HeartbeatReply,
     Interrupt,
-    OnNewRequest,
-    Platform,
     Request,
     RequestContent,
     SessionQuery,
@@ -41,7 +40,7 @@ from tests.fakes import LIMIT, Clock, FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client
 from tests.harness.provider_process import ProviderProcess
-from tests.test_session import Given
+from tests.test_session import BadFrameReceived, Given, VoiceReceived
 
 MakeGateway: TypeAlias = Callable[..., Gateway]
 QUICK = 2**-8

@@ -11,10 +11,10 @@ from typing import TypeAlias
 import gevent
 import pytest
 
+from actors.words import OnNewRequest
 from gateway.app import Gateway
 from gateway.server.outbox import MAX_CONTROL_FRAMES, OutboxSettings
 from gateway.server.server import ServerSettings
-from gateway.wire.protocol import OnNewRequest
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.provider_process import ProviderProcess

@@ -72,12 +72,18 @@ import gevent
 from actors.session.live import LiveRequest
 from actors.session.request_ids import RequestIds
 from actors.request import RequestActor
+from actors.outlet import Delivered
+from actors.session.conversation import Conversation
+from actors.session.interrupts import Interrupts
+from actors.session.live import LiveRequests
+from actors.session.port import CONNECTION_LOST
 from actors.session.session import SessionActor
+from actors.words import InterruptReason
 from gateway.server.outbox import Outbox, Outlet
 from llm.chat.client import ProviderClient
 from llm.http.connections import ConnectionReader
-from llm.chat.generation import GenerationResult
-from llm.stage import Ending
+from gateway.wire.port import WirePort
+from llm.stage import Ending, StageResult
 {bug}
 sys.exit(run.main())
 """
@@ -94,37 +100,37 @@ Outbox.purge = lambda outbox, outlet: None
         {Promise.ACK_AFTER_CLOSE},
         # The close takes long, and is reported before it is done.
         """
-hang_up, stop_reading = ConnectionReader.hang_up, RequestActor._stop_reading
+hang_up, stop_stages = ConnectionReader.hang_up, RequestActor._stop_stages
 def hang_up_slowly(connection):
     gevent.sleep(0.5)
     hang_up(connection)
 def report_and_stop(request, stop):
-    request._report(GenerationResult(Ending.CLOSED, closed_at=time.monotonic()))
-    stop_reading(request, stop)
-ConnectionReader.hang_up, RequestActor._stop_reading = hang_up_slowly, report_and_stop
+    request._send_report((StageResult(Ending.CLOSED, closed_at=time.monotonic()),))
+    stop_stages(request, stop)
+ConnectionReader.hang_up, RequestActor._stop_stages = hang_up_slowly, report_and_stop
 """,
     ),
     "terminal frame twice": (
         {Promise.ONE_END},
         """
-forget = SessionActor._forget
-def forget_and_repeat(session, live, outcome):
-    forget(session, live, outcome)
-    session._send(live.terminal())
-SessionActor._forget = forget_and_repeat
+forget = Conversation.forget
+def forget_and_repeat(conversation, live):
+    forget(conversation, live)
+    conversation._client.port.request_ended(live.end())
+Conversation.forget = forget_and_repeat
 """,
     ),
     "interrupt clears the wrong request": (
         {Promise.RIGHT_TARGET},
         # One for a request that has ended stops the one that runs.
         """
-interrupt = SessionActor._interrupt
-def interrupt_what_runs(session, frame, read_at):
-    if session._request_ids.has_ended(frame.target):
-        for live in list(session._live.values()):
-            session._stop_request(live, frame.known_reason)
-    interrupt(session, frame, read_at)
-SessionActor._interrupt = interrupt_what_runs
+ask = Interrupts.ask
+def interrupt_what_runs(interrupts, asked):
+    if interrupts._request_ids.has_ended(asked.target):
+        for live in interrupts._requests:
+            interrupts._requests.interrupt(live, asked.reason)
+    return ask(interrupts, asked)
+Interrupts.ask = interrupt_what_runs
 """,
     ),
     "history takes undelivered text": (
@@ -135,19 +141,19 @@ def put_and_keep(outlet, text):
     texts.setdefault(outlet, []).append(text)
     put(outlet, text)
 Outlet.put = put_and_keep
-Outlet.delivered_text = property(lambda outlet: "".join(texts.get(outlet, [])))
+Outlet.delivered = property(lambda outlet: Delivered("".join(texts.get(outlet, []))))
 """,
     ),
     "history takes unheard text": (
         {Promise.HISTORY},
         """
-LiveRequest.heard = lambda live, chars: None
+LiveRequest.hear = lambda live, chars: None
 """,
     ),
     "interrupt ahead of its request is forgotten": (
         {Promise.RIGHT_TARGET},
         """
-RequestIds.take_early = lambda memory, request_id, now: None
+RequestIds.take_early = lambda ids, request_id, now: None
 """,
     ),
     "long text is cut": (
@@ -171,21 +177,21 @@ ProviderClient.post = post_twice
         # Where it is interrupted once more, the ack says that it was over.
         {Promise.OLD_ENDS_FIRST, Promise.ACK_AFTER_CLOSE},
         """
-send = SessionActor._send
-def send_late(session, payload):
-    late = getattr(payload, "interrupt_reason", None) == "USER_NEW_INPUT"
-    gevent.spawn_later(0.05 * late, send, session, payload) if late else send(session, payload)
-SessionActor._send = send_late
+request_ended = WirePort.request_ended
+def end_late(port, end):
+    is_late = end.reason is InterruptReason.USER_NEW_INPUT
+    (gevent.spawn_later(0.05, request_ended, port, end) if is_late else request_ended(port, end))
+WirePort.request_ended = end_late
 """,
     ),
     "streams outlive their client": (
         {Promise.GONE_IS_STOPPED},
         """
 end = SessionActor._end
-def end_without_requests(session, reason, farewell):
-    if reason == "CONNECTION_LOST":
-        session._live.clear()
-    end(session, reason, farewell)
+def end_without_requests(session, goodbye):
+    if goodbye is CONNECTION_LOST:
+        session._requests._by_id.clear()
+    end(session, goodbye)
 SessionActor._end = end_without_requests
 """,
     ),

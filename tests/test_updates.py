@@ -9,14 +9,10 @@ from typing import Any
 
 import pytest
 
+from actors.session.profile import FunctionDefinition, SystemPrompt
+from actors.words import OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import (
-    FunctionDefinition,
-    OnNewRequest,
-    Request,
-    RequestContent,
-    SystemPrompt,
-)
+from gateway.wire.frames import Request, RequestContent
 from tests.fakes import FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, Received

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from actors.session.voice import MAX_DROPPED_VOICES, VoiceError, VoiceIntake, VoiceRequests
-from gateway.wire.protocol import ErrorCode, Request, RequestContent, VoiceMode
+from actors.session.messages import (
+    NotUnderstood,
+    SessionMessage,
+    SignOfLife,
+    VoiceBegun,
+    VoiceBroken,
+    VoiceEnded,
+)
+from actors.words import ErrorCode
+from gateway.wire.frames import Request, RequestContent, VoiceMode
+from gateway.wire.voice import MAX_IGNORED_VOICES, VoiceError, VoiceFrames, VoiceIntake
 
 
 def intake(mode: VoiceMode = "BASE64", max_bytes: int = 100) -> VoiceIntake:
@@ -264,82 +273,123 @@ def frame(
     return Request(request_id, "VOICE", RequestContent(None, mode, voice), flag, seq)
 
 
-def opened(mode: VoiceMode = "BASE64") -> VoiceRequests:
-    """One of which the first frame has come."""
-    voices = VoiceRequests(100)
-    voices.begin(frame(mode=mode))
-    assert not voices.add_frame(frame(mode=mode))
+ALIVE: list[SessionMessage] = [SignOfLife()]
+
+
+def opened(mode: VoiceMode = "BASE64") -> VoiceFrames:
+    """Those of a client that has sent the first frame of a request."""
+    voices = VoiceFrames(100)
+    assert voices.take_frame(frame(mode=mode)) == [VoiceBegun("r1")]
     return voices
 
 
-def test_nothing_is_open_or_ignored_at_first() -> None:
-    voices = VoiceRequests(100)
-    assert voices.open_id is None
-    assert not (voices.ignores(frame()) or voices.ignores_binary or voices.is_dropped("r1"))
+def broken(words: list[SessionMessage], request_id: str = "r1") -> VoiceBroken:
+    """The one word there is."""
+    (word,) = words
+    assert isinstance(word, VoiceBroken)
+    assert word.request_id == request_id
+    return word
 
 
-def test_a_request_is_open_from_its_first_frame_to_its_end() -> None:
+def test_the_frames_of_a_request_are_its_beginning_signs_of_life_and_its_end() -> None:
     voices = opened()
-    assert voices.open_id == "r1"
-    assert not voices.ignores(frame(seq=1))
-    assert voices.add_frame(frame(seq=-1))
-    assert voices.open_id == "r1"
-    voices.drop("r1")
-    assert voices.open_id is None
+    assert voices.take_frame(frame(seq=1)) == ALIVE
+    assert voices.take_frame(frame(seq=-1)) == [VoiceEnded("r1")]
 
 
-def test_binary_frames_are_of_the_open_request() -> None:
+def test_a_frame_that_is_all_is_beginning_and_end() -> None:
+    voices = VoiceFrames(100)
+    assert voices.take_frame(frame(flag=False)) == [VoiceBegun("r1"), VoiceEnded("r1")]
+    # The session knows that the id was used.
+    assert voices.take_frame(frame(flag=False)) == [VoiceBegun("r1"), VoiceEnded("r1")]
+
+
+def test_what_changes_the_session_is_taken_from_the_first_frame() -> None:
+    voices = VoiceFrames(100)
+    content = RequestContent(voice_mode="BINARY")
+    begun = Request("r1", "VOICE", content, True, 0, require_tts=True)
+    (word,) = voices.take_frame(begun)
+    assert isinstance(word, VoiceBegun)
+    assert [update.require_tts for update in word.updates] == [True]
+
+
+def test_binary_frames_are_of_the_newest_request() -> None:
     voices = opened("BINARY")
-    voices.add_binary(b"a" * 100)
-    with pytest.raises(VoiceError, match="101 bytes of voice; the limit is 100"):
-        voices.add_binary(b"a")
-    assert voices.add_frame(frame(seq=-1, mode="BINARY"))
+    assert voices.take_binary(b"a" * 100) == []
+    assert broken(voices.take_binary(b"a")).detail == "101 bytes of voice; the limit is 100"
+    assert voices.take_binary(b"the rest") == []
+    assert voices.take_frame(frame(seq=-1, mode="BINARY")) == ALIVE
 
 
-def test_the_one_that_begins_is_open_in_place_of_the_one_before() -> None:
+def test_a_binary_frame_outside_of_a_request_is_not_understood() -> None:
+    detail = "a binary frame outside of a request"
+    refused = NotUnderstood(ErrorCode.MALFORMED_PAYLOAD, detail)
+    voices = VoiceFrames(100)
+    assert voices.take_binary(b"voice") == [refused]
+    assert voices.take_frame(frame(mode="BINARY")) == [VoiceBegun("r1")]
+    assert voices.take_frame(frame(seq=-1, mode="BINARY")) == [VoiceEnded("r1")]
+    assert voices.take_binary(b"voice") == [refused]
+
+
+def test_a_frame_out_of_order_breaks_a_request_and_its_rest_is_swallowed() -> None:
     voices = opened()
-    voices.drop("r1")
-    voices.begin(frame("r2"))
-    assert not voices.add_frame(frame("r2"))
-    assert voices.open_id == "r2"
-    assert voices.ignores(frame("r1", 1))
-    assert not voices.ignores(frame("r2", 1))
+    assert broken(voices.take_frame(frame(seq=7))).code is ErrorCode.STREAM_SEQ_ERROR
+    assert voices.take_frame(frame(seq=2)) == ALIVE
+    assert voices.take_frame(frame(seq=-1)) == ALIVE
+    assert voices.take_frame(frame()) == [VoiceBegun("r1")]  # as if it was never seen
 
 
-def test_another_one_may_be_dropped_while_one_is_open() -> None:
-    voices = opened()
-    voices.drop("r2")
-    assert voices.open_id == "r1"
-    assert voices.ignores(frame("r2", 1))
-    assert not voices.add_frame(frame(seq=1))
+def test_of_two_that_have_begun_the_session_drops_one() -> None:
+    for dropped, kept in (("r1", "r2"), ("r2", "r1")):
+        voices = opened("BINARY")
+        assert voices.take_frame(frame("r2", mode="BINARY")) == [VoiceBegun("r2")]
+        voices.ignore(dropped)
+        assert broken(voices.take_binary(b"a" * 101), kept)
+        assert voices.take_frame(frame(dropped, -1, mode="BINARY")) == ALIVE
 
 
 @pytest.mark.parametrize("mode", ["BASE64", "BINARY"])
-def test_the_rest_of_a_dropped_request_is_ignored_up_to_its_last_frame(mode: VoiceMode) -> None:
+def test_the_rest_of_an_ignored_request_is_swallowed_up_to_its_last_frame(mode: VoiceMode) -> None:
     voices = opened(mode)
-    voices.drop("r1")
+    voices.ignore("r1")
     for seq in (1, 7, -1):
-        assert voices.ignores(frame(seq=seq, mode=mode))
-        assert voices.ignores_binary
-        assert voices.is_dropped("r1")
-        voices.came(frame(seq=seq, mode=mode))
-    assert not (voices.ignores(frame(seq=1, mode=mode)) or voices.ignores_binary)
-    assert not voices.is_dropped("r1")
+        assert voices.take_binary(b"voice") == []
+        assert voices.take_fault("r1", ErrorCode.MALFORMED_PAYLOAD, "?") == []
+        assert voices.take_frame(frame(seq=seq, mode=mode)) == ALIVE
+    assert voices.take_binary(b"voice") != []
+    assert voices.take_frame(frame(mode=mode)) == [VoiceBegun("r1")]
 
 
 def test_a_frame_that_is_all_is_no_rest_and_ends_it() -> None:
     voices = opened()
-    voices.drop("r1")
-    assert not voices.ignores(frame(flag=False))
-    assert voices.ignores(frame(mode="BINARY", flag=False))  # which it never is in this mode
-    voices.came(frame(mode="BINARY", flag=False))
-    assert voices.ignores_binary
-    voices.came(frame(flag=False))
-    assert not voices.ignores_binary
+    voices.ignore("r1")
+    assert voices.take_frame(frame(mode="BINARY", flag=False)) == ALIVE  # never all in this mode
+    assert voices.take_frame(frame(flag=False)) == [VoiceBegun("r1"), VoiceEnded("r1")]
+    assert voices.take_binary(b"voice") != []
 
 
-def test_the_last_hundred_that_were_dropped_are_ignored() -> None:
-    voices = VoiceRequests(100)
-    for number in range(MAX_DROPPED_VOICES + 1):
-        voices.drop(f"r{number}")
-    assert [voices.is_dropped(f"r{number}") for number in range(2)] == [False, True]
+def test_what_is_complete_has_no_rest_to_ignore() -> None:
+    voices = opened()
+    voices.take_frame(frame(seq=-1))
+    voices.ignore("r1")
+    voices.ignore("r2")
+    assert voices.take_binary(b"voice") != []
+
+
+def test_a_frame_that_was_not_understood_breaks_its_request() -> None:
+    voices = opened()
+    word = broken(voices.take_fault("r1", ErrorCode.MALFORMED_PAYLOAD, "no"))
+    assert (word.code, word.detail) == (ErrorCode.MALFORMED_PAYLOAD, "no")
+    assert voices.take_fault("r2", ErrorCode.MALFORMED_PAYLOAD, "no") == [
+        NotUnderstood(ErrorCode.MALFORMED_PAYLOAD, "no", "r2", is_voice=True)
+    ]
+    assert voices.take_frame(frame("r2", 1)) == ALIVE
+
+
+def test_the_last_hundred_that_were_ignored_are_remembered() -> None:
+    voices = VoiceFrames(100)
+    for number in range(MAX_IGNORED_VOICES + 1):
+        voices.take_frame(frame(f"r{number}"))
+        voices.ignore(f"r{number}")
+    assert voices.take_frame(frame("r1", 1)) == ALIVE
+    assert voices.take_frame(frame("r0")) == [VoiceBegun("r0")]

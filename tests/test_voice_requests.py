@@ -9,15 +9,17 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from actors.messages import EndSession, TimeIsDue, VoiceReceived
+from actors.messages import EndSession
 from actors.session.lifetime import Due
+from actors.session.messages import TimeIsDue
+from actors.words import OnNewRequest
 from gateway.app import Gateway
-from gateway.wire.protocol import InterruptReason, OnNewRequest, Request, RequestContent
+from gateway.wire.frames import Request, RequestContent
 from tests.fakes import FakeSource
 from tests.harness import scripts
 from tests.harness.client import Client, Received, wait_until
 from tests.harness.provider_process import ProviderProcess
-from tests.test_session import Given
+from tests.test_session import Given, VoiceReceived
 
 MakeGateway: TypeAlias = Callable[..., Gateway]
 NO_RECOGNITION = "no speech recognition is configured"
@@ -502,7 +504,7 @@ def test_a_voice_whose_frames_are_still_coming_is_interrupted_with_its_session()
     given = Given(FakeSource())
     given.register()
     given.tell(given.frame(Request("v", "VOICE", RequestContent(voice_mode="BINARY"))))
-    given.tell(EndSession(InterruptReason.SERVER_SHUTDOWN))
+    given.tell(EndSession())
     terminal = given.outbox.wait_terminal("v")
     assert terminal["interrupt_reason"] == "SERVER_SHUTDOWN"
     assert given.outbox.wait_for("SHUTDOWN") == {"reason": "SERVER_SHUTDOWN"}
@@ -744,7 +746,7 @@ def test_voice_that_begins_while_the_session_is_ending_is_refused_once() -> None
     given.register()
     given.request("req_1")
     given.source.next()
-    given.tell(EndSession(InterruptReason.SERVER_SHUTDOWN))
+    given.tell(EndSession())
     for seq in (0, 1, -1):
         content = RequestContent(voice_mode="BINARY")
         given.tell(given.frame(Request("req_2", "VOICE", content, stream_seq=seq)))

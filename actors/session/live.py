@@ -1,58 +1,29 @@
-"""A request while it is live, an INTERRUPT while it owes its ack, and the frames that end both."""
+"""The requests of a session while they are live, and how each of them is stopped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pykka
-from msgspec import UNSET, Struct, UnsetType, field
+from msgspec import Struct
 
-from actors.actor import Timer
+from actors.actor import Timer, tell
+from actors.loop.lanes import lanes
+from actors.messages import Stop, TerminalSent
+from actors.outlet import Delivered, Outlet, RequestEnd
 from actors.quota import Slot
-from actors.request import Outlet as RequestOutlet
 from actors.request import RequestActor
+from actors.row import Report
+from actors.session.books import Books
 from actors.session.history import Ending as TurnEnding
 from actors.session.history import Turn
-from gateway.wire.protocol import (
-    AckStatus,
-    ErrorCode,
-    Interrupt,
-    InterruptAck,
-    InterruptOutcome,
-    InterruptReason,
-    InterruptResult,
-    Outcome,
-    Response,
-    ServerPayload,
-    Usage,
-    error,
-)
-from llm.chat.completions import ToolCall
-from llm.chat.generation import GenerationResult
+from actors.session.messages import StopOverdue
+from actors.session.port import InterruptResult
+from actors.words import ErrorCode, InterruptOutcome, InterruptReason, Outcome
+from llm.chat.completions import Usage
 from llm.errors import LimitPassedError
 from llm.stage import Ending
-
-_NO_RESULT = GenerationResult(Ending.CLOSED)
-_WORDS = {
-    InterruptOutcome.STOPPED: "stopped",
-    InterruptOutcome.ALREADY_DONE: "already finished",
-    InterruptOutcome.UNKNOWN: "unknown request",
-    InterruptOutcome.TIMED_OUT: "told to stop, but its stream is still open",
-}
-
-
-class Outlet(RequestOutlet, Protocol):
-    """One request's way to the client (`gateway.server.outbox.Outlet`)."""
-
-    delivered_text_chars: int
-
-    @property
-    def delivered_text(self) -> str: ...
-    @property
-    def done(self) -> bool: ...
-    def finish(self, payload: bytes, on_written: Callable[[float], None]) -> None: ...
-    def discard(self) -> bool: ...
 
 
 class LiveRequest(Struct, eq=False):
@@ -62,61 +33,69 @@ class LiveRequest(Struct, eq=False):
         request_id: the client's.
         outlet: its way to the client.
         actor: the actor that runs it.
-        turn: its place in the history.
-        calls: the function calls that the client was given.
-        slot: among all live requests; it is given back as soon as this one is told to stop.
-        voice_stream_seq: what its terminal frame says of speech.
+        turn: its turn in the history.
+        slot: its share of the quota; released as soon as the request is told to stop.
+        wants_speech: whether its client waits for the end of speech.
     """
 
     request_id: str
     outlet: Outlet
     actor: pykka.ActorRef[RequestActor]
     turn: Turn
-    calls: list[ToolCall]
     slot: Slot
-    voice_stream_seq: int | UnsetType = UNSET
-    started: bool = False
+    wants_speech: bool = False
+    is_started: bool = False
     interrupted_by: InterruptReason | None = None
     reaped: str | None = None
     """What the reaper found."""
-    result: GenerationResult | None = None
-    timed_out: bool = False
+    report: Report | None = None
+    is_report_final: bool = False
+    """Whether it was told to stop before it reported, so that nothing was sent since."""
+    is_timed_out: bool = False
+    """Whether a stage still ran when the time for stopping it was up."""
     timer: Timer | None = None
     heard_chars: int | None = None
-    """How much of the answer the user got, as the client says."""
+    """How much of the answer the user got, as the client says, in Unicode code points."""
 
     @property
     def is_stopping(self) -> bool:
-        """True when it was told to stop, by whomever."""
+        """True when it was told to stop."""
         return self.interrupted_by is not None or self.reaped is not None
 
     @property
     def is_settled(self) -> bool:
         """True when an interrupt need not wait for it any more."""
-        return self.result is not None or self.timed_out
+        return self.report is not None or self.is_timed_out
 
     @property
     def is_queued(self) -> bool:
         """True when it is still to be started."""
-        return not (self.started or self.is_stopping)
+        return not (self.is_started or self.is_stopping)
 
     @property
     def can_start(self) -> bool:
-        """True when it waits, and nothing that it builds on is still to come."""
+        """True when it is queued, and the turn that it continues is complete with all results."""
         if not self.is_queued:
             return False
         before = self.turn.continues
         return before is None or (before.ending is not None and before.resolved)
 
-    def heard(self, chars: int | None) -> None:
-        """The client says how many code points the user got."""
+    @property
+    def delivered(self) -> Delivered:
+        """What the client got of it."""
+        if self.report is not None and self.is_report_final:
+            return self.report.delivered
+        return self.outlet.delivered
+
+    def hear(self, chars: int | None) -> None:
+        """The client says how many code points the user got; the least that it said counts."""
         if chars is not None:
             before = chars if self.heard_chars is None else self.heard_chars
             self.heard_chars = min(chars, before)
 
     def as_heard(self, outcome: Outcome) -> tuple[str, TurnEnding]:
         """What the user got of the answer, and how it ended to them."""
-        text = self.outlet.delivered_text
+        text = self.delivered.text
         if self.heard_chars is not None and self.heard_chars < len(text):
             return text[: self.heard_chars], TurnEnding.INTERRUPTED
         match outcome:
@@ -127,130 +106,160 @@ class LiveRequest(Struct, eq=False):
             case Outcome.FAILED | Outcome.REAPED:
                 return text, TurnEnding.BROKEN
 
-    def terminal(self) -> ServerPayload:
-        """The one frame that ends it."""
-        result = self.result or _NO_RESULT
+    @property
+    def outcome(self) -> Outcome:
+        """How it ends; an interrupt counts before everything else that happened to it."""
         if self.interrupted_by is not None:
-            return interrupted(self.request_id, self.interrupted_by, self.voice_stream_seq, result)
-        if self.reaped is None and result.ending is Ending.COMPLETED:
-            return completed(self.request_id, self.voice_stream_seq, result)
-        late = self.reaped is not None or isinstance(result.error, LimitPassedError)
-        return error(
-            ErrorCode.REQUEST_TIMEOUT if late else ErrorCode.INTERNAL_ERROR,
-            self.reaped or str(result.error or "the generation was stopped"),
-            request_id=self.request_id,
-            outcome=Outcome.FAILED if self.reaped is None else Outcome.REAPED,
-            finish_reason=result.finish_reason,
-            usage=_usage(result),
+            return Outcome.INTERRUPTED
+        if self.reaped is not None:
+            return Outcome.REAPED
+        is_complete = self.report is not None and self.report.ending is Ending.COMPLETED
+        return Outcome.COMPLETED if is_complete else Outcome.FAILED
+
+    def end(self) -> RequestEnd:
+        """The one end that its client is told."""
+        generation = None if self.report is None else self.report.generation
+        finish_reason = None if generation is None else generation.finish_reason
+        usage: Usage | None = None
+        if generation is not None:
+            usage = generation.usage
+            if usage is None and generation.usage_estimate is not None:
+                usage = generation.usage_estimate.guess()
+        code, detail = None, ""
+        if self.outcome in (Outcome.FAILED, Outcome.REAPED):
+            error = None if self.report is None else self.report.error
+            is_late = self.reaped is not None or isinstance(error, LimitPassedError)
+            code = ErrorCode.REQUEST_TIMEOUT if is_late else ErrorCode.INTERNAL_ERROR
+            detail = self.reaped or str(error or "the generation was stopped")
+        return RequestEnd(
+            self.request_id,
+            self.outcome,
+            self.interrupted_by,
+            code,
+            detail,
+            finish_reason,
+            usage,
+            self.wants_speech,
         )
 
-    def stop_result(self, read_at: float) -> InterruptResult:
-        """What an INTERRUPT that was read at this `time.monotonic()` did to it."""
-        delivered = self.outlet.delivered_text_chars
-        if self.result is None:
-            return InterruptResult(self.request_id, InterruptOutcome.TIMED_OUT, delivered, None)
-        closed_at = self.result.closed_at
+    def interrupt_result(self, read_at: float) -> InterruptResult:
+        """What an interrupt that was read at this `time.monotonic()` did to it."""
+        chars = self.delivered.text_chars
+        if self.report is None:
+            return InterruptResult(self.request_id, InterruptOutcome.TIMED_OUT, chars)
+        closed_at = self.report.closed_at
         closed_ms = None
         if closed_at is not None:
             closed_ms = round(max(0.0, closed_at - read_at) * 1000, 3)
         return InterruptResult(
             self.request_id,
             InterruptOutcome.STOPPED,
-            delivered,
+            chars,
             closed_ms,
-            UNSET if self.result.stops_on_close is None else self.result.stops_on_close.value,
+            self.report.stops_on_close,
         )
 
 
-class PendingInterrupt(Struct, eq=False):
-    """An INTERRUPT that still owes its ack."""
+class LiveRequests:
+    """The live requests of one session, in the order of their acceptance.
 
-    frame: Interrupt
-    read_at: float
-    targets: dict[str, LiveRequest | InterruptResult] = field(default_factory=dict)
-    active_requests: list[str] = field(default_factory=list)
-    terminals: list[ServerPayload] = field(default_factory=list)
-    """Of what it ended that had no generation: they follow the ack."""
+    Args:
+        session: gets `StopOverdue`.
+        ack_timeout: seconds that a stop may take.
+        books: counts.
+    """
 
-    def waits_for(self, live: LiveRequest) -> bool:
-        """True when the request may not end before the ack."""
-        return self.targets.get(live.request_id) is live
+    def __init__(self, session: pykka.ActorRef[Any], ack_timeout: float, books: Books) -> None:
+        self._session = session
+        self._ack_timeout = ack_timeout
+        self._books = books
+        self._lanes = lanes()
+        self._by_id: dict[str, LiveRequest] = {}
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        return iter(list(self._by_id.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
 
     @property
-    def ready(self) -> bool:
-        """True when the ack can be given."""
-        return all(
-            isinstance(target, InterruptResult) or target.is_settled
-            for target in self.targets.values()
-        )
+    def ids(self) -> list[str]:
+        """Their ids."""
+        return list(self._by_id)
 
-    def ack(self) -> InterruptAck:
-        """The answer."""
-        results: list[InterruptResult] = []
-        stopped: list[str] = []
-        words: list[str] = []
-        for target in self.targets.values():
-            result = (
-                target if isinstance(target, InterruptResult) else target.stop_result(self.read_at)
-            )
-            results.append(result)
-            if result.outcome is InterruptOutcome.STOPPED:
-                stopped.append(result.request_id)
-            words.append(f"{result.request_id}: {_WORDS[result.outcome]}")
-        if not stopped:
-            status = AckStatus.FAILED
-        elif len(stopped) == len(results):
-            status = AckStatus.SUCCESS
-        else:
-            status = AckStatus.PARTIAL
-        message = "; ".join(words) or "no request in progress"
-        return InterruptAck(stopped, status, message, results, self.frame.interrupt_request_id)
+    def get(self, request_id: str) -> LiveRequest | None:
+        """The one of this id; None where it is not live."""
+        return self._by_id.get(request_id)
 
+    def add(self, live: LiveRequest) -> None:
+        """A request was accepted."""
+        self._by_id[live.request_id] = live
 
-def completed(
-    request_id: str,
-    voice_stream_seq: int | UnsetType,
-    result: GenerationResult = _NO_RESULT,
-) -> Response:
-    """The terminal frame of a request that was answered, or needed no answer."""
-    return Response(
-        request_id,
-        -1,
-        voice_stream_seq=voice_stream_seq,
-        outcome=Outcome.COMPLETED,
-        finish_reason=result.finish_reason,
-        usage=_usage(result),
-    )
+    def remove(self, live: LiveRequest) -> None:
+        """A request is live no more: nothing of it is left to send."""
+        del self._by_id[live.request_id]
+        live.slot.release()
 
+    def interrupt(self, live: LiveRequest, reason: InterruptReason) -> bool:
+        """Stop a request. False, and nothing is done, when its end is on its way already."""
+        if not self._stop(live, Stop(reason=reason)):
+            return False
+        live.interrupted_by = live.interrupted_by or reason
+        return True
 
-def interrupted(
-    request_id: str,
-    reason: InterruptReason,
-    voice_stream_seq: int | UnsetType,
-    result: GenerationResult = _NO_RESULT,
-) -> Response:
-    """The terminal frame of a request that was interrupted, before or after it began."""
-    return Response(
-        request_id,
-        -1,
-        voice_stream_seq=voice_stream_seq,
-        interrupted=True,
-        interrupt_reason=reason.value,
-        outcome=Outcome.INTERRUPTED,
-        finish_reason=result.finish_reason,
-        usage=_usage(result),
-    )
+    def reap(self, live: LiveRequest, detail: str) -> bool:
+        """Stop a stale request. False, and nothing is done, when it is stopping or its end is on
+        its way already."""
+        if live.is_stopping or not self._stop(live, Stop(is_reaped=True)):
+            return False
+        live.reaped = detail
+        self._books.request_reaped()
+        return True
 
+    def stop_overdue(self, request_id: str) -> bool:
+        """The time for stopping a request is up; False when it has reported, or is live no more."""
+        live = self._by_id.get(request_id)
+        if live is None or live.report is not None:
+            return False
+        live.is_timed_out = True
+        self._books.stop_overdue(request_id, self._ack_timeout)
+        return True
 
-def _usage(result: GenerationResult) -> Usage | None:
-    usage = result.usage
-    if usage is None and result.usage_estimate is not None:
-        usage = result.usage_estimate.guess()
-    if usage is None:
-        return None
-    return Usage(
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        usage.total_tokens,
-        usage.estimated or UNSET,
-    )
+    def reported(self, request_id: str, report: Report) -> LiveRequest | None:
+        """A request-actor has reported; None where nothing waits for that any more."""
+        live = self._by_id.get(request_id)
+        if live is None or live.report is not None:
+            return None  # its interrupt was answered without waiting any longer
+        live.report = report
+        live.is_report_final = live.is_stopping
+        if live.timer is not None:
+            live.timer.cancel()
+        return live
+
+    def abandon(self, count: Callable[[Outcome], None]) -> None:
+        """The session is over, or has failed: stop all, and tell nobody."""
+        for live in self:
+            if live.timer is not None:
+                live.timer.cancel()
+            live.outlet.discard()
+            live.slot.release()
+            tell(live.actor, Stop())
+            tell(live.actor, TerminalSent())
+            count(Outcome.FAILED)
+
+    def _stop(self, live: LiveRequest, stop: Stop) -> bool:
+        # First the outlet: from here on, nothing of this request is written.
+        if not live.outlet.discard():
+            return False
+        live.slot.release()
+        if not live.is_stopping and live.report is None:
+            tell(live.actor, stop)
+            self._lanes.run_after_acks(self._limit_stop, live)  # most have stopped by then
+        return True
+
+    def _limit_stop(self, live: LiveRequest) -> None:
+        if live.report is None:
+            live.timer = Timer(self._ack_timeout, self._session, StopOverdue(live.request_id))

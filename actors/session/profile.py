@@ -2,23 +2,86 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
-from gateway.wire.protocol import (
-    MAX_FUNCTIONS,
-    FunctionDefinition,
-    FunctionName,
-    FunctionOp,
-    FunctionParameter,
-    Platform,
-    Register,
-    SceneContext,
-    SessionUpdate,
-    SystemPrompt,
-)
+from msgspec import Meta, Struct
+
 from llm.chat.completions import Message, Tool
+
+MAX_FUNCTIONS = 128
+"""Functions of one session: what providers take."""
+
+FunctionName: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
+"""As providers take them."""
+
+
+class Platform(enum.StrEnum):
+    """What kind of client it is."""
+
+    WEB = "WEB"
+    APP = "APP"
+    MINI_PROGRAM = "MINI_PROGRAM"
+    TV = "TV"
+
+
+class FunctionOp(enum.StrEnum):
+    """What an update does with the functions that it names."""
+
+    REPLACE = "REPLACE"
+    ADD = "ADD"
+    UPDATE = "UPDATE"
+    DELETE = "DELETE"
+
+
+class SystemPrompt(Struct, frozen=True):
+    """Who the model is to be, and how it is to answer."""
+
+    role_description: str | None = None
+    response_requirements: str | None = None
+
+
+class SceneContext(Struct, frozen=True):
+    """Where the user is, or what stands before them."""
+
+    scene_description: str | None = None
+    keywords: list[str] | None = None
+
+
+class FunctionParameter(Struct, frozen=True):
+    """One parameter, where a definition lists them instead of giving a JSON Schema."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    type: Literal["string", "number", "integer", "boolean", "array", "object"]
+    description: str | None = None
+    required: bool = True
+
+
+class FunctionDefinition(Struct, frozen=True, omit_defaults=True):
+    """A function that the client can call for the model.
+
+    `parameters` is a JSON Schema of type object, or a list of parameters.
+    """
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | list[FunctionParameter] | None = None
+
+
+class SessionUpdate(Struct, frozen=True):
+    """What a REQUEST may change of its session; what is absent or null stays as it is.
+
+    `function_calling` names functions by definition; for DELETE their names alone are enough.
+    """
+
+    require_tts: bool | None = None
+    enable_srs: bool | None = None
+    system_prompt: SystemPrompt | None = None
+    scene_context: SceneContext | None = None
+    function_calling_op: FunctionOp | None = None
+    function_calling: list[FunctionDefinition | FunctionName] | None = None
 
 
 class UpdateError(Exception):
@@ -35,18 +98,6 @@ class Profile:
     system_prompt: SystemPrompt = field(default_factory=SystemPrompt)
     scene: SceneContext = field(default_factory=SceneContext)
     functions: tuple[FunctionDefinition, ...] = ()
-
-    @classmethod
-    def registered(cls, register: Register) -> Profile:
-        """The one that a REGISTER asks for."""
-        return cls(
-            register.platform or register.client_type,
-            register.require_tts,
-            register.enable_srs,
-            register.system_prompt or SystemPrompt(),
-            register.scene_context or SceneContext(),
-            tuple(register.function_calling or ()),
-        )
 
     def updated(self, updates: Iterable[SessionUpdate]) -> Profile:
         """The one after all of these updates.

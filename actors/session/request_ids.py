@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 
-from gateway.wire.protocol import InterruptReason
+from actors.words import InterruptReason
 
 MAX_REMEMBERED_IDS = 1000
 """Ids of ended requests that a session remembers, so that none is used twice."""
@@ -19,7 +19,7 @@ EARLY_INTERRUPT_SECONDS = 30.0
 
 
 class RequestIds:
-    """Of each kind the last ones only: what it has forgotten is to it as if it never was."""
+    """The newest ids of each kind; evicted ids are treated as never seen."""
 
     def __init__(self) -> None:
         self._ended: OrderedDict[str, int] = OrderedDict()
@@ -63,13 +63,14 @@ class RequestIds:
         if len(self._early) > MAX_EARLY_INTERRUPTS:
             self._early.popitem(last=False)
 
-    def early_reason(self, request_id: str, now: float) -> InterruptReason | None:
+    def _early_reason(self, request_id: str, now: float) -> InterruptReason | None:
         """Why a request that comes now was interrupted before it came; None when it was not."""
         read_at, reason = self._early.get(request_id, (-math.inf, None))
         return reason if now - read_at <= EARLY_INTERRUPT_SECONDS else None
 
     def take_early(self, request_id: str, now: float) -> InterruptReason | None:
-        """`early_reason`, which holds for the one request that comes now."""
-        reason = self.early_reason(request_id, now)
+        """Why a request that comes now was interrupted before it came; None when it was not. The next one
+        of this id was not."""
+        reason = self._early_reason(request_id, now)
         self._early.pop(request_id, None)
         return reason

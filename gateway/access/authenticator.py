@@ -1,22 +1,20 @@
 """Checks what clients register with, without holding anybody up.
 
 A password takes some 50 ms of a processor, so it is checked in a native thread. That one knows
-nothing of sessions: a greenlet waits for what it finds, and tells the session.
+nothing of clients: a greenlet waits for what it finds, and tells the applicant.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 import gevent
 import gevent.threadpool
-import pykka
 
-from actors.actor import tell
-from actors.messages import Authenticated, AuthenticationFailed
+from actors.words import ErrorCode
 from gateway.access.credentials import Credentials
-from gateway.wire.protocol import AccountAuth, ApiKeyAuth, ErrorCode
+from gateway.wire.attachment import Applicant
+from gateway.wire.frames import AccountAuth, ApiKeyAuth
 from metrics.logs import get_logger
 
 _THREADS = 1
@@ -43,26 +41,26 @@ class Authenticator:
     def __init__(self, credentials: Credentials) -> None:
         self.credentials = credentials
         self._threads = gevent.threadpool.ThreadPool(_THREADS)
-        self._waiting: deque[tuple[AccountAuth, pykka.ActorRef[Any]]] = deque()
+        self._waiting: deque[tuple[AccountAuth, Applicant]] = deque()
         self._is_at_work = False
 
-    def check(self, auth: ApiKeyAuth | AccountAuth, session: pykka.ActorRef[Any]) -> None:
-        """Find out whether credentials are right, and tell the session; does not wait.
+    def check(self, auth: ApiKeyAuth | AccountAuth, applicant: Applicant) -> None:
+        """Find out whether credentials are right, and tell the applicant; does not wait.
 
         Args:
             auth: what a client registers with.
-            session: is told one `Authenticated` or `AuthenticationFailed`, if it is alive then.
+            applicant: is accepted or rejected once, if it still waits then.
         """
         match auth:
             case ApiKeyAuth(api_key):
-                self._answer(session, self.credentials.name_of_key(api_key))
+                self._answer(applicant, self.credentials.name_of_key(api_key))
             case AccountAuth() if not self.credentials.accounts:
-                self._answer(session, None)  # there is none to find out about
+                self._answer(applicant, None)  # there is none to find out about
             case AccountAuth() if len(self._waiting) >= MOST_WAITING:
                 detail = "too many passwords wait to be checked: try again in a moment"
-                tell(session, AuthenticationFailed(ErrorCode.SERVER_BUSY, detail))
+                applicant.reject(ErrorCode.SERVER_BUSY, detail)
             case AccountAuth():
-                self._waiting.append((auth, session))
+                self._waiting.append((auth, applicant))
                 if not self._is_at_work:
                     self._is_at_work = True
                     gevent.spawn(self._work)
@@ -75,8 +73,8 @@ class Authenticator:
     def _work(self) -> None:
         """Check passwords, one after another, as long as some wait."""
         while self._waiting:
-            auth, session = self._waiting.popleft()
-            if not session.is_alive():
+            auth, applicant = self._waiting.popleft()
+            if not applicant.is_waiting:
                 continue  # its client did not wait, and nobody else shall
             try:
                 found = self._threads.apply(_is_password, (self.credentials, auth))
@@ -85,16 +83,16 @@ class Authenticator:
             if isinstance(found, Exception):
                 _log.error("Credentials could not be checked", error=type(found).__name__)
                 detail = "the credentials could not be checked"
-                tell(session, AuthenticationFailed(ErrorCode.INTERNAL_ERROR, detail))
+                applicant.reject(ErrorCode.INTERNAL_ERROR, detail)
             else:
-                self._answer(session, auth.account if found else None)
+                self._answer(applicant, auth.account if found else None)
         self._is_at_work = False
 
-    def _answer(self, session: pykka.ActorRef[Any], client: str | None) -> None:
+    def _answer(self, applicant: Applicant, client: str | None) -> None:
         if client is None:
-            tell(session, AuthenticationFailed(ErrorCode.AUTH_FAILED, _WRONG))
+            applicant.reject(ErrorCode.AUTH_FAILED, _WRONG)
         else:
-            tell(session, Authenticated(client))
+            applicant.accept(client)
 
 
 def _is_password(credentials: Credentials, auth: AccountAuth) -> bool | Exception:

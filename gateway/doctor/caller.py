@@ -35,7 +35,9 @@ from websockets.frames import Frame, Opcode
 from websockets.protocol import State
 from websockets.uri import parse_uri
 
-from gateway.wire.protocol import (
+from actors.session.profile import Platform
+from actors.words import InterruptReason, OnNewRequest, Outcome
+from gateway.wire.frames import (
     PATH,
     SERVER_PAYLOADS,
     VERSION,
@@ -47,10 +49,6 @@ from gateway.wire.protocol import (
     HeartbeatReply,
     Interrupt,
     InterruptAck,
-    InterruptReason,
-    OnNewRequest,
-    Outcome,
-    Platform,
     Register,
     RegisterAck,
     Request,

@@ -31,6 +31,7 @@ import gevent
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
+from actors.words import AckStatus, ErrorCode, InterruptOutcome, InterruptReason
 from gateway.doctor.caller import (
     ACCOUNT_VARIABLE,
     KEY_VARIABLE,
@@ -55,16 +56,7 @@ from gateway.doctor.caller import (
     span,
     websocket_url,
 )
-from gateway.wire.protocol import (
-    PATH,
-    AckStatus,
-    Error,
-    ErrorCode,
-    InterruptAck,
-    InterruptOutcome,
-    InterruptReason,
-    Response,
-)
+from gateway.wire.frames import PATH, Error, InterruptAck, Response
 
 DEFAULT_URL = f"ws://127.0.0.1:8000{PATH}"
 DEFAULT_OPS_URL = "http://127.0.0.1:9464/metrics"

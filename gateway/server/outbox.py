@@ -27,7 +27,8 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
-from gateway.wire.protocol import FunctionCall
+from actors.outlet import Delivered, RequestEnd
+from llm.chat.completions import ToolCall
 from metrics.instruments import Metrics
 
 MAX_FRAME_CHARS = 16 * 1024
@@ -57,10 +58,11 @@ class OutboxSettings:
 
 
 class FrameEncoder(Protocol):
-    """Makes the frames of an answer, with `text_stream_seq` seq."""
+    """Makes the frames of one answer, in order: each call makes the next one."""
 
-    def encode_text(self, seq: int, text: str, timestamp_ms: int) -> bytes: ...
-    def encode_call(self, seq: int, call: FunctionCall, timestamp_ms: int) -> bytes: ...
+    def encode_text(self, text: str, timestamp_ms: int) -> bytes: ...
+    def encode_call(self, call: ToolCall, timestamp_ms: int) -> bytes: ...
+    def encode_end(self, end: RequestEnd, timestamp_ms: int) -> bytes: ...
 
 
 class _Frame(Struct, eq=False):
@@ -70,7 +72,9 @@ class _Frame(Struct, eq=False):
     outlet: Outlet | None = None
     text: str = ""
     """The part of an answer that it carries."""
-    terminal: bool = False
+    call: ToolCall | None = None
+    """The function call that it carries."""
+    is_terminal: bool = False
     on_written: Callable[[float], None] | None = None
 
 
@@ -129,11 +133,6 @@ class Outbox:
     def outlet(self, encoder: FrameEncoder) -> Outlet:
         """A new outlet, for one request."""
         return Outlet(self, encoder)
-
-    @property
-    def queued_bytes(self) -> int:
-        """Data that waits, without what is being written."""
-        return self._data_bytes
 
     @property
     def waiting_bytes(self) -> int:
@@ -372,10 +371,10 @@ class Outbox:
 
 
 class Outlet:
-    """One request's way to its client.
+    """One request's way to its client (`actors.outlet.Outlet`).
 
-    Pieces of text that come in one turn of the event loop become one frame, so that batches grow
-    under load and nothing ever waits for more.
+    Pieces of text that come in one iteration of the event loop become one frame, so that batches
+    grow under load and nothing ever waits for more.
     """
 
     def __init__(self, outbox: Outbox, encoder: FrameEncoder) -> None:
@@ -383,67 +382,67 @@ class Outlet:
         self._encoder = encoder
         self._loop = gevent.get_hub().loop
         self._pieces: list[str] = []
-        self._flush_due = False
-        self._next_seq = 0
-        self._shut = False
-        self.waiting = False
-        """True while its reader waits for the client."""
-        self.delivered_text_chars = 0
-        """What was handed to the kernel in whole frames, in Unicode code points."""
-        self._delivered: list[str] = []
-        self._finishing = self._terminal_written = False
+        self._is_flush_due = False
+        self._is_discarded = False
+        self._is_blocked = False
+        """True while a stage waits for the client."""
+        self._texts: list[str] = []
+        self._calls: list[ToolCall] = []
+        """What was handed to the kernel in whole frames."""
+        self._is_finishing = self._is_terminal_written = False
 
     @property
-    def done(self) -> bool:
+    def delivered(self) -> Delivered:
+        """What was handed to the kernel in whole frames."""
+        return Delivered("".join(self._texts), tuple(self._calls))
+
+    @property
+    def is_done(self) -> bool:
         """True when the terminal frame was handed to the kernel, or cannot be held back now."""
         begun = self._outbox.begun_frame(self)
-        return self._terminal_written or (begun is not None and begun.terminal)
-
-    @property
-    def delivered_text(self) -> str:
-        """What `delivered_text_chars` counts."""
-        return "".join(self._delivered)
+        return self._is_terminal_written or (begun is not None and begun.is_terminal)
 
     def put(self, text: str) -> None:
         """Send a piece of the answer. Blocks the caller while its client is behind."""
-        if self._shut:
+        if self._is_discarded:
             return
         self._pieces.append(text)
-        if not self._flush_due:
-            self._flush_due = True
+        if not self._is_flush_due:
+            self._is_flush_due = True
             self._loop.run_callback(self._flush)
         if not self._outbox.has_room:
             self._wait()
 
-    def put_call(self, call: FunctionCall, on_written: Callable[[float], None]) -> None:
+    def put_call(self, call: ToolCall, on_sent: Callable[[], None]) -> None:
         """Send a function call, behind all text. Blocks the caller while its client is behind.
 
         Args:
             call: what the client is to call.
-            on_written: as of `finish`.
+            on_sent: called when the kernel has it.
         """
-        if self._shut:
+        if self._is_discarded:
             return
         self._flush()
-        payload = self._encoder.encode_call(self._next_seq, call, time.time_ns() // 1_000_000)
-        self._next_seq += 1
-        self._outbox.put_data(_Frame(payload, outlet=self, on_written=on_written))
+        payload = self._encoder.encode_call(call, time.time_ns() // 1_000_000)
+        self._outbox.put_data(
+            _Frame(payload, outlet=self, call=call, on_written=lambda _at: on_sent())
+        )
         if not self._outbox.has_room:
             self._wait()
 
-    def finish(self, payload: bytes, on_written: Callable[[float], None]) -> None:
+    def finish(self, end: RequestEnd, on_sent: Callable[[], None]) -> None:
         """Put the terminal frame, behind all data.
 
         Args:
-            payload: its JSON.
-            on_written: called with `time.monotonic()` when the kernel has it, in no case when the
-                outlet was shut before.
+            end: how the request ended.
+            on_sent: called when the kernel has the frame; never once the outlet was discarded.
         """
-        if not self._shut:
-            self._finishing = True
+        if not self._is_discarded:
+            self._is_finishing = True
             self._flush()
+            payload = self._encoder.encode_end(end, time.time_ns() // 1_000_000)
             self._outbox.put_data(
-                _Frame(payload, outlet=self, terminal=True, on_written=on_written)
+                _Frame(payload, outlet=self, is_terminal=True, on_written=lambda _at: on_sent())
             )
 
     def discard(self) -> bool:
@@ -454,15 +453,15 @@ class Outlet:
         Returns:
             False, and nothing is done, when the terminal frame cannot be held back any more.
         """
-        if self.done:
+        if self.is_done:
             return False
-        self._shut = True
+        self._is_discarded = True
         self._pieces.clear()
         self._outbox.purge(self)
         begun = self._outbox.begun_frame(self)
         if begun is not None:
             self._count(begun)
-            begun.text = ""
+            begun.text, begun.call = "", None
             if begun.on_written is not None:
                 on_written, begun.on_written = begun.on_written, None
                 on_written(time.monotonic())
@@ -470,28 +469,29 @@ class Outlet:
 
     def progress_at(self) -> float:
         """`time.monotonic()` of the client's last progress while all waits for it, else 0."""
-        return self._outbox.accepted_at if self.waiting or self._finishing else 0.0
+        return self._outbox.accepted_at if self._is_blocked or self._is_finishing else 0.0
 
     def frame_written(self, frame: _Frame) -> None:
         """A frame of ours was handed to the kernel."""
         self._count(frame)
-        if frame.terminal:
-            self._terminal_written = True
+        if frame.is_terminal:
+            self._is_terminal_written = True
 
     def _count(self, frame: _Frame) -> None:
         if frame.text:
-            self.delivered_text_chars += len(frame.text)
-            self._delivered.append(frame.text)
+            self._texts.append(frame.text)
+        if frame.call is not None:
+            self._calls.append(frame.call)
 
     def _wait(self) -> None:
-        self.waiting = True
+        self._is_blocked = True
         try:
             self._outbox.wait_for_room()
         finally:
-            self.waiting = False
+            self._is_blocked = False
 
     def _flush(self) -> None:
-        self._flush_due = False
+        self._is_flush_due = False
         if not self._pieces:
             return
         text = "".join(self._pieces)
@@ -499,6 +499,5 @@ class Outlet:
         now_ms = time.time_ns() // 1_000_000
         for start in range(0, len(text), MAX_FRAME_CHARS):
             piece = text[start : start + MAX_FRAME_CHARS]
-            payload = self._encoder.encode_text(self._next_seq, piece, now_ms)
-            self._next_seq += 1
+            payload = self._encoder.encode_text(piece, now_ms)
             self._outbox.put_data(_Frame(payload, outlet=self, text=piece))

@@ -21,8 +21,8 @@ from msgspec import Meta
 
 from actors.session.session import SessionSettings
 from actors.supervisor import SupervisorSettings
+from actors.words import OnNewRequest
 from gateway.server.server import ServerSettings
-from gateway.wire.protocol import OnNewRequest
 from llm.chat.generation import GenerationSettings
 from llm.provider import Provider, StopsOnClose
 

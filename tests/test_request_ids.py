@@ -10,7 +10,7 @@ from actors.session.request_ids import (
     MAX_REMEMBERED_IDS,
     RequestIds,
 )
-from gateway.wire.protocol import InterruptReason
+from actors.words import InterruptReason
 
 START = 1000.0  # of a clock that does not begin at zero
 STOP, NEW_INPUT = InterruptReason.USER_STOP, InterruptReason.USER_NEW_INPUT
@@ -80,8 +80,8 @@ def test_an_early_interrupt_holds_for_one_request() -> None:
     memory = RequestIds()
     memory.interrupt_early("r", STOP, START)
     assert memory.delivered("r") is None  # it has not come
-    assert memory.early_reason("r", START) is STOP
-    assert memory.early_reason("other", START) is None
+    assert memory._early_reason("r", START) is STOP
+    assert memory._early_reason("other", START) is None
     assert memory.take_early("r", START) is STOP
     assert memory.take_early("r", START) is None
 
@@ -89,10 +89,10 @@ def test_an_early_interrupt_holds_for_one_request() -> None:
 def test_an_early_interrupt_waits_for_so_long_and_no_longer() -> None:
     memory = RequestIds()
     memory.interrupt_early("r", STOP, START)
-    assert memory.early_reason("r", START + EARLY_INTERRUPT_SECONDS) is STOP
+    assert memory._early_reason("r", START + EARLY_INTERRUPT_SECONDS) is STOP
     late = START + EARLY_INTERRUPT_SECONDS + 0.001
-    assert memory.early_reason("r", late) is memory.take_early("r", late) is None
-    assert memory.early_reason("r", START) is None  # what came too late has taken it along
+    assert memory._early_reason("r", late) is memory.take_early("r", late) is None
+    assert memory._early_reason("r", START) is None  # what came too late has taken it along
 
 
 def test_an_early_interrupt_that_is_said_again_counts_from_then() -> None:
@@ -108,6 +108,6 @@ def test_the_youngest_early_interrupts_wait_and_one_that_is_said_again_is_young(
         memory.interrupt_early(f"r_{number}", STOP, START)
     memory.interrupt_early("r_0", STOP, START)
     memory.interrupt_early("one more", STOP, START)
-    waiting = [memory.early_reason(f"r_{number}", START) for number in range(3)]
+    waiting = [memory._early_reason(f"r_{number}", START) for number in range(3)]
     assert waiting == [STOP, None, STOP]
-    assert memory.early_reason("one more", START) is STOP
+    assert memory._early_reason("one more", START) is STOP

@@ -1,0 +1,146 @@
+"""The stages of one request as one thing: started, closed in one step, and reported once.
+
+Whatever ends a stage, its `on_end` comes exactly once (`llm/stage.py`). So only three things can
+happen to a row:
+
+- Every stage completes: the row reports when the last one has.
+- A stage fails: the rest would work for nothing, so the row closes it, and reports when the last
+  stage has ended.
+- The owner closes the row: every stage is closed in that one step, and the row reports when the
+  last one has ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import gevent
+from msgspec import Struct
+
+from actors.outlet import Delivered
+from llm.chat.completions import Prompt
+from llm.chat.generation import GenerationResult, Sink
+from llm.errors import StreamError
+from llm.provider import StopsOnClose
+from llm.stage import Ending, Stage, StageResult
+
+MakeStages: TypeAlias = Callable[[Prompt, Sink, Callable[[StageResult], None]], Sequence[Stage]]
+"""Makes the stages of a request, first to last, none of them started. Each calls the function that
+it is given when it has ended."""
+
+_WORST_FIRST = (StopsOnClose.NO, StopsOnClose.UNKNOWN, StopsOnClose.YES)
+
+
+class Report(Struct, frozen=True):
+    """The one report of a request: every stage has ended.
+
+    Args:
+        stages: their results, in the order in which they ended; none where none was started.
+        delivered: what the client got up to then. It is final where the request was stopped.
+    """
+
+    stages: tuple[StageResult, ...]
+    delivered: Delivered
+
+    @property
+    def ending(self) -> Ending:
+        """How the row ended: failed if a stage failed, completed if all of them completed."""
+        endings = {stage.ending for stage in self.stages}
+        if Ending.FAILED in endings:
+            return Ending.FAILED
+        return Ending.COMPLETED if endings == {Ending.COMPLETED} else Ending.CLOSED
+
+    @property
+    def error(self) -> StreamError | None:
+        """Why it failed: the first failure; None where there was none."""
+        return next((stage.error for stage in self.stages if stage.error is not None), None)
+
+    @property
+    def closed_at(self) -> float | None:
+        """`time.monotonic()` of the last connection's close; None where there was none."""
+        times = [stage.closed_at for stage in self.stages if stage.closed_at is not None]
+        return max(times, default=None)
+
+    @property
+    def stops_on_close(self) -> StopsOnClose | None:
+        """The worst that is known of the providers that had the request; None where none had it."""
+        known = {stage.stops_on_close for stage in self.stages}
+        return next((value for value in _WORST_FIRST if value in known), None)
+
+    @property
+    def generation(self) -> GenerationResult | None:
+        """The result of the generation; None where it was not started."""
+        return next((one for one in self.stages if isinstance(one, GenerationResult)), None)
+
+
+class Row:
+    """The stages of one request, in order.
+
+    Args:
+        make_stages: makes them.
+        prompt: what the model is asked.
+        sink: gets what the generation brings.
+        on_end: called once with the results when the last stage has ended; in the hub, so it must
+            not block.
+    """
+
+    def __init__(
+        self,
+        make_stages: MakeStages,
+        prompt: Prompt,
+        sink: Sink,
+        on_end: Callable[[tuple[StageResult, ...]], None],
+    ) -> None:
+        self._on_end: Callable[[tuple[StageResult, ...]], None] | None = on_end
+        self._results: list[StageResult] = []
+        self._is_closing = False
+        self._timer: Any = None
+        self._stages = tuple(make_stages(prompt, sink, self._stage_ended))
+
+    @property
+    def has_ended(self) -> bool:
+        """True when the last stage has ended."""
+        return len(self._results) == len(self._stages)
+
+    @property
+    def progress_at(self) -> float:
+        """`time.monotonic()` of the last progress of any stage."""
+        return max(stage.progress_at for stage in self._stages)
+
+    def start(self) -> None:
+        """Start every stage, first to last."""
+        for stage in self._stages:
+            stage.start()
+
+    def close(self) -> None:
+        """Close every stage, in one step. Never blocks, and may be called more than once."""
+        self._is_closing = True
+        for stage in self._stages:
+            stage.close()
+
+    def kill_again(self) -> None:
+        """The last resort for stages that have not ended long after `close()`."""
+        if not self.has_ended:
+            for stage in self._stages:
+                stage.kill_again()
+
+    def outlive_owner(self, seconds: float) -> None:
+        """Close without an owner: where stages do not end, kill them again, each time after so
+        many seconds."""
+        self.close()
+        if not self.has_ended:
+            self._timer = gevent.get_hub().loop.timer(seconds, seconds)
+            self._timer.start(self.kill_again)
+
+    def _stage_ended(self, result: StageResult) -> None:
+        self._results.append(result)
+        if self.has_ended:
+            if self._timer is not None:
+                self._timer.stop()
+                self._timer.close()
+            if self._on_end is not None:
+                on_end, self._on_end = self._on_end, None  # no cycle is left for the collector
+                on_end(tuple(self._results))
+        elif result.ending is Ending.FAILED and not self._is_closing:
+            self.close()

@@ -1,0 +1,129 @@
+"""What a session counts and logs. Lines and slow counts are deferred: an interrupt of another
+client may be waiting."""
+
+from __future__ import annotations
+
+from actors.loop.deferred_log import DeferredLog
+from actors.loop.lanes import lanes
+from actors.session.messages import InterruptAsked
+from actors.session.port import InterruptDone
+from actors.words import ErrorCode, InterruptOutcome, InterruptReason, Outcome
+from metrics.instruments import Metrics, exemplar
+from metrics.logs import get_logger
+
+_log = get_logger("ACTOR")  # for code that runs in the data lane already
+_deferred_log = DeferredLog(_log)
+
+_FOUND = (InterruptOutcome.STOPPED, InterruptOutcome.TIMED_OUT)
+
+
+class Books:
+    """Counts and logs for one session.
+
+    Args:
+        session_id: the session's.
+        peer: address of its client.
+        metrics: where it is counted.
+    """
+
+    def __init__(self, session_id: str, peer: str, metrics: Metrics) -> None:
+        self._session_id = session_id
+        self._peer = peer
+        self._metrics = metrics
+        self._lanes = lanes()
+
+    def session_opened(self, client_name: str | None, auth: str) -> None:
+        """The session stands. `auth` is the kind of credentials, where they were checked."""
+        self._metrics.sessions_active.inc()
+        fields = {"session_id": self._session_id, "peer": self._peer}
+        if client_name is not None:
+            fields |= {"client": client_name, "auth": auth}
+        _deferred_log.info("Session registered", **fields)
+
+    def session_ended(self, error: BaseException | None, reason: str) -> None:
+        """The session is over; `error` is what it failed with."""
+        self._metrics.sessions_active.dec()
+        self._metrics.sessions.labels("failed" if error else "ended").inc()
+        _deferred_log.info(
+            "Session ended",
+            session_id=self._session_id,
+            peer=self._peer,
+            reason=repr(error) if error is not None else reason,
+        )
+
+    def request_ended(self, outcome: Outcome) -> None:
+        """A request has ended: what its terminal frame says is what is counted."""
+        self._metrics.requests.labels(outcome.value.lower()).inc()
+
+    def text_delivered(self, chars: int) -> None:
+        """So many Unicode code points of an answer were handed to the kernel."""
+        self._metrics.text_chars.inc(chars)
+
+    def request_interrupted(self, request_id: str, reason: InterruptReason) -> None:
+        """The client was told of an interrupted request. Runs in the data lane."""
+        _log.info(
+            "Request interrupted",
+            session_id=self._session_id,
+            request_id=request_id,
+            reason=reason.value,
+        )
+
+    def request_reaped(self) -> None:
+        """The reaper ended a request."""
+        self._metrics.requests_reaped.inc()
+
+    def busy(self, reason: str) -> None:
+        """A request was refused for this reason."""
+        self._metrics.refused.labels(reason).inc()
+
+    def refused(self, code: ErrorCode, detail: str, request_id: str | None) -> None:
+        """Something that the client said was refused."""
+        _deferred_log.info(
+            "Refused message",
+            code=code.value,
+            detail=detail,
+            session_id=self._session_id,
+            peer=self._peer,
+            request_id=request_id,
+        )
+
+    def stop_overdue(self, request_id: str, seconds: float) -> None:
+        """A stage still runs so long after it was told to close."""
+        self._metrics.streams_open_after_ack.inc()
+        _deferred_log.error(
+            "Stream still open after interrupt",
+            session_id=self._session_id,
+            request_id=request_id,
+            seconds=seconds,
+        )
+
+    def ack_sent(self, seconds: float, request_id: str | None) -> None:
+        """The kernel has an acknowledgement, so long after its interrupt was read."""
+        self._lanes.run_deferred(
+            self._metrics.acknowledged_seconds.observe, seconds, exemplar(request_id)
+        )
+
+    def interrupt_done(
+        self, interrupt: InterruptAsked, live: list[str], done: InterruptDone
+    ) -> None:
+        """An interrupt was acknowledged. `live` are the requests that were live when it came."""
+        self._lanes.run_deferred(self._record_interrupt, interrupt, live, done)
+
+    def _record_interrupt(
+        self, interrupt: InterruptAsked, live: list[str], done: InterruptDone
+    ) -> None:
+        _log.info(
+            "Interrupt request details",
+            session_id=self._session_id,
+            interrupt_request_id=interrupt.target,
+            active_requests=live,
+            found=any(one.outcome in _FOUND for one in done.results),
+        )
+        _log.info("Interrupt acknowledged", session_id=self._session_id, status=done.status.value)
+        reason = interrupt.reason.value
+        for result in done.results:
+            self._metrics.interrupts.labels(reason, result.outcome.value.lower()).inc()
+            if result.stream_closed_ms is not None:
+                self._metrics.stream_closed_seconds.observe(
+                    result.stream_closed_ms / 1000, exemplar(result.request_id)
+                )

@@ -1,0 +1,444 @@
+"""What a client asks, whether it is admitted, and in which order it is answered.
+
+Text, results of functions, voice, and frames that could not be understood all come to one place,
+`_admit`: whatever would begin a request climbs the same ladder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pykka
+from msgspec import Struct
+
+from actors.actor import tell
+from actors.loop.lanes import lanes
+from actors.messages import Start, SupervisorMessage, TerminalSent
+from actors.outlet import RequestEnd
+from actors.quota import Quota
+from actors.request import RequestActor
+from actors.row import MakeStages
+from actors.session.books import Books
+from actors.session.history import Ending as TurnEnding
+from actors.session.history import History, Turn
+from actors.session.lifecycle import Lifecycle
+from actors.session.live import LiveRequest, LiveRequests
+from actors.session.messages import (
+    FunctionReturned,
+    NotUnderstood,
+    RequestAsked,
+    VoiceBegun,
+    VoiceBroken,
+)
+from actors.session.port import Client
+from actors.session.profile import Profile, SessionUpdate, UpdateError
+from actors.session.request_ids import RequestIds
+from actors.session.voice import OpenVoice
+from actors.words import ErrorCode, InterruptReason, OnNewRequest, Outcome
+from llm.chat.completions import Prompt, ToolCall
+from metrics.instruments import Metrics
+
+_LEAVING = "the gateway is shutting down, or the session is ending"
+_QUOTED_ID_CHARS = 64
+
+
+@dataclass(frozen=True)
+class ConversationSettings:
+    """What a conversation may do.
+
+    Args:
+        on_new_request: what a new request does while another is live.
+        max_parallel: live requests, where they may run side by side.
+    """
+
+    on_new_request: OnNewRequest
+    max_parallel: int
+
+
+class _Candidate(Struct, frozen=True):
+    """Something that would begin a request."""
+
+    request_id: str
+    text: str | None = None
+    updates: tuple[SessionUpdate, ...] = ()
+    continues: Turn | None = None
+    """The turn whose function results it continues from."""
+    fault: NotUnderstood | None = None
+    """Why it was not understood."""
+    is_voice: bool = False
+
+
+class Conversation:
+    """The questions and answers of one session.
+
+    Args:
+        session_id: the session's.
+        session: the session's actor, which gets the reports.
+        client: the session's client.
+        profile: what the client registered.
+        settings: what the conversation may do.
+        requests: the live ones.
+        request_ids: of those that are not live.
+        history: the turns.
+        voice: the request whose voice is still coming.
+        lifecycle: whether requests are taken.
+        quota: of live requests, of all sessions together.
+        make_stages: makes the stages of a request.
+        tell_supervisor: puts a message in the supervisor's mailbox.
+        books: counts and logs.
+        metrics: for request-actors.
+        clock: `time.monotonic`, or a test's.
+        renew: called when a question is a sign of life.
+    """
+
+    def __init__(
+        self,
+        *,
+        session_id: str,
+        session: pykka.ActorRef[Any],
+        client: Client,
+        profile: Profile,
+        settings: ConversationSettings,
+        requests: LiveRequests,
+        request_ids: RequestIds,
+        history: History,
+        voice: OpenVoice,
+        lifecycle: Lifecycle,
+        quota: Quota,
+        make_stages: MakeStages,
+        tell_supervisor: Callable[[SupervisorMessage], None],
+        books: Books,
+        metrics: Metrics,
+        renew: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._session_id = session_id
+        self._session = session
+        self._client = client
+        self.profile = profile
+        self._settings = settings
+        self._requests = requests
+        self._request_ids = request_ids
+        self._history = history
+        self._voice = voice
+        self._lifecycle = lifecycle
+        self._quota = quota
+        self._make_stages = make_stages
+        self._tell_supervisor = tell_supervisor
+        self._books = books
+        self._metrics = metrics
+        self._renew = renew
+        self._clock = clock
+        self._lanes = lanes()
+
+    # What the client says.
+
+    def ask(self, asked: RequestAsked) -> None:
+        """The user asks something."""
+        self._admit(_Candidate(asked.request_id, asked.text, asked.updates))
+
+    def not_understood(self, fault: NotUnderstood) -> None:
+        """The client said something that the door refuses."""
+        if fault.request_id is None:
+            self._refuse(fault.code, fault.detail)
+        else:
+            self._admit(_Candidate(fault.request_id, fault=fault, is_voice=fault.is_voice))
+
+    def function_returned(self, returned: FunctionReturned) -> None:
+        """A function of the client returned."""
+        request_id = returned.request_id
+        found = self._history.find_call(returned.call_id)
+        if found is None:
+            detail = f"no call with call_id {returned.call_id[:_QUOTED_ID_CHARS]!r} is remembered"
+            if request_id is None:
+                self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
+            elif self._is_used(request_id):
+                self._refuse_used(request_id)
+            else:
+                self._refuse_for_good(request_id, ErrorCode.MALFORMED_PAYLOAD, detail)
+            return
+        turn, call = found
+        self._history.hold(turn)  # however long the result is, the model is told of it once
+        self._history.set_result(call, returned.result)
+        if request_id is not None and request_id != self._continuation_of(turn):
+            self._admit(_Candidate(request_id, continues=turn))
+        self.start_next()
+        self._history.release(turn)
+
+    def begin_voice(self, begun: VoiceBegun) -> None:
+        """The user begins to speak."""
+        self._admit(_Candidate(begun.request_id, updates=begun.updates, is_voice=True))
+
+    def break_voice(self, broken: VoiceBroken) -> None:
+        """The voice that is coming cannot be used."""
+        if broken.request_id == self._voice.request_id:
+            self._fail_voice(broken.request_id, broken.code, broken.detail)
+
+    def end_voice(self, request_id: str) -> None:
+        """The voice has come in whole."""
+        if request_id == self._voice.request_id:
+            detail = "no speech recognition is configured"
+            self._fail_voice(request_id, ErrorCode.INTERNAL_ERROR, detail)
+
+    # Who is admitted.
+
+    def _admit(self, candidate: _Candidate) -> None:
+        """Let a request begin, or say why not: the first step that applies decides."""
+        request_id = candidate.request_id
+        # Step 1. An id names one request of the session. The refusal does not carry the id: it
+        # would end the request that has it.
+        if self._is_used(request_id):
+            if candidate.is_voice:
+                self._client.port.voice_unwanted(request_id)
+            if candidate.fault is not None:
+                self._refuse(candidate.fault.code, candidate.fault.detail)
+            else:
+                self._refuse_used(request_id)
+            return
+        # Step 2. One that was interrupted before it came ends as interrupted, whatever is in it.
+        reason = self._request_ids.take_early(request_id, self._clock())
+        if reason is not None:
+            self._end_early(candidate, reason)
+            return
+        # Step 3. What was not understood cannot begin.
+        if candidate.fault is not None:
+            self._refuse_fault(candidate.fault, request_id)
+            return
+        # Step 4. A session that is leaving takes nothing new. The id may come again, elsewhere.
+        if not self._lifecycle.takes_requests:
+            if candidate.is_voice:
+                self._voice.drop(request_id)
+            self._refuse_busy("shutdown", _LEAVING, request_id)
+            return
+        # Step 5. What cannot be done is refused for good, and changes nothing.
+        if candidate.is_voice:
+            self._end_open_voice(request_id)
+        try:
+            profile = self._updated(candidate)
+        except UpdateError as error:
+            if candidate.is_voice:
+                self._voice.drop(request_id)
+            self._refuse_for_good(request_id, ErrorCode.MALFORMED_PAYLOAD, str(error))
+            return
+        # Step 6. What asks nothing is complete at once, and what is spoken first has to be heard.
+        if candidate.is_voice:
+            self.profile = profile
+            self._voice.begin(request_id, wants_speech=profile.require_tts)
+            return
+        if candidate.continues is None and not candidate.text:
+            self.profile = profile
+            self._end_unasked(request_id, Outcome.COMPLETED)
+            return
+        # Step 7. Others of the session make way, or it waits for another time.
+        if not self._apply_concurrency_policy(request_id, candidate.continues):
+            return
+        # Step 8. Accepted.
+        if candidate.continues is not None:
+            self._renew()
+        self.profile = profile
+        self._accept(request_id, candidate.text, candidate.continues)
+
+    def _is_used(self, request_id: str) -> bool:
+        return (
+            request_id == self._voice.request_id
+            or request_id in self._requests
+            or self._request_ids.has_ended(request_id)
+        )
+
+    def _updated(self, candidate: _Candidate) -> Profile:
+        """The profile after what the candidate changes.
+
+        Raises:
+            UpdateError: it asks for something that cannot be done.
+        """
+        if candidate.continues is not None:
+            continuation = self._continuation_of(candidate.continues)
+            if continuation is not None:
+                raise UpdateError(f"{continuation!r} continues this answer already")
+        return self.profile.updated(candidate.updates)
+
+    def _continuation_of(self, turn: Turn) -> str | None:
+        """The id of the queued request that continues a turn."""
+        for live in self._requests:
+            if live.turn.continues is turn and live.is_queued:
+                return live.request_id
+        return None
+
+    def _end_early(self, candidate: _Candidate, reason: InterruptReason) -> None:
+        request_id = candidate.request_id
+        with contextlib.suppress(UpdateError):  # it ends as interrupted all the same
+            self.profile = self.profile.updated(candidate.updates)
+        if candidate.is_voice:
+            self._voice.drop(request_id)
+        elif candidate.text:
+            turn = self._history.begin(request_id, candidate.text)
+            self._history.end(turn, "", TurnEnding.INTERRUPTED)
+        self._end_unasked(request_id, Outcome.INTERRUPTED, reason)
+
+    def _end_unasked(
+        self, request_id: str, outcome: Outcome, reason: InterruptReason | None = None
+    ) -> None:
+        """A request ends without a request-actor."""
+        self._request_ids.end(request_id, 0)
+        self._books.request_ended(outcome)
+        self._client.port.request_ended(
+            RequestEnd(request_id, outcome, reason, wants_speech=self.profile.require_tts)
+        )
+
+    def _apply_concurrency_policy(self, request_id: str, beside: Turn | None) -> bool:
+        """Make way for a new request; False when it was refused.
+
+        Args:
+            request_id: the new one.
+            beside: a turn that it continues, and so does not compete with.
+        """
+        others = [live for live in self._requests if live.turn is not beside]
+        # A client that interrupts and asks again does not wait for the ack in between.
+        running = sum(not live.is_stopping for live in others)
+        match self._settings.on_new_request:
+            case OnNewRequest.INTERRUPT:
+                for live in others:
+                    self._requests.interrupt(live, InterruptReason.USER_NEW_INPUT)
+                    live.slot.release()  # also of one whose end is on its way already
+            case OnNewRequest.PARALLEL if running >= self._settings.max_parallel:
+                detail = f"the limit of {running} live requests of this session is reached"
+                self._refuse_busy("request", detail, request_id)
+                return False
+            case OnNewRequest.REJECT if running:
+                self._refuse_busy("request", "another request is live", request_id)
+                return False
+        for live in self._requests:
+            if live.turn is beside:
+                live.slot.release()  # this one begins when that one has ended
+        # A request that made way has released its slot: so one that is refused here has interrupted
+        # nothing.
+        if self._quota.is_full:
+            detail = "server-wide limit on live requests reached"
+            self._refuse_busy("max_requests", detail, request_id)
+            return False
+        return True
+
+    # Requests.
+
+    def _accept(self, request_id: str, text: str | None, continues: Turn | None) -> None:
+        outlet = self._client.port.open_outlet(request_id)
+        actor = RequestActor.start(
+            session_id=self._session_id,
+            request_id=request_id,
+            session=self._session,
+            tell_supervisor=self._tell_supervisor,
+            make_stages=self._make_stages,
+            outlet=outlet,
+            metrics=self._metrics,
+        )
+        turn = self._history.begin(request_id, text, continues)
+        slot = self._quota.slot()
+        wants_speech = self.profile.require_tts
+        self._requests.add(LiveRequest(request_id, outlet, actor, turn, slot, wants_speech))
+        slot.take()  # cannot fail: no other greenlet has run since the quota was checked
+
+    def start_next(self) -> None:
+        """Start the requests whose turn it is."""
+        for live in self._requests:
+            if live.can_start:
+                live.is_started = True
+                tell(live.actor, Start(self._prompt(live)))
+            if self._settings.on_new_request is not OnNewRequest.PARALLEL:
+                break  # later ones wait for the end of the one before
+
+    def _prompt(self, live: LiveRequest) -> Prompt:
+        system = self.profile.system_message()
+        messages = self._history.messages(live.turn)
+        return Prompt((*messages,) if system is None else (system, *messages), self.profile.tools())
+
+    def call_delivered(self, request_id: str, call: ToolCall) -> None:
+        """The client was given a function call."""
+        live = self._requests.get(request_id)
+        if live is not None:
+            self._history.add_call(live.turn, call)
+
+    def end_settled(self, awaits: Callable[[LiveRequest], bool]) -> None:
+        """End every stopped request that nothing waits for.
+
+        Args:
+            awaits: whether an acknowledgement has to come before the end of a request.
+        """
+        for live in self._requests:
+            if not live.is_stopping:
+                continue
+            if live.is_settled and not awaits(live):
+                self._client.port.request_ended(live.end())
+                self.forget(live)
+            elif self._settings.on_new_request is not OnNewRequest.PARALLEL:
+                break  # nothing of the next one before the end of this one
+
+    def forget(self, live: LiveRequest) -> None:
+        """A request is live no more: its end was sent, or can be sent to nobody."""
+        self._requests.remove(live)
+        delivered = live.delivered
+        self._request_ids.end(live.request_id, delivered.text_chars)
+        # Calls that were delivered a moment ago: their messages find no live request any more.
+        for call in delivered.calls[len(live.turn.calls) :]:
+            self._history.add_call(live.turn, call)
+        self._history.end(live.turn, *live.as_heard(live.outcome))
+        self._lanes.run_deferred(self._let_go, live, delivered.text_chars)
+
+    def _let_go(self, live: LiveRequest, chars: int) -> None:
+        tell(live.actor, TerminalSent())
+        self._books.text_delivered(chars)
+        self._books.request_ended(live.outcome)
+        if live.interrupted_by is not None:
+            self._books.request_interrupted(live.request_id, live.interrupted_by)
+
+    # Voice.
+
+    def interrupt_voice(self, reason: InterruptReason) -> None:
+        """End the request whose voice is coming, if there is one."""
+        if self._voice.request_id is not None:
+            self._client.port.request_ended(self._voice.interrupt(reason))
+
+    def _end_open_voice(self, next_id: str) -> None:
+        if self._voice.request_id is not None:
+            detail = f"the voice of {next_id!r} began before the last frame of this one"
+            self._fail_voice(self._voice.request_id, ErrorCode.STREAM_SEQ_ERROR, detail)
+
+    def _fail_voice(self, request_id: str, code: ErrorCode, detail: str) -> None:
+        self._voice.drop(request_id)
+        self._refuse_for_good(request_id, code, detail)
+
+    # Refusals.
+
+    def _refuse_fault(self, fault: NotUnderstood, request_id: str) -> None:
+        if fault.is_voice:
+            self._fail_voice(request_id, fault.code, fault.detail)
+        else:
+            self._refuse(fault.code, fault.detail, request_id)
+
+    def _refuse_used(self, request_id: str) -> None:
+        detail = f"request_id {request_id!r} was used in this session"
+        self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
+
+    def _refuse_for_good(self, request_id: str, code: ErrorCode, detail: str) -> None:
+        """Refuse a request, whose id is used up with that."""
+        self._request_ids.end(request_id, 0)
+        self._refuse(code, detail, request_id)
+
+    def _refuse_busy(self, reason: str, detail: str, request_id: str) -> None:
+        """Refuse a request that may come again."""
+        self._books.busy(reason)
+        self._refuse(ErrorCode.SERVER_BUSY, detail, request_id)
+
+    def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
+        self._books.refused(code, detail, request_id)
+        if request_id is None:
+            self._client.port.refused(code, detail)
+            return
+        self._request_ids.refuse(request_id)
+        self._books.request_ended(Outcome.FAILED)  # to the client, the request ends with this
+        self._client.port.request_ended(
+            RequestEnd(request_id, Outcome.FAILED, code=code, detail=detail)
+        )

@@ -1,0 +1,387 @@
+"""One client of wire protocol 1.0, from the handshake to the end of its connection.
+
+The handshake makes an *attachment*. It owns what comes before a session: it answers HEALTH_CHECK,
+refuses what comes too early, and has the credentials of REGISTER checked. REGISTER makes a session;
+from then on the attachment turns frames into the session's words, and `WirePort` turns the
+session's words into frames.
+
+    state         may become
+    UNREGISTERED  CHECKING, REGISTERED, CLOSED
+    CHECKING      UNREGISTERED, REGISTERED, CLOSED
+    REGISTERED    CLOSED
+    CLOSED        -
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Protocol, assert_never
+
+import msgspec
+from websockets.frames import CloseCode
+
+from actors.loop.deferred_log import DeferredLog
+from actors.loop.lanes import lanes
+from actors.outlet import RequestEnd
+from actors.session.messages import (
+    ClientLeaves,
+    ConnectionLost,
+    DoorAsked,
+    FunctionReturned,
+    InterruptAsked,
+    NotUnderstood,
+    RequestAsked,
+    SessionMessage,
+    SessionQueried,
+    SignOfLife,
+)
+from actors.session.port import SERVER_RESTART
+from actors.session.profile import Profile, SceneContext, SystemPrompt
+from actors.session.session import Registration, Session, Sessions
+from actors.words import ErrorCode, Outcome
+from gateway.wire.decode import FrameError, decode
+from gateway.wire.frames import (
+    AccountAuth,
+    ApiKeyAuth,
+    ClientFrame,
+    FunctionResult,
+    HealthCheck,
+    HealthStatus,
+    HeartbeatReply,
+    Interrupt,
+    Register,
+    Request,
+    SessionQuery,
+    Shutdown,
+)
+from gateway.wire.port import Outbox, WirePort
+from gateway.wire.voice import VoiceFrames
+from metrics.instruments import Metrics
+from metrics.logs import get_logger
+
+_MAX_LOGGED_CHARS = 64
+"""Of a `session_id`, which is whatever the client says."""
+
+_CLOSE_BY_REFUSAL = {
+    ErrorCode.AUTH_FAILED: CloseCode.POLICY_VIOLATION,
+    ErrorCode.SERVER_BUSY: CloseCode.TRY_AGAIN_LATER,
+    ErrorCode.INTERNAL_ERROR: CloseCode.INTERNAL_ERROR,
+}
+"""When credentials were not accepted, or could not be checked."""
+
+_log = get_logger("WS")  # for code that runs in the data lane already
+_deferred_log = DeferredLog(get_logger("ACTOR"))
+
+
+class Applicant(Protocol):
+    """Waits for its credentials to be checked."""
+
+    @property
+    def is_waiting(self) -> bool:
+        """False when the answer is of no use any more: the client has left."""
+
+    def accept(self, client_name: str) -> None:
+        """The credentials are right; they are this client's."""
+
+    def reject(self, code: ErrorCode, detail: str) -> None:
+        """They are wrong (`AUTH_FAILED`), or could not be checked."""
+
+
+class Authenticator(Protocol):
+    """Says who may register (`gateway.access.authenticator.Authenticator`)."""
+
+    def check(self, auth: ApiKeyAuth | AccountAuth, applicant: Applicant) -> None:
+        """Accept or reject the applicant once, at once or later, if it still waits then."""
+
+
+class State(enum.Enum):
+    """Where an attachment is."""
+
+    UNREGISTERED = "unregistered"
+    CHECKING = "checking"
+    REGISTERED = "registered"
+    CLOSED = "closed"
+
+
+class Attachment:
+    """One client, with its outbox. Its methods run in the connection's greenlet, and never block.
+
+    Args:
+        outbox: everything that goes to the client.
+        peer: address of the client.
+        sessions: makes the session.
+        authenticator: checks credentials; None lets everybody in.
+        health: what HEALTH_CHECK is answered with.
+        metrics: counts refusals.
+        is_draining: whether no new sessions are made.
+        on_settled: called with the attachment when it is registered or closed.
+    """
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        peer: str,
+        *,
+        sessions: Sessions,
+        authenticator: Authenticator | None,
+        health: Callable[[], HealthStatus],
+        metrics: Metrics,
+        is_draining: Callable[[], bool],
+        on_settled: Callable[[Attachment], None] = lambda _attachment: None,
+    ) -> None:
+        self._port = WirePort(outbox, health)
+        self._peer = peer
+        self._sessions = sessions
+        self._authenticator = authenticator
+        self._metrics = metrics
+        self._is_draining = is_draining
+        self._on_settled = on_settled
+        self._state = State.UNREGISTERED
+        self._register: Register | None = None
+        """The one whose credentials are being checked."""
+        self._session: Session | None = None
+        self._voices = VoiceFrames(sessions.settings.max_voice_bytes)
+        self._port.on_voice_unwanted = self._voices.ignore
+        self._lanes = lanes()
+
+    # What the connection tells.
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether its client was let in."""
+        return self._state is State.REGISTERED
+
+    def text(self, message: bytes, read_at: float) -> None:
+        """The client sent a text frame, read at this `time.monotonic()`."""
+        if self._state is State.CLOSED:
+            return
+        try:
+            frame = decode(message)
+        except FrameError as fault:
+            self._fault(fault)
+        else:
+            # Deferred, since it takes longer than an interrupt does; but queued before anything
+            # that comes of the frame.
+            self._lanes.run_deferred(_log_received, frame)
+            self._receive(frame, read_at)
+
+    def binary(self, message: bytes) -> None:
+        """The client sent a binary frame."""
+        if self._state is State.CLOSED:
+            return
+        if self._session is None:
+            self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
+            return
+        for word in self._voices.take_binary(message):
+            self._session.tell(word)
+
+    def connection_lost(self, reason: str) -> None:
+        """Nothing can be read or written any more. May be told more than once."""
+        if self._state is State.CLOSED:
+            return
+        if self._session is not None:
+            self._session.tell(ConnectionLost(reason))
+        self._settle(State.CLOSED)
+
+    # Frames.
+
+    def _receive(self, frame: ClientFrame, read_at: float) -> None:
+        payload = frame.payload
+        if self._session is not None:
+            if isinstance(payload, Register):
+                detail = "this connection has sent REGISTER already"
+                self._session.tell(NotUnderstood(ErrorCode.MALFORMED_PAYLOAD, detail))
+            elif isinstance(payload, HealthCheck):
+                self._session.tell(DoorAsked(payload.check_fields))
+            elif frame.session_id != self._session.session_id:
+                detail = "session_id does not match the one in REGISTER_ACK"
+                self._session.tell(NotUnderstood(ErrorCode.SESSION_INVALID, detail))
+            else:
+                for word in self._words(frame, read_at):
+                    self._session.tell(word)
+        elif isinstance(payload, HealthCheck):
+            self._port.door_answers(payload.check_fields)
+        elif not isinstance(payload, Register):
+            self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
+        elif self._state is State.UNREGISTERED:
+            self._on_register(payload)
+        else:
+            detail = "this connection has sent REGISTER already"
+            self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
+
+    def _words(self, frame: ClientFrame, read_at: float) -> list[SessionMessage]:
+        """What a frame says, in the words of a session."""
+        payload = frame.payload
+        match payload:
+            case Interrupt():
+                return [
+                    InterruptAsked(
+                        payload.target,
+                        payload.known_reason,
+                        payload.delivered_text_chars,
+                        read_at,
+                        payload.interrupt_request_id,
+                    )
+                ]
+            case Request() if payload.data_type == "VOICE":
+                return self._voices.take_frame(payload)
+            case Request():
+                text = payload.content.text or ""
+                return [RequestAsked(payload.request_id, text, tuple(payload.updates))]
+            case FunctionResult(call_id, result, request_id):
+                text = result if isinstance(result, str) else msgspec.json.encode(result).decode()
+                return [FunctionReturned(call_id, text, request_id)]
+            case SessionQuery(query_fields):
+                return [SessionQueried(query_fields)]
+            case HeartbeatReply():
+                return [SignOfLife()]
+            case Shutdown():
+                return [ClientLeaves()]
+            case Register() | HealthCheck():
+                return []  # not for a session
+            case _:
+                assert_never(payload)
+
+    def _fault(self, fault: FrameError) -> None:
+        if self._session is None:
+            self._refuse(fault.code, fault.detail, fault.request_id)
+        elif fault.of_voice and fault.request_id is not None:
+            for word in self._voices.take_fault(fault.request_id, fault.code, fault.detail):
+                self._session.tell(word)
+        else:
+            self._session.tell(NotUnderstood(fault.code, fault.detail, fault.request_id))
+
+    def _too_early(self) -> str:
+        if self._state is State.CHECKING:
+            return "wait for REGISTER_ACK"
+        return "the first message must be REGISTER"
+
+    # Registration.
+
+    def _on_register(self, register: Register) -> None:
+        if self._authenticator is None:
+            self._open_session(register, None)
+        else:
+            self._state, self._register = State.CHECKING, register
+            self._authenticator.check(register.auth, self)
+
+    @property
+    def is_waiting(self) -> bool:
+        """See `Applicant`."""
+        return self._state is State.CHECKING
+
+    def accept(self, client_name: str) -> None:
+        """See `Applicant`."""
+        register = self._take_register()
+        if register is not None:
+            self._open_session(register, client_name)
+
+    def reject(self, code: ErrorCode, detail: str) -> None:
+        """See `Applicant`."""
+        register = self._take_register()
+        if register is None:
+            return
+        match code:
+            case ErrorCode.AUTH_FAILED:
+                self._metrics.refused.labels("auth").inc()
+            case ErrorCode.SERVER_BUSY:
+                self._metrics.refused.labels("auth_busy").inc()
+        # Neither what was wrong, nor for which account: it may be a password in the wrong field.
+        _deferred_log.warning(
+            "Refused registration", peer=self._peer, code=code.value, auth=_kind(register.auth)
+        )
+        self._port.refused(code, detail)
+        self._port.close(_CLOSE_BY_REFUSAL[code], "registration refused")
+        self._settle(State.CLOSED)
+
+    def _take_register(self) -> Register | None:
+        register, self._register = self._register, None
+        if self._state is not State.CHECKING:
+            return None  # the client has left meanwhile
+        self._state = State.UNREGISTERED
+        return register
+
+    def _open_session(self, register: Register, client_name: str | None) -> None:
+        if self._is_draining():
+            self._metrics.refused.labels("shutdown").inc()
+            self._refuse(ErrorCode.SERVER_BUSY, "the gateway is shutting down")
+            self.leave()
+            return
+        registration = Registration(
+            self._peer,
+            profile_of(register),
+            register.on_new_request,
+            client_name,
+            _kind(register.auth),
+        )
+        self._session = self._sessions.open(self._port, registration)
+        if self._session is not None:
+            self._settle(State.REGISTERED)
+            return
+        detail = "session limit reached"
+        self._metrics.refused.labels("max_sessions").inc()
+        self._refuse(ErrorCode.SERVER_BUSY, detail)
+        self._port.close(CloseCode.TRY_AGAIN_LATER, detail)
+        self._settle(State.CLOSED)
+
+    # The end.
+
+    def leave(self) -> None:
+        """Say goodbye to a client that has not registered: the gateway shuts down."""
+        if self._state in (State.UNREGISTERED, State.CHECKING):
+            self._port.goodbye(SERVER_RESTART)
+            self._settle(State.CLOSED)
+
+    def fail(self) -> None:
+        """The gateway failed on what the client sent: close."""
+        self._port.session_failed()
+        self.connection_lost("the gateway failed")
+
+    def _settle(self, state: State) -> None:
+        self._state = state
+        self._on_settled(self)
+
+    def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
+        """Refuse what the client said before it has a session."""
+        _deferred_log.info(
+            "Refused message",
+            code=code.value,
+            detail=detail,
+            session_id=None,
+            peer=self._peer,
+            request_id=request_id,
+        )
+        if request_id is None:
+            self._port.refused(code, detail)
+        else:
+            self._metrics.requests.labels("failed").inc()
+            end = RequestEnd(request_id, Outcome.FAILED, code=code, detail=detail)
+            self._port.request_ended(end)
+
+
+def profile_of(register: Register) -> Profile:
+    """What a client registers. Older clients say `client_type` for `platform`."""
+    return Profile(
+        register.platform or register.client_type,
+        register.require_tts,
+        register.enable_srs,
+        register.system_prompt or SystemPrompt(),
+        register.scene_context or SceneContext(),
+        tuple(register.function_calling or ()),
+    )
+
+
+def _log_received(frame: ClientFrame) -> None:
+    payload = frame.payload
+    fields = {"session_id": frame.session_id and frame.session_id[:_MAX_LOGGED_CHARS]}
+    if isinstance(payload, Request | FunctionResult):
+        fields["request_id"] = payload.request_id
+    elif isinstance(payload, Interrupt):
+        fields["request_id"] = payload.target
+    _log.info("Received message", msg_type=payload.msg_type, **fields)
+
+
+def _kind(auth: ApiKeyAuth | AccountAuth) -> str:
+    """What kind of credentials they are, as the wire calls it."""
+    return str(auth.__struct_config__.tag)
