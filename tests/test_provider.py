@@ -1,4 +1,4 @@
-"""What is known of a provider before it is asked: its URL in whatever form, and its secrets."""
+"""The settings of a provider: the forms of its URL, headers and fields, and what is secret."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_the_url_to_post_to_is_one_that_is_taken_as_it_stands(base_url: str) -> 
     assert completions_url(url) == url
 
 
-NO_SCHEME = "must begin with http:// or https://"
+NO_SCHEME = "not a valid URL: it must start with http:// or https://"
 NOT_URLS = {
     "": NO_SCHEME,
     " ": NO_SCHEME,
@@ -140,7 +140,7 @@ def test_headers_that_can_be_sent_are_let_through(headers: dict[str, str]) -> No
     "name", ["", " ", "X Team", "X-Team:", "X-Team ", "Ünï", "X\r\nY", "X\n", "(x)", "x,y", "x/y"]
 )
 def test_what_is_no_name_of_a_header_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is no name of a header") as caught:
+    with pytest.raises(ValueError, match="is not a valid header name") as caught:
         check_headers({"X-Good": "1", name: KEY})
     assert repr(name) in str(caught.value)
     assert KEY not in str(caught.value)
@@ -168,7 +168,9 @@ def test_headers_that_the_stream_stands_on_cannot_be_set(name: str) -> None:
     [f"{KEY}\n", f"{KEY}\r\nX-More: 1", f"{KEY}\r", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}–", "你好"],
 )
 def test_a_value_that_no_header_has_is_refused_and_not_shown(value: str) -> None:
-    with pytest.raises(ValueError, match=r"^the value of X-Key holds characters") as caught:
+    with pytest.raises(
+        ValueError, match=r"^the value of X-Key contains characters that a header cannot carry$"
+    ) as caught:
         check_headers({"X-Key": value})
     assert KEY not in str(caught.value)
     assert value not in str(caught.value)
