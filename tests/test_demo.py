@@ -16,10 +16,12 @@ import gevent
 import pytest
 import requests
 
+from llm.demo import posts
 from llm.demo import server as demo
+from llm.demo.answers import DONE
 from llm.demo.scenarios import SCENARIOS, Scenario
 from llm.demo.server import DemoProvider
-from llm.demo.steps import DONE, Completion, Pause, Send, Step
+from llm.demo.steps import Completion, Pause, Send, Step
 from llm.demo.stories import CHINESE_STORY, ENGLISH_STORY, answer, tokens
 
 HAN = re.compile("[\u4e00-\u9fff]")
@@ -355,10 +357,9 @@ def test_tokens_come_at_their_pace_and_one_by_one() -> None:
 
 def test_a_closed_connection_ends_the_stream_in_the_middle_of_a_pause(slow: DemoProvider) -> None:
     client = open_stream(slow)
-    assert slow.live_streams == 1
+    assert [post.ended for post in slow.requests] == [None]
     client.close()
     assert slow.wait_idle(LIMIT)
-    assert slow.live_streams == 0
     assert slow._connections.join(LIMIT)  # the greenlet too
 
 
@@ -389,7 +390,7 @@ def test_a_client_that_reads_nothing_and_goes_ends_its_stream(
     assert blocked.wait(LIMIT)
     client.close()
     assert provider._connections.join(LIMIT)
-    assert provider.live_streams == 0
+    assert provider.wait_idle(0)
 
 
 def test_a_client_that_goes_within_its_request_leaves_no_trace(
@@ -428,7 +429,7 @@ def test_a_fast_stream_lets_others_have_their_turn(provider: DemoProvider) -> No
         lines = response.iter_lines()
         next(lines)
         # Its whole story fits in the socket's buffers; only a yielding stream lets us in between.
-        assert provider.live_streams == 1
+        assert [post.ended for post in provider.requests] == [None]
         assert sum(1 for _ in lines) > 900
 
 
@@ -658,7 +659,7 @@ def test_a_refused_post_is_on_the_list_too(provider: DemoProvider) -> None:
 
 
 def test_the_list_is_bounded_and_so_is_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "MAX_KEPT_REQUESTS", 3)
+    monkeypatch.setattr(posts, "MAX_KEPT_POSTS", 3)
     with DemoProvider(tokens_per_second=math.inf) as provider:
         for _ in range(5):
             post(provider, chat("stop", model="m" * 10_000))
@@ -667,7 +668,7 @@ def test_the_list_is_bounded_and_so_is_each_name(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_thousand_requests_are_kept() -> None:
-    assert demo.MAX_KEPT_REQUESTS == 1_000
+    assert posts.MAX_KEPT_POSTS == 1_000
 
 
 def test_deleting_the_list_begins_all_counts_again(provider: DemoProvider) -> None:
@@ -688,7 +689,7 @@ def test_an_answer_that_was_forgotten_while_it_ran_ends_without_a_trace(
 ) -> None:
     with open_stream(slow):
         slow.forget_requests()
-        assert slow.live_streams == 1
+        assert not slow.wait_idle(0)
     assert slow.wait_idle(LIMIT)
     assert slow.requests == []
 
@@ -700,7 +701,7 @@ def test_stopping_says_nothing_to_who_waits_for_headers(provider: DemoProvider) 
     with socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT) as client:
         client.sendall(raw_post(model="stall-headers"))
         with gevent.Timeout(LIMIT):
-            while not provider.live_streams:
+            while not provider.requests:
                 gevent.sleep(0)
         provider.stop()
         assert client.recv(100) == b""
@@ -726,7 +727,7 @@ def test_stopping_cuts_live_streams_off_and_frees_the_port(slow: DemoProvider) -
         began = time.monotonic()
         slow.stop()
         assert time.monotonic() - began < 1
-        assert slow.live_streams == 0
+        assert slow.wait_idle(0)
         assert len(slow._connections) == 0
         assert client.recv(65536) == b""  # no last chunk: cut off, not finished
         with pytest.raises(requests.ConnectionError):

@@ -1,7 +1,7 @@
-"""DESIGN.md, "Provider faults and what each one gives", row by row, through the whole gateway.
+"""Every fault of a provider and what the client gets for it, row by row, through the whole gateway.
 
-What holds whatever the fault was, the one line in the log and the key that is nowhere among it, is
-looked at after every test: see `Stand.check`.
+`Stand.check` runs after every test and checks what holds for all faults: one line in the log, and
+the key nowhere.
 """
 
 from __future__ import annotations

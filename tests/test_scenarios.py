@@ -18,12 +18,13 @@ import pytest
 import requests
 
 from llm.demo import scenarios
-from llm.demo import server as demo
+from llm.demo.arguments import example
+from llm.demo.player import Player
+from llm.demo.posts import Ended, ReceivedPost
 from llm.demo.scenarios import ALIASES, SCENARIOS, NoScenarioError, Scenario, choose
-from llm.demo.server import DemoProvider, Ended, ReceivedPost
+from llm.demo.server import DemoProvider
 from llm.demo.steps import ChatRequest, Completion, Pause, Send, Step
 from llm.demo.stories import CHINESE_STORY, ENGLISH_STORY, answer, short_answer, tokens
-from llm.demo.tool_scenarios import example
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 STORY = answer("Tell me a story")
@@ -169,15 +170,15 @@ def test_every_scenario_that_people_were_promised_is_there() -> None:
 
 def test_the_readme_has_the_same_table() -> None:
     readme = Path(scenarios.__file__).parents[1].joinpath("README.md").read_text("utf-8")
-    rows = [f"| `{row.usage}` | {row.line} |" for row in SCENARIOS.values()]
+    rows = [f"| `{row.syntax}` | {row.summary} |" for row in SCENARIOS.values()]
     assert re.findall(r"^\| `.*` \| .* \|$", readme[readme.index("| model |") :], re.M) == rows
 
 
 def test_the_description_has_a_line_for_each_scenario_and_each_parameter() -> None:
-    lines = scenarios.describe().splitlines()
+    lines = scenarios.describe_scenarios().splitlines()
     for row in SCENARIOS.values():
-        (line,) = [one for one in lines if one.split()[:1] == [row.usage]]
-        assert line.endswith(f" {row.line}")
+        (line,) = [one for one in lines if one.split()[:1] == [row.syntax]]
+        assert line.endswith(f" {row.summary}")
     used = {row.parameter for row in SCENARIOS.values() if row.parameter}
     assert used == set(scenarios.PARAMETERS)
     for parameter in scenarios.PARAMETERS:
@@ -202,7 +203,7 @@ def test_each_default_is_a_value_that_could_have_been_given(name: str) -> None:
     if scenario.default is not None:
         assert scenario.parameter
         assert scenario.parameter.parse(f"{scenario.default:.0f}") == scenario.default
-    assert bool(scenario.parameter) == bool(scenario.without)
+    assert bool(scenario.parameter) == bool(scenario.default_text)
 
 
 @pytest.mark.parametrize(
@@ -637,14 +638,15 @@ SILENT = {
 def test_a_stall_lasts_its_time_and_then_the_answer_goes_on(
     provider: DemoProvider, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    def note(player: Any, seconds: float | None) -> None:
+    def note(player: Player, seconds: float | None) -> None:
         if seconds:  # 0 is a mere turn of the loop
+            assert player._post is not None
             sent_before.append(player._post.sent_bytes)
         wait(player, seconds)
 
     sent_before: list[int] = []
-    wait = demo._Player._wait
-    monkeypatch.setattr(demo._Player, "_wait", note)
+    wait = Player._wait
+    monkeypatch.setattr(Player, "_wait", note)
     began = time.monotonic()
     whole = receive(provider, f"{model}:0.1")
     assert time.monotonic() - began >= 0.1  # early is a defect at any load, late a busy machine
@@ -708,7 +710,7 @@ LASTING = {name for name, row in SCENARIOS.items() if not row.counts_attempts} -
 @pytest.mark.parametrize("name", sorted(LASTING))
 def test_a_client_that_goes_ends_its_answer_at_once(slow: DemoProvider, name: str) -> None:
     client = connect(slow, name)
-    wait_until(lambda: slow.live_streams)
+    wait_until(lambda: slow.requests)
     if name != "stall-headers":
         assert client.recv(100)
     (running,) = slow.requests
@@ -726,7 +728,7 @@ def test_a_client_that_goes_within_a_silence_without_end_ends_it(
     provider: DemoProvider, name: str
 ) -> None:
     client = connect(provider, name)
-    wait_until(lambda: provider.live_streams)
+    wait_until(lambda: provider.requests)
     received = b""
     while SILENT[name] not in received:
         received += client.recv(65536)
@@ -744,7 +746,7 @@ def test_a_silence_without_end_does_not_outlive_a_client_that_pipelines(
     client.sendall(b"GET /v1/models HTTP/1.1\r\nX: " + b"x" * filler + b"\r\n\r\n")
     if not filler:  # what fits into a buffer is no reason to end the answer
         assert requests.get(f"{provider.base_url}/models", timeout=LIMIT).ok
-        assert provider.live_streams == 1
+        assert [post.ended for post in provider.requests] == [None]
     client.close()
     assert provider.wait_idle(LIMIT)
     assert provider.requests[0].ended is Ended.CLIENT_CLOSED
@@ -918,7 +920,7 @@ def test_a_flood_goes_on_until_the_client_goes(provider: DemoProvider) -> None:
     while received < 30_000_000:
         received += len(client.recv(1_000_000))
     assert requests.get(f"{provider.base_url}/models", timeout=LIMIT).ok
-    assert provider.live_streams == 1
+    assert [post.ended for post in provider.requests] == [None]
     client.close()
     assert provider.wait_idle(LIMIT)
     assert provider.requests[0].ended is Ended.CLIENT_CLOSED
