@@ -209,7 +209,7 @@ def test_an_id_too_long_to_answer_with_is_replaced() -> None:
     assert OWN_ID.match(second.id)
 
 
-# Calls that cannot be used -----------------------------------------------------------------------
+# Calls that cannot be used ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t "])
