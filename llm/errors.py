@@ -1,14 +1,18 @@
-"""What can go wrong with a generation: one small tree, mapped once, in `llm/chat/generation.py`.
+"""Everything that can go wrong with a generation, as one small tree of exceptions.
 
-The text of each error is made for the client's `error_detail` and the log: it names the cause in
-words and never holds the key.
+`llm/chat/attempt.py` maps the exceptions of urllib3, http.client and requests-sse to these, once;
+nothing else leaves it. The text of each error goes to the client (`error_detail`) and to the log.
+It names the cause in words and never contains the key.
 """
 
 from __future__ import annotations
 
 
 class StreamError(Exception):
-    """A generation failed; the text says why. Never raised itself, only its children are."""
+    """A generation failed; the text says why.
+
+    The base of the others. Used itself only where the gateway's own code failed.
+    """
 
 
 class ConnectFailedError(StreamError):
@@ -19,24 +23,23 @@ class LimitPassedError(StreamError):
     """The provider was too slow.
 
     Args:
-        limit: name of the limit that passed: ``connect``, ``first token``, ``idle`` or ``total``.
+        limit: which timeout: ``connect``, ``first token``, ``idle`` or ``total``.
         seconds: its length.
     """
 
     def __init__(self, limit: str, seconds: float) -> None:
-        super().__init__(f"the provider passed the {limit} limit of {seconds:g} s")
+        super().__init__(f"the provider exceeded the {limit} timeout of {seconds:g} s")
         self.limit = limit
-        self.seconds = seconds
 
 
 class BadStatusError(StreamError):
-    """The provider answered with another status than 200.
+    """The provider answered with a status other than 200.
 
     Args:
         status: HTTP status code.
-        message: what the provider said about it, possibly empty.
-        retry_after: seconds that it asks to wait; None where it does not.
-        body: all that it said.
+        message: the provider's own message, redacted; may be empty.
+        retry_after: seconds that the provider asks to wait; None where it does not say.
+        body: the whole error body, decoded; may be empty.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class BadStatusError(StreamError):
 
 
 class NotAStreamError(StreamError):
-    """Status 200, but the body is not an event stream."""
+    """The answer is not an event stream: another content type, or not even HTTP."""
 
 
 class MalformedStreamError(StreamError):
@@ -57,7 +60,7 @@ class MalformedStreamError(StreamError):
 
 
 class MalformedCallError(StreamError):
-    """A function call of the model that cannot be handed on: no name, no JSON object, too much."""
+    """A function call of the model is unusable: no name, arguments not a JSON object, too large."""
 
 
 class ProviderReportedError(StreamError):

@@ -1,4 +1,4 @@
-"""What is known of a provider: where it is, how it is asked, how long it may take."""
+"""The settings of one provider, and checks that its URL, headers and fields can be used."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import urllib3.util
 _COMPLETIONS = "/chat/completions"
 
 _VERSION = re.compile(r"v\d+\w*")
-"""A part of a path that says which version of an API follows, as in `/v1` or `/v1beta/openai`."""
+"""The part of a path that names an API version, as in `/v1` or `/v1beta/openai`."""
 
 _OUR_HEADERS = frozenset(
     {
@@ -28,20 +28,23 @@ _OUR_HEADERS = frozenset(
         "transfer-encoding",
     }
 )
-"""What the stream itself stands on."""
+"""Headers that the gateway sets itself, since reading the stream depends on them."""
 
 _OUR_FIELDS = frozenset(
     {"messages", "model", "n", "stream", "stream_options", "tools", "functions"}
 )
+"""Fields of the body that the gateway sets itself."""
 
 _SECRET_CHARS = 8
+"""A header value of at least this length is treated as a secret; shorter ones are switches and
+numbers, which occur in any text."""
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _HEADER_VALUE = re.compile(r"[ -~\t]*")
 
 
 class StopsOnClose(enum.Enum):
-    """Whether a provider stops to generate, and to bill, when its connection is closed."""
+    """Whether a provider stops generating, and billing, when its connection is closed."""
 
     YES = "yes"
     NO = "no"
@@ -50,26 +53,26 @@ class StopsOnClose(enum.Enum):
 
 @dataclass(frozen=True)
 class Provider:
-    """Where generations come from.
+    """The settings of one provider.
 
     Args:
-        base_url: any form that `completions_url` takes.
-        model: name of the model that is asked for.
-        api_key: None sends none.
-        key_header: header that the key goes into as it is; None sends it as a bearer token.
-        headers: more headers for every request.
-        extra_body: more fields for the body of every request.
-        include_usage: whether to ask for the usage at the end of a stream.
+        base_url: any form that `completions_url` accepts.
+        model: name of the model to ask for.
+        api_key: None sends no key.
+        key_header: name of the header that carries the bare key; None sends it as a bearer token.
+        headers: further headers of every request.
+        extra_body: further fields in the body of every request.
+        include_usage: whether to ask for the token counts at the end of a stream.
         stops_on_close: what it does when its connection is closed.
-        connect_timeout: seconds until the connection stands, names resolved, proxy and TLS
-            included; 0 is no limit.
+        connect_timeout: seconds until the connection is made, with name resolution, proxy and TLS;
+            0 is no limit.
         first_token_timeout: seconds from a POST to the first token of any kind; 0 is no limit.
-        idle_timeout: seconds from one event to the next after that; 0 is no limit.
-        retries: how often it is asked again before it has failed.
-        retry_after_cap: most seconds that its Retry-After makes us wait; 0 is no limit.
-        proxy: URL of the HTTP proxy on the way to it, credentials included.
-        ca_file: PEM file of trusted certificate authorities; None takes the usual ones.
-        pool_size: idle connections that are kept: as many as generations run at once.
+        idle_timeout: seconds between two events after that; 0 is no limit.
+        retries: how often a failed request is retried.
+        retry_after_cap: longest Retry-After that is obeyed, in seconds; 0 is no limit.
+        proxy: URL of the HTTP proxy to go through, credentials included; None connects directly.
+        ca_file: PEM file of trusted certificate authorities; None trusts certifi's.
+        pool_size: how many idle connections are kept; ideally the most concurrent generations.
     """
 
     base_url: str
@@ -91,16 +94,15 @@ class Provider:
 
     @property
     def name(self) -> str:
-        """What it is called in a log: its host and port, as its URL has them."""
+        """Its name in logs: host and port, as in its URL."""
         return urlsplit(self.base_url.strip()).netloc
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """What nobody may read, the longest first: one may be part of another."""
-        # With their scheme ("Bearer …") and without. Short ones are switches and numbers, and parts
-        # of any text.
+        """The texts to redact wherever they occur, longest first, since one may contain another."""
+        # Each value as a whole and word by word: "Bearer KEY" must redact KEY as well.
         values = [part for value in self.headers.values() for part in (value, *value.split())]
-        # Some take their key in the query; Azure's `api-version` is there, too.
+        # Some providers take the key in the query, where Azure has its `api-version`.
         query = parse_qsl(urlsplit(self.base_url.strip()).query)
         found = [value for name, value in query if name != "api-version"]
         values += [part for value in found for part in (value, quote(value, safe=""))]
@@ -111,7 +113,7 @@ class Provider:
 
 
 def _credentials(url: str) -> list[str]:
-    """The password in a URL, as it stands there, as it is meant, and as a proxy is told it."""
+    """The password in a URL: as written, percent-decoded, and as a Basic credential."""
     parsed = urlsplit(url)
     if not parsed.password:
         return []
@@ -120,14 +122,15 @@ def _credentials(url: str) -> list[str]:
 
 
 def completions_url(base_url: str) -> str:
-    """The URL to POST to, of whatever people have at hand.
+    """The URL to POST to, from any of the forms in which people know a provider's URL.
 
-    A path that ends in `/chat/completions` is taken as it stands. Otherwise that is added, with
-    `/v1` before it where the path names no version, and is not one of Azure's deployments. A query
+    A path that ends in `/chat/completions` is kept as it is. Otherwise `/chat/completions` is
+    appended, after `/v1` where the path neither names a version nor an Azure deployment. A query
     is kept (Azure's `api-version`).
 
     Raises:
-        ValueError: it is no URL of an HTTP server, in words that say why.
+        ValueError: it is not the URL of an HTTP server; the text says why, and follows the name
+            of the setting ("--llm-url is not …").
     """
     url = base_url.strip()
     try:
@@ -137,9 +140,9 @@ def completions_url(base_url: str) -> str:
     except ValueError as error:
         raise ValueError(f"is not the URL of a server: {error}") from None
     if parsed.scheme not in ("http", "https"):
-        raise ValueError("is no URL: it must begin with http:// or https://")
+        raise ValueError("is not a valid URL: it must start with http:// or https://")
     if parsed.username is not None:
-        raise ValueError("holds credentials: the key comes from the environment only")
+        raise ValueError("contains credentials: the key is set separately")
     if not host or port == 0 or any(char.isspace() for char in url):
         raise ValueError("is not the URL of a server")
     path = parsed.path.rstrip("/")
@@ -152,35 +155,35 @@ def completions_url(base_url: str) -> str:
 
 
 def check_headers(headers: Mapping[str, str]) -> None:
-    """Look whether headers can be sent along.
+    """Check that headers can be added to requests.
 
     Raises:
-        ValueError: one cannot, in words that name it. A value is never shown.
+        ValueError: one cannot; the text names the header and never shows its value.
     """
     for name in headers:
         if not _TOKEN.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a header")
+            raise ValueError(f"{name!r} is not a valid header name")
         if name.lower() in _OUR_HEADERS:
-            raise ValueError(f"{name} cannot be set: the gateway needs its own")
+            raise ValueError(f"{name} cannot be set: the gateway sets it")
     check_header_values(headers)
 
 
 def check_header_values(headers: Mapping[str, str]) -> None:
-    """Look whether the values of headers can be sent.
+    """Check that the values of headers can be sent.
 
     Raises:
-        ValueError: one cannot, in words that name the header. A value is never shown.
+        ValueError: one cannot; the text names the header and never shows its value.
     """
     for name, value in headers.items():
         if not _HEADER_VALUE.fullmatch(value):
-            raise ValueError(f"the value of {name} holds characters that no header has")
+            raise ValueError(f"the value of {name} contains characters that a header cannot carry")
 
 
 def check_extra_body(fields: Mapping[str, Any]) -> None:
-    """Look whether fields can be added to a request's body.
+    """Check that fields can be added to the body of requests.
 
     Raises:
-        ValueError: one cannot, in words that name it.
+        ValueError: one cannot; the text names it.
     """
     for name in fields:
         if name in _OUR_FIELDS:
@@ -188,10 +191,10 @@ def check_extra_body(fields: Mapping[str, Any]) -> None:
 
 
 def check_proxy(url: str) -> None:
-    """Look whether this is the URL of an HTTP proxy.
+    """Check that this is the URL of an HTTP proxy.
 
     Raises:
-        ValueError: it is not. The URL is not shown, since it may hold a password.
+        ValueError: it is not. The text does not show the URL, since it may contain a password.
     """
     try:
         parsed = urlsplit(url)
@@ -199,4 +202,4 @@ def check_proxy(url: str) -> None:
     except ValueError:
         usable = False
     if not usable:
-        raise ValueError("is not the URL of an HTTP proxy, as http://host:port")
+        raise ValueError("is not the URL of an HTTP proxy, such as http://host:port")

@@ -1,7 +1,7 @@
-"""Every instrument, declared once. The names are a contract with whoever scrapes them.
+"""All instruments, declared once. Names and labels are a contract with dashboards and alerts.
 
-No label ever holds an id. The values of labels are known beforehand, and their series are there
-from the start with 0, since no query can see a counter grow that began with 1.
+No label contains an id. All label values are known in advance, and their series exist from the
+start with 0: `rate()` and `increase()` miss the first event of a series that appears with 1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from prometheus_client.metrics import MetricWrapperBase
 
 _M = TypeVar("_M", bound=MetricWrapperBase)
 
-# Without this each counter and histogram has a second series that says when it began, and nobody
-# asks; Prometheus sees a counter that began anew by itself.
+# Otherwise each counter and histogram has a second series with its creation time, which nothing
+# uses: Prometheus detects a counter reset by itself.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _INTERRUPT_BUCKETS = (
@@ -40,33 +40,34 @@ OUTCOMES = ("completed", "interrupted", "failed", "reaped")
 STATES = ("connecting", "waiting", "streaming")
 INTERRUPT_REASONS = (
     *("USER_NEW_INPUT", "USER_STOP", "USER_VOICE_INPUT", "CLIENT_ERROR"),
-    "OTHER",  # whatever else a client says
+    "OTHER",  # any other reason that a client gives
 )
 INTERRUPT_OUTCOMES = ("stopped", "already_done", "unknown", "timed_out")
 ERROR_KINDS = (
     *("ConnectFailed", "LimitPassed", "BadStatus", "NotAStream", "MalformedStream"),
     *("MalformedCall", "ProviderReported", "IncompleteAnswer"),
-    "Stream",  # the gateway itself failed
+    "Stream",  # a bug of the gateway
 )
 REFUSALS = (
-    "origin",  # a connection of a web page from elsewhere
-    "request",  # another one is live, or as many as may be
+    "origin",  # a connection from a web page of another origin
+    "request",  # another request is live, or the session limit on live requests is reached
     "shutdown",
     "max_sessions",
     "max_requests",
-    "max_connections",  # of clients that have not registered
-    "auth",  # credentials that are not accepted
-    "auth_busy",  # too many passwords wait to be checked
+    "max_connections",  # a connection that had not registered, closed to make room
+    "auth",  # credentials not accepted
+    "auth_busy",  # too many passwords are waiting to be checked
 )
-"""Values of labels. What the other rooms call these things is held to them by a test."""
+"""Label values. A test checks that they match the names in the other rooms."""
 
 _MAX_EXEMPLAR_ID = 64
+"""prometheus_client raises on an exemplar whose labels exceed 128 characters."""
 
 
 def exemplar(request_id: str | None) -> dict[str, str] | None:
-    """What an observation is remembered by, where the scraper asks for OpenMetrics.
+    """The exemplar of an observation: its request id. Scrapers get it with OpenMetrics.
 
-    None where there is no id, and for one that is too long: `observe` would raise.
+    None where there is no id, or one so long that `observe` would raise.
     """
     if request_id is None or len(request_id) > _MAX_EXEMPLAR_ID:
         return None
@@ -74,11 +75,11 @@ def exemplar(request_id: str | None) -> dict[str, str] | None:
 
 
 class Family(Generic[_M]):
-    """Counters (or what it be) of one name, by their labels: looked up once, then at hand.
+    """The children of one instrument by their label values: each is looked up only once.
 
     Args:
         parent: the instrument, with label names.
-        known: values that are there from the start.
+        known: label values whose series exist from the start.
     """
 
     def __init__(self, parent: _M, known: Iterable[tuple[str, ...]]) -> None:
@@ -88,14 +89,14 @@ class Family(Generic[_M]):
             self.labels(*values)
 
     def labels(self, *values: str) -> _M:
-        """The one with these values of its labels."""
+        """The child with these label values."""
         child = self._children.get(values)
         if child is None:
             child = self._children[values] = self._parent.labels(*values)
         return child
 
     def total(self) -> int:
-        """What all counters of the family have counted together."""
+        """The sum of all counters of the family."""
         return int(
             sum(
                 sample.value
@@ -114,14 +115,14 @@ class Metrics:
     """The instruments of one gateway.
 
     Args:
-        registry: where they are registered; a fresh one in tests.
+        registry: registers them; a fresh one in tests.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
         interrupt_seconds = Histogram(
             "bargein_interrupt_seconds",
-            "From reading an INTERRUPT frame to the end of the stage.",
+            "Time from reading an INTERRUPT frame to the end of the stage.",
             ["stage"],
             buckets=_INTERRUPT_BUCKETS,
             registry=registry,
@@ -131,7 +132,7 @@ class Metrics:
         self.interrupts = Family(
             Counter(
                 "bargein_interrupts_total",
-                "Interrupted or missed targets, by what the client gave as reason.",
+                "Targets of INTERRUPT frames, by the client's reason and the outcome.",
                 ["reason", "outcome"],
                 registry=registry,
             ),
@@ -139,18 +140,24 @@ class Metrics:
         )
         self.frames_purged = Counter(
             "bargein_frames_purged_total",
-            "Queued data frames that interrupts dropped.",
+            "Queued data frames dropped by interrupts.",
             registry=registry,
         )
         self.requests = Family(
             Counter(
-                "bargein_requests_total", "Requests that ended.", ["outcome"], registry=registry
+                "bargein_requests_total",
+                "Requests that ended, by outcome.",
+                ["outcome"],
+                registry=registry,
             ),
             _one_by_one(OUTCOMES),
         )
         self.requests_active = Family(
             Gauge(
-                "bargein_requests_active", "Generations, by state.", ["state"], registry=registry
+                "bargein_requests_active",
+                "Live generations, by state.",
+                ["state"],
+                registry=registry,
             ),
             _one_by_one(STATES),
         )
@@ -159,20 +166,23 @@ class Metrics:
         )
         self.sessions = Family(
             Counter(
-                "bargein_sessions_total", "Sessions that ended.", ["outcome"], registry=registry
+                "bargein_sessions_total",
+                "Sessions that ended, by outcome.",
+                ["outcome"],
+                registry=registry,
             ),
             _one_by_one(("ended", "failed")),
         )
         self.time_to_first_chunk_seconds = Histogram(
             "bargein_time_to_first_chunk_seconds",
-            "From the start of a generation to its first token of any kind.",
+            "Time from the start of a generation to its first token of any kind.",
             buckets=_FIRST_CHUNK_BUCKETS,
             registry=registry,
         )
         self.generation_seconds = Family(
             Histogram(
                 "bargein_generation_seconds",
-                "From the start of a generation to its closed stream.",
+                "Time from the start of a generation to its closed stream.",
                 ["outcome"],
                 buckets=_GENERATION_BUCKETS,
                 registry=registry,
@@ -181,25 +191,25 @@ class Metrics:
         )
         self.text_chars = Counter(
             "bargein_text_chars_total",
-            "Code points of answers that were handed to the kernel.",
+            "Code points of answers passed to the kernel.",
             registry=registry,
         )
         self.llm_tokens = Family(
             Counter(
                 "bargein_llm_tokens_total",
-                "Tokens, as providers counted them.",
+                "Tokens as counted by providers.",
                 ["kind"],
                 registry=registry,
             ),
             _one_by_one(("prompt", "completion")),
         )
         self.llm_posts = Counter(
-            "bargein_llm_posts_total", "Requests that were sent to a provider.", registry=registry
+            "bargein_llm_posts_total", "POSTs sent to providers.", registry=registry
         )
         self.llm_retries = Family(
             Counter(
                 "bargein_llm_retries_total",
-                "Times that a provider was asked again, by what had failed.",
+                "Retries, by the kind of error before.",
                 ["kind"],
                 registry=registry,
             ),
@@ -207,12 +217,15 @@ class Metrics:
         )
         self.llm_fallbacks = Counter(
             "bargein_llm_fallbacks_total",
-            "Generations that the fallback provider was asked for.",
+            "Generations for which the fallback provider was asked.",
             registry=registry,
         )
         self.llm_errors = Family(
             Counter(
-                "bargein_llm_errors_total", "Generations that failed.", ["kind"], registry=registry
+                "bargein_llm_errors_total",
+                "Generations that failed, by kind of error.",
+                ["kind"],
+                registry=registry,
             ),
             _one_by_one(ERROR_KINDS),
         )
@@ -221,18 +234,18 @@ class Metrics:
         )
         self.streams_open_after_ack = Counter(
             "bargein_streams_open_after_ack_total",
-            "Streams that were still open when their INTERRUPT was answered.",
+            "Streams still open when their INTERRUPT was acknowledged.",
             registry=registry,
         )
         self.slow_clients = Counter(
             "bargein_slow_clients_total",
-            "Connections dropped since their client did not read.",
+            "Connections dropped because the client did not read.",
             registry=registry,
         )
         self.refused = Family(
             Counter(
                 "bargein_refused_total",
-                "Connections and requests refused.",
+                "Connections and requests refused, by reason.",
                 ["reason"],
                 registry=registry,
             ),
@@ -240,22 +253,22 @@ class Metrics:
         )
         self.drain_timeouts = Counter(
             "bargein_drain_timeouts_total",
-            "Shutdowns whose drain limit passed while requests were live.",
+            "Shutdowns that interrupted live requests.",
             registry=registry,
         )
         self.outbox_bytes = Gauge(
-            "bargein_outbox_bytes", "Bytes that wait for slow clients.", registry=registry
+            "bargein_outbox_bytes", "Bytes waiting for slow clients.", registry=registry
         )
         self.mailbox_messages = Gauge(
-            "bargein_mailbox_messages", "Messages that actors have not handled.", registry=registry
+            "bargein_mailbox_messages", "Messages not yet handled by actors.", registry=registry
         )
         self.loop_lag_seconds = Histogram(
             "bargein_loop_lag_seconds",
-            "How late greenlets get their turn, looked at ten times a second.",
+            "Delay until a ready greenlet runs, sampled ten times a second.",
             buckets=_LAG_BUCKETS,
             registry=registry,
         )
-        Info("bargein_build", "What is running.", registry=registry).info(
+        Info("bargein_build", "Versions of what is running.", registry=registry).info(
             {
                 "version": _version("bargein"),
                 "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Logs: one event a line, for people on a terminal and as JSON for machines.
+"""The log: one event per line, as text for people or as JSON for machines.
 
 Text form: ``2026-01-31T12:00:00.123Z [WS] [INFO] Received message | {"msg_type": "INTERRUPT"}``.
 """
@@ -21,15 +21,15 @@ _encoder = msgspec.json.Encoder(enc_hook=str)
 
 
 def get_logger(component: Component) -> Any:
-    """The logger of one component; its methods take the event and its fields by keyword."""
+    """The logger of one component. Its methods take the event, and its fields as keywords."""
     return structlog.get_logger(component=component)
 
 
 def configure(level: str, log_format: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
-    """Set up logging for the process, once, before the first event.
+    """Set up logging for the process; call it once, before the first event.
 
     Args:
-        level: one of `LEVELS`; what is below it costs next to nothing.
+        level: one of `LEVELS`; events below it cost next to nothing.
         log_format: text for people, json for machines.
         stream: where the lines go.
     """
@@ -46,15 +46,15 @@ def configure(level: str, log_format: Literal["text", "json"], stream: TextIO = 
         logger_factory=lambda *_: _Lines(stream),
         cache_logger_on_first_use=True,
     )
-    # Libraries log through the standard module; theirs become lines of the same form.
+    # Libraries log with the standard module; their records become lines of the same form.
     root = logging.getLogger()
     root.handlers[:] = [_ToStructlog()]
     root.setLevel(max(number, logging.WARNING))
 
 
 class _Lines:
-    """Writes the lines. A log that cannot be written (a full disk, a closed pipe) is lost: nobody
-    who logs may fail of it."""
+    """Writes lines to a stream. A line that cannot be written (full disk, closed pipe) is lost: the
+    code that logs must not fail because of it."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -64,12 +64,12 @@ class _Lines:
             self._stream.write(line + "\n")
             self._stream.flush()
 
-    debug = info = warning = warn = error = critical = exception = msg
+    debug = info = warning = error = critical = msg
 
 
 class _ToStructlog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        # structlog knows no levels between the usual ones.
+        # structlog accepts only the standard levels.
         level = max(record.levelno // 10 * 10, logging.DEBUG)
         get_logger("SYS").log(
             min(level, logging.CRITICAL),
@@ -84,7 +84,7 @@ def _text_line(_logger: object, _name: str, event: MutableMapping[str, Any]) -> 
         event.pop("timestamp").rstrip("Z")[:23],
         event.pop("component", "SYS"),
         event.pop("level").upper(),
-        " ".join(event.pop("event").splitlines()),  # a library's may have several
+        " ".join(event.pop("event").splitlines()),  # an event of a library may have several lines
     )
     return f"{head} | {_encoder.encode(event).decode()}" if event else head
 

@@ -1,4 +1,4 @@
-"""The circuit breaker's transitions, by a clock that is moved by hand."""
+"""The transitions of the circuit breaker, with a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def breaker(now: Now) -> Breaker:
     return Breaker(MAX_FAILURES, OPEN_SECONDS, now)
 
 
-def let_in(breaker: Breaker) -> Trial:
+def permit(breaker: Breaker) -> Trial:
     trial = breaker.trial()
-    assert trial is not None, f"nobody is let in: {breaker.state}"
+    assert trial is not None, f"no permission: {breaker.state}"
     return trial
 
 
 def fail(breaker: Breaker, times: int = 1) -> None:
     for _ in range(times):
-        let_in(breaker).failed()
+        permit(breaker).failed()
 
 
 def open_it(breaker: Breaker) -> None:
@@ -51,18 +51,18 @@ def open_it(breaker: Breaker) -> None:
 
 
 def probe(breaker: Breaker, now: Now) -> Trial:
-    """Open it, let its time pass, and let the one in who tries."""
+    """Open it, let its time pass, and return the permission of the probe."""
     open_it(breaker)
     now.seconds += OPEN_SECONDS
-    trial = let_in(breaker)
+    trial = permit(breaker)
     assert breaker.state is HALF_OPEN
     return trial
 
 
-def test_a_new_one_lets_everybody_in(breaker: Breaker) -> None:
+def test_a_new_breaker_permits_every_generation(breaker: Breaker) -> None:
     assert breaker.state is CLOSED
     for _ in range(3 * MAX_FAILURES):
-        let_in(breaker)
+        permit(breaker)
     assert breaker.state is CLOSED
 
 
@@ -83,7 +83,7 @@ def test_one_failure_may_be_enough(now: Now) -> None:
 def test_a_success_in_between_begins_the_count_again(breaker: Breaker) -> None:
     for _ in range(3):
         fail(breaker, MAX_FAILURES - 1)
-        let_in(breaker).succeeded()
+        permit(breaker).succeeded()
     assert breaker.state is CLOSED
     fail(breaker, MAX_FAILURES - 1)
     assert breaker.state is CLOSED
@@ -95,14 +95,14 @@ def test_one_that_was_stopped_before_it_was_answered_neither_counts_nor_forgives
     breaker: Breaker,
 ) -> None:
     fail(breaker, MAX_FAILURES - 1)
-    let_in(breaker).abandoned()
+    permit(breaker).abandoned()
     assert breaker.state is CLOSED
     fail(breaker)
     assert breaker.state is OPEN
 
 
 def test_failures_of_those_that_were_let_in_together_count_too(breaker: Breaker) -> None:
-    together = [let_in(breaker) for _ in range(MAX_FAILURES)]
+    together = [permit(breaker) for _ in range(MAX_FAILURES)]
     for trial in together:
         trial.failed()
     assert breaker.state is OPEN
@@ -142,7 +142,7 @@ def test_the_failure_of_the_one_that_tries_opens_it_for_as_long_again(
     now.seconds += OPEN_SECONDS - 0.001
     assert breaker.trial() is None
     now.seconds += 0.001
-    let_in(breaker).succeeded()
+    permit(breaker).succeeded()
     assert breaker.state is CLOSED
 
 
@@ -150,11 +150,11 @@ def test_when_the_one_that_tries_is_stopped_the_next_one_tries_at_once(
     breaker: Breaker, now: Now
 ) -> None:
     probe(breaker, now).abandoned()
-    second = let_in(breaker)
+    second = permit(breaker)
     assert breaker.state is HALF_OPEN
     assert breaker.trial() is None
     second.abandoned()
-    let_in(breaker).succeeded()
+    permit(breaker).succeeded()
     assert breaker.state is CLOSED
 
 
@@ -162,22 +162,22 @@ def test_when_the_one_that_tries_is_stopped_the_next_one_tries_at_once(
 def test_those_from_before_it_opened_do_not_keep_it_open_longer(
     breaker: Breaker, now: Now, told: Callable[[Trial], None]
 ) -> None:
-    late = [let_in(breaker), let_in(breaker)]
+    late = [permit(breaker), permit(breaker)]
     open_it(breaker)
     now.seconds += OPEN_SECONDS - 1
     told(late[0])
     now.seconds += 1
-    let_in(breaker)
+    permit(breaker)
     told(late[1])
     assert breaker.state is HALF_OPEN  # nor do they speak for the one that tries
 
 
 def test_one_from_before_it_opened_that_is_answered_closes_it(breaker: Breaker) -> None:
-    late = let_in(breaker)
+    late = permit(breaker)
     open_it(breaker)
     late.succeeded()
     assert breaker.state is CLOSED
-    let_in(breaker)
+    permit(breaker)
 
 
 FIRST_TOLD: dict[str, tuple[Callable[[Trial], None], BreakerState]] = {
@@ -202,7 +202,7 @@ def test_only_the_first_word_of_one_that_tries_is_heard(
 
 
 def test_a_generation_that_tells_of_its_failure_twice_counts_once(breaker: Breaker) -> None:
-    trial = let_in(breaker)
+    trial = permit(breaker)
     for _ in range(MAX_FAILURES):
         trial.failed()
     assert breaker.state is CLOSED
@@ -217,14 +217,14 @@ def test_with_no_limit_of_failures_it_never_opens(now: Now) -> None:
 def test_with_no_time_to_stay_open_the_next_one_tries(now: Now) -> None:
     breaker = Breaker(1, 0.0, now)
     fail(breaker)
-    trial = let_in(breaker)
+    trial = permit(breaker)
     assert breaker.trial() is None
     trial.failed()
-    let_in(breaker).succeeded()
+    permit(breaker).succeeded()
     assert breaker.state is CLOSED
 
 
-def test_its_clock_is_one_that_nobody_sets_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_clock_is_monotonic(monkeypatch: pytest.MonkeyPatch) -> None:
     breaker = Breaker(1, OPEN_SECONDS)
     before = time.monotonic()
     fail(breaker)

@@ -172,7 +172,7 @@ def test_a_name_that_comes_again_after_the_arguments_begins_no_call() -> None:
     assert (call.id, call.name, call.arguments) == ("a", "lamp", "{}")
 
 
-def test_a_piece_with_nothing_in_it_begins_no_call_and_is_nobodys_turn() -> None:
+def test_an_empty_piece_neither_starts_a_call_nor_changes_which_is_the_last() -> None:
     pieces = [
         piece(3),
         piece(),
@@ -209,7 +209,7 @@ def test_an_id_too_long_to_answer_with_is_replaced() -> None:
     assert OWN_ID.match(second.id)
 
 
-# What cannot be handed on -----------------------------------------------------------------------
+# Calls that cannot be used ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t "])
@@ -234,16 +234,16 @@ def test_in_an_answer_that_was_cut_whole_arguments_are_whole() -> None:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ('{"x":', "its arguments are no JSON: Input data was truncated"),
-        ("{x:1}", r"its arguments are no JSON: .* \(byte 1\)"),
-        ("{}{}", "its arguments are no JSON: JSON is malformed: trailing characters"),
-        ("Copenhagen", "its arguments are no JSON: "),
-        ('{"x":NaN}', "its arguments are no JSON: "),
-        ('{"x":"\\ud83d"}', "its arguments are no JSON: "),
-        ("[]", "its arguments are no JSON object$"),
-        ("null", "its arguments are no JSON object$"),
-        ("7", "its arguments are no JSON object$"),
-        ('"{}"', "its arguments are no JSON object$"),
+        ('{"x":', "its arguments are not valid JSON: Input data was truncated"),
+        ("{x:1}", r"its arguments are not valid JSON: .* \(byte 1\)"),
+        ("{}{}", "its arguments are not valid JSON: JSON is malformed: trailing characters"),
+        ("Copenhagen", "its arguments are not valid JSON: "),
+        ('{"x":NaN}', "its arguments are not valid JSON: "),
+        ('{"x":"\\ud83d"}', "its arguments are not valid JSON: "),
+        ("[]", "its arguments are not a JSON object$"),
+        ("null", "its arguments are not a JSON object$"),
+        ("7", "its arguments are not a JSON object$"),
+        ('"{}"', "its arguments are not a JSON object$"),
         pytest.param('{"x":' + "[" * 100_000, "its arguments are nested too deeply$", id="deep"),
     ],
 )
@@ -279,7 +279,7 @@ def test_there_may_be_so_many_calls_and_no_more() -> None:
     assembler = CallAssembler()
     assembler.add(piece(index, f"id{index}", "f") for index in range(MAX_CALLS))
     assembler.add([piece(0, arguments="{}"), piece(MAX_CALLS - 1, arguments="{}")])
-    with pytest.raises(MalformedCallError, match=r"of 'g': it is one of over 128$"):
+    with pytest.raises(MalformedCallError, match=r"of 'g': the answer has more than 128 calls$"):
         assembler.add([piece(MAX_CALLS, "more", "g")])
     assert len(assembler.finish()) == MAX_CALLS == 128
 
@@ -291,7 +291,7 @@ def test_there_may_be_so_much_of_all_calls_and_no_more() -> None:
     half = (MAX_CALL_BYTES - 4) // 2
     assembler.add([piece(0, arguments="x" * half), piece(1, arguments="é" * (half // 2))])
     assembler.add([piece(1, "not kept", "nor this")])
-    with pytest.raises(MalformedCallError, match=r"of 'f': the answer's calls are over 1 MiB$"):
+    with pytest.raises(MalformedCallError, match=r"of 'f': the calls of the answer exceed 1 MiB$"):
         assembler.add([piece(0, arguments="x")])
 
 
@@ -299,7 +299,7 @@ def test_there_may_be_so_much_of_all_calls_and_no_more() -> None:
 def test_ids_and_names_count_too(begun: CallPiece) -> None:
     assembler = CallAssembler()
     assembler.add([begun])
-    with pytest.raises(MalformedCallError, match=r"over 1 MiB$"):
+    with pytest.raises(MalformedCallError, match=r"exceed 1 MiB$"):
         assembler.add([piece(0, arguments="x")])
 
 
@@ -324,7 +324,7 @@ def test_what_comes_after_the_end_is_an_error_unless_it_is_nothing(late: CallPie
     assert assembler.finish() == [F]
     assembler.add([piece(0), piece(), piece(0, "a", "f"), piece(None, "a")])
     if late.chars:
-        with pytest.raises(MalformedCallError, match=r"a part of it came after its end$"):
+        with pytest.raises(MalformedCallError, match=r"more of it came after the finish reason$"):
             assembler.add([late])
     else:
         assembler.add([late])
@@ -334,13 +334,15 @@ def test_no_call_begins_after_an_end_without_calls() -> None:
     assembler = CallAssembler()
     assert assembler.finish() == []
     assembler.add([piece(0), piece()])
-    with pytest.raises(MalformedCallError, match=r"of 'f': a part of it came after its end$"):
+    with pytest.raises(
+        MalformedCallError, match=r"of 'f': more of it came after the finish reason$"
+    ):
         assembler.add([piece(0, "a", "f")])
 
 
 @pytest.mark.parametrize("name", ["get weather!", "multi_tool_use.parallel", "x" * 65, "später"])
 def test_a_name_that_no_function_can_have_is_an_error(name: str) -> None:
     """It would go into the history, and no provider takes it back from there."""
-    with pytest.raises(MalformedCallError, match=r"that is no name of a function$") as caught:
+    with pytest.raises(MalformedCallError, match=r"this is not a valid function name$") as caught:
         assembled(piece(0, "a", name, "{}"))
     assert len(str(caught.value)) < 200

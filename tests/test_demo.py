@@ -1,4 +1,4 @@
-"""The demo provider, spoken to over loopback HTTP; its pure parts also directly."""
+"""The demo provider over loopback HTTP; its parts without I/O also directly."""
 
 import dataclasses
 import gc
@@ -16,10 +16,12 @@ import gevent
 import pytest
 import requests
 
+from llm.demo import posts
 from llm.demo import server as demo
+from llm.demo.answers import DONE
 from llm.demo.scenarios import SCENARIOS, Scenario
 from llm.demo.server import DemoProvider
-from llm.demo.steps import DONE, Completion, Pause, Send, Step
+from llm.demo.steps import Completion, Pause, Send, Step
 from llm.demo.stories import CHINESE_STORY, ENGLISH_STORY, answer, tokens
 
 HAN = re.compile("[\u4e00-\u9fff]")
@@ -28,14 +30,14 @@ LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 
 @pytest.fixture
 def provider() -> Iterator[DemoProvider]:
-    """As fast as the client reads: for what is said, not when."""
+    """As fast as the client reads: for tests of the content, not of the pace."""
     with DemoProvider(tokens_per_second=math.inf) as running:
         yield running
 
 
 @pytest.fixture
 def slow() -> Iterator[DemoProvider]:
-    """Says its role, then nothing for ten minutes: whatever ends sooner was ended."""
+    """Sends the role, then nothing for ten minutes: a stream that ends sooner was ended."""
     with DemoProvider(tokens_per_second=1 / 600) as running:
         yield running
 
@@ -195,7 +197,7 @@ def test_a_chinese_stop_gets_one_short_chinese_sentence(provider: DemoProvider, 
         "停车场在哪",
     ],
 )
-def test_what_only_looks_like_a_stop_gets_its_story(text: str) -> None:
+def test_a_text_that_only_looks_like_a_stop_gets_a_story(text: str) -> None:
     assert len(answer(text)) > 900
 
 
@@ -355,10 +357,9 @@ def test_tokens_come_at_their_pace_and_one_by_one() -> None:
 
 def test_a_closed_connection_ends_the_stream_in_the_middle_of_a_pause(slow: DemoProvider) -> None:
     client = open_stream(slow)
-    assert slow.live_streams == 1
+    assert [post.ended for post in slow.requests] == [None]
     client.close()
     assert slow.wait_idle(LIMIT)
-    assert slow.live_streams == 0
     assert slow._connections.join(LIMIT)  # the greenlet too
 
 
@@ -389,7 +390,7 @@ def test_a_client_that_reads_nothing_and_goes_ends_its_stream(
     assert blocked.wait(LIMIT)
     client.close()
     assert provider._connections.join(LIMIT)
-    assert provider.live_streams == 0
+    assert provider.wait_idle(0)
 
 
 def test_a_client_that_goes_within_its_request_leaves_no_trace(
@@ -423,12 +424,12 @@ def test_a_pipelined_request_neither_ends_the_stream_nor_hurries_it(
     assert paused[0] >= 0.05
 
 
-def test_a_fast_stream_lets_others_have_their_turn(provider: DemoProvider) -> None:
+def test_a_fast_stream_lets_other_greenlets_run(provider: DemoProvider) -> None:
     with post(provider, chat(), stream=True) as response:
         lines = response.iter_lines()
         next(lines)
-        # Its whole story fits in the socket's buffers; only a yielding stream lets us in between.
-        assert provider.live_streams == 1
+        # The whole story fits in the socket's buffers: only a stream that yields is not over yet.
+        assert [post.ended for post in provider.requests] == [None]
         assert sum(1 for _ in lines) > 900
 
 
@@ -468,7 +469,7 @@ def test_a_defect_before_the_stream_is_a_500(
     assert "ZeroDivisionError" in caplog.text
 
 
-# ---- HTTP of all sorts
+# ---- HTTP
 
 
 def exchange(provider: DemoProvider, request: bytes) -> bytes:
@@ -512,7 +513,7 @@ def test_a_connection_that_will_close_says_so(provider: DemoProvider) -> None:
 @pytest.mark.parametrize(
     "request_", [b"nonsense\r\n\r\n", b"GET / HTTP/3.0\r\n\r\n", b"\xff\xfe a b c\r\n\r\n"]
 )
-def test_what_is_no_http_is_400(provider: DemoProvider, request_: bytes) -> None:
+def test_a_request_that_is_not_http_is_400(provider: DemoProvider, request_: bytes) -> None:
     assert exchange(provider, request_).startswith(b"HTTP/1.1 400 ")
 
 
@@ -579,7 +580,7 @@ def test_a_client_is_told_to_go_on_where_it_asks(provider: DemoProvider) -> None
     assert b"data: [DONE]" in received
 
 
-# ---- what it was asked for
+# ---- the record of requests
 
 
 def seen(provider: DemoProvider) -> list[dict[str, Any]]:
@@ -641,7 +642,7 @@ def test_an_answer_under_way_has_no_end_yet_and_then_says_who_ended_it(
     assert [one.ended for one in slow.requests] == ["client_closed", "cut"]
 
 
-def test_what_is_looked_at_does_not_change_under_ones_eyes(slow: DemoProvider) -> None:
+def test_the_returned_requests_are_copies(slow: DemoProvider) -> None:
     with open_stream(slow):
         (running,) = slow.requests
     assert slow.wait_idle(LIMIT)
@@ -658,7 +659,7 @@ def test_a_refused_post_is_on_the_list_too(provider: DemoProvider) -> None:
 
 
 def test_the_list_is_bounded_and_so_is_each_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "MAX_KEPT_REQUESTS", 3)
+    monkeypatch.setattr(posts, "MAX_KEPT_POSTS", 3)
     with DemoProvider(tokens_per_second=math.inf) as provider:
         for _ in range(5):
             post(provider, chat("stop", model="m" * 10_000))
@@ -667,7 +668,7 @@ def test_the_list_is_bounded_and_so_is_each_name(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_thousand_requests_are_kept() -> None:
-    assert demo.MAX_KEPT_REQUESTS == 1_000
+    assert posts.MAX_KEPT_POSTS == 1_000
 
 
 def test_deleting_the_list_begins_all_counts_again(provider: DemoProvider) -> None:
@@ -688,7 +689,7 @@ def test_an_answer_that_was_forgotten_while_it_ran_ends_without_a_trace(
 ) -> None:
     with open_stream(slow):
         slow.forget_requests()
-        assert slow.live_streams == 1
+        assert not slow.wait_idle(0)
     assert slow.wait_idle(LIMIT)
     assert slow.requests == []
 
@@ -696,11 +697,11 @@ def test_an_answer_that_was_forgotten_while_it_ran_ends_without_a_trace(
 # ---- starting and stopping
 
 
-def test_stopping_says_nothing_to_who_waits_for_headers(provider: DemoProvider) -> None:
+def test_stopping_sends_nothing_to_a_client_that_waits_for_headers(provider: DemoProvider) -> None:
     with socket.create_connection(("127.0.0.1", port_of(provider)), timeout=LIMIT) as client:
         client.sendall(raw_post(model="stall-headers"))
         with gevent.Timeout(LIMIT):
-            while not provider.live_streams:
+            while not provider.requests:
                 gevent.sleep(0)
         provider.stop()
         assert client.recv(100) == b""
@@ -726,7 +727,7 @@ def test_stopping_cuts_live_streams_off_and_frees_the_port(slow: DemoProvider) -
         began = time.monotonic()
         slow.stop()
         assert time.monotonic() - began < 1
-        assert slow.live_streams == 0
+        assert slow.wait_idle(0)
         assert len(slow._connections) == 0
         assert client.recv(65536) == b""  # no last chunk: cut off, not finished
         with pytest.raises(requests.ConnectionError):
@@ -757,6 +758,6 @@ def test_a_taken_port_is_an_error_at_once(provider: DemoProvider) -> None:
 
 
 @pytest.mark.parametrize("pace", [0, -1, math.nan])
-def test_a_pace_that_is_none_is_refused(pace: float) -> None:
+def test_an_invalid_pace_is_refused(pace: float) -> None:
     with pytest.raises(ValueError, match="tokens_per_second"):
         DemoProvider(tokens_per_second=pace)

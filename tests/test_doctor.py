@@ -433,7 +433,7 @@ def test_a_limit_of_the_daemon_that_passed_is_said() -> None:
     limit = ["--llm-model", "stall-headers", "--llm-first-token-timeout", "0.2"]
     with Daemon("--ops-port", "0", *limit, "--llm-retries", "0") as daemon:
         failed = only_failed(examined(daemon.port), "stream")
-    assert "passed the first token limit of 0.2 s" in failed.seen
+    assert "exceeded the first token timeout of 0.2 s" in failed.seen
     assert "--llm-first-token-timeout" in failed.advice
 
 

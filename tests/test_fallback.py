@@ -315,7 +315,7 @@ def test_the_fallback_has_limits_of_its_own(make_pair: MakePair) -> None:
     request_id = pair.stand.ask(scripts.no_headers())
     pair.blame_second(request_id)
     detail = pair.stand.wait_failed(request_id, "REQUEST_TIMEOUT")["error_detail"]
-    assert detail == "the provider passed the first token limit of 0.15 s"
+    assert detail == "the provider exceeded the first token timeout of 0.15 s"
     assert pair.asked(request_id) == [FIRST, SECOND]
 
 
@@ -569,7 +569,7 @@ def test_the_total_limit_strikes_while_the_fallback_is_asked(make_pair: MakePair
     request_id = pair.stand.ask_in_turn(refusal(503), scripts.no_headers())
     pair.blame_second(request_id)
     detail = pair.stand.wait_failed(request_id, "REQUEST_TIMEOUT")["error_detail"]
-    assert detail == "the provider passed the total limit of 0.3 s"
+    assert detail == "the provider exceeded the total timeout of 0.3 s"
     assert pair.asked(request_id) == [FIRST, SECOND]
 
 

@@ -257,7 +257,9 @@ def seconds_of(scenario: Scenario) -> float:
 
 def test_of_those_that_end_by_themselves_only_two_outlast_a_client() -> None:
     """Which the page names; what the gateway's retries add fits in the other half."""
-    ending = [one for one in SCENARIOS.values() if one.without != "until the client goes"]
+    ending = [
+        one for one in SCENARIOS.values() if one.default_text != "until the client disconnects"
+    ]
     limit = DEFAULTS["client_timeout"] / 2
     assert {one.name for one in ending if seconds_of(one) > limit} == {"long-story", "slow"}
 

@@ -1,4 +1,4 @@
-"""Lines of an event stream, whichever way the network cuts it.
+"""Lines of an event stream, wherever the network cuts it.
 
 The rules are those of WHATWG HTML, §9.2.6 "Interpreting an event stream".
 """
@@ -90,7 +90,7 @@ def cuts(wire: bytes) -> Iterator[list[bytes]]:
     yield [wire[position : position + 1] for position in range(len(wire))]
 
 
-# What a wire amounts to -------------------------------------------------------------------------
+# Lines and events of a wire ---------------------------------------------------------------------
 
 WIRES = [
     pytest.param(b"data: a\n\ndata: b\n\n", ["a", "b"], id="lf"),
@@ -234,7 +234,7 @@ def test_a_long_line_in_tiny_pieces_takes_linear_time() -> None:
 
 
 @pytest.mark.parametrize("piece", [b": \n\n", b"data: a\n\n" * 50, b"\n" * 16384])
-def test_a_body_that_always_has_data_gives_others_their_turns(piece: bytes) -> None:
+def test_a_body_that_always_has_data_lets_other_greenlets_run(piece: bytes) -> None:
     turns = 0
     lines = iter(lines_of(FakeAnswer(endless(piece))))
 
@@ -316,7 +316,7 @@ def test_a_drain_stops_at_its_bound() -> None:
 
 
 @pytest.mark.parametrize("end", [ProtocolError("broken"), DecodeError("bad gzip")])
-def test_a_drain_that_meets_an_error_is_over_without_a_word(end: Exception) -> None:
+def test_a_drain_ignores_errors_and_stops(end: Exception) -> None:
     raw = FakeAnswer([b"a"], end)
     lines_of(raw).drain(1000)
     assert raw.reads == 2

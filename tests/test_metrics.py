@@ -1,4 +1,4 @@
-"""What the gauges tell, looked at through a whole gateway, and the reasons of refusals."""
+"""The gauges of a whole gateway, and the reasons of refusals."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_messages_that_were_not_handled_are_in_the_gauge(gateway: Gateway) -> No
     assert gauge(gateway, "mailbox_messages") == 0
 
 
-def test_every_reason_of_a_refusal_is_a_known_one() -> None:
-    sources = [*ROOT.glob("actors/*.py"), *ROOT.glob("gateway/*.py"), ROOT / "run.py"]
+def test_every_reason_of_a_refusal_is_a_known_label() -> None:
+    sources = [*ROOT.glob("actors/**/*.py"), *ROOT.glob("gateway/**/*.py"), ROOT / "run.py"]
     text = "".join(source.read_text() for source in sources)
     reasons = re.findall(r'(?:refused\.labels|_refuse_busy)\(\s*"(\w+)"', text)
     assert set(reasons) == set(REFUSALS)

@@ -1,4 +1,4 @@
-"""Alerts, dashboard, units and the page about them, held to the code and to their own tools."""
+"""Alerts, dashboard, units and README, checked against the code and with their own tools."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def cases_series() -> list[str]:
 
 
 def mistakes(query: str) -> Iterator[str]:
-    """What a query names that there is not."""
+    """The names in a query that do not exist."""
     known = series()
     for name, selector in re.findall(r"\b(bargein_\w+)(?:\{([^}]*)\})?", query):
         if name not in known:
@@ -108,7 +108,7 @@ def run(*command: str | Path, stdin: bytes | None = None) -> str:
 # The code and its own words ----------------------------------------------------------------------
 
 
-def test_labels_are_what_the_other_rooms_say() -> None:
+def test_labels_match_the_names_in_the_other_rooms() -> None:
     assert {outcome.value.lower() for outcome in Outcome} == set(instruments.OUTCOMES)
     targets = {outcome.value.lower() for outcome in InterruptOutcome}
     assert targets == set(instruments.INTERRUPT_OUTCOMES)
@@ -119,7 +119,7 @@ def test_labels_are_what_the_other_rooms_say() -> None:
     assert {_kind(kind.__new__(kind)) for kind in errors} == set(instruments.ERROR_KINDS)
 
 
-def test_every_series_is_there_from_the_start() -> None:
+def test_every_series_exists_from_the_start() -> None:
     without = {name for name, labels in families().items() if not _has_sample(name)}
     assert not without
 
@@ -162,7 +162,7 @@ def test_the_page_lists_every_alert_and_every_file() -> None:
     assert {name for name in ours if name not in page} == set()
 
 
-def test_what_the_page_says_of_kinds_is_what_there_is() -> None:
+def test_the_page_lists_every_label_value() -> None:
     page = (METRICS / "README.md").read_text()
     for value in (
         *instruments.ERROR_KINDS,
@@ -189,7 +189,7 @@ def test_a_query_with_a_mistake_is_found() -> None:
 
 
 @pytest.mark.parametrize("alert", alerts(), ids=lambda alert: str(alert["alert"]))
-def test_an_alert_asks_for_what_there_is_and_says_what_to_do(alert: dict[str, Any]) -> None:
+def test_an_alert_queries_existing_series_and_has_its_annotations(alert: dict[str, Any]) -> None:
     assert not list(mistakes(alert["expr"]))
     assert alert["labels"]["severity"] in ("page", "ticket")
     assert set(alert["annotations"]) == {"summary", "description"}
@@ -216,7 +216,7 @@ def test_an_alert_has_a_case_that_fires_and_one_that_does_not(alert: dict[str, A
     assert others or not all(case["exp_alerts"] for case in cases)
 
 
-def test_the_cases_play_series_that_there_are() -> None:
+def test_the_cases_use_existing_series() -> None:
     known = series()
     for one in cases_series():
         assert not list(mistakes(one))
@@ -239,7 +239,7 @@ def test_the_names_pass_promtool() -> None:
 # The dashboard -----------------------------------------------------------------------------------
 
 
-def test_the_dashboard_asks_for_what_there_is() -> None:
+def test_the_dashboard_queries_existing_series() -> None:
     found = [mistake for query in dashboard_queries() for mistake in mistakes(query)]
     assert not found
 
@@ -261,7 +261,7 @@ def test_the_queries_of_the_dashboard_are_promql(tmp_path: Path) -> None:
     run(find_tool("promtool", "prometheus"), "check", "rules", file)
 
 
-def test_panels_have_ids_and_places_of_their_own() -> None:
+def test_panels_have_distinct_ids_and_places() -> None:
     everything = dashboard()["panels"]
     assert len({panel["id"] for panel in everything}) == len(everything)
     taken: set[tuple[int, int]] = set()
@@ -277,7 +277,7 @@ def test_panels_have_ids_and_places_of_their_own() -> None:
         taken |= cells
 
 
-def test_panels_take_the_data_source_and_the_instances_that_were_chosen() -> None:
+def test_panels_use_the_selected_data_source_and_instances() -> None:
     variables = {one["name"] for one in dashboard()["templating"]["list"]}
     assert variables == {"datasource", "instance"}
     for panel in panels():
@@ -296,7 +296,7 @@ def unit() -> configparser.RawConfigParser:
     return parser
 
 
-def test_the_unit_is_one_to_systemd(tmp_path: Path) -> None:
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     analyze = find_tool("systemd-analyze", "systemd")
     here = tmp_path / "bargein.service"
     program = unit()["Service"]["ExecStart"].split()[0]
@@ -319,7 +319,7 @@ def compose() -> dict[str, Any]:
     return content
 
 
-def test_what_compose_mounts_and_builds_is_there() -> None:
+def test_everything_that_compose_mounts_and_builds_exists() -> None:
     services = compose()["services"]
     build = services["bargein"]["build"]
     assert (METRICS / build["context"]).resolve() == ROOT
@@ -328,7 +328,7 @@ def test_what_compose_mounts_and_builds_is_there() -> None:
         assert (METRICS / source).exists(), source
 
 
-def test_files_lie_in_the_containers_where_they_are_looked_for() -> None:
+def test_files_are_where_the_containers_expect_them() -> None:
     services = compose()["services"]
     targets = {target for _, target in _mounts(services)}
     config = yaml.safe_load((METRICS / "prometheus.yml").read_text())
@@ -357,7 +357,7 @@ def test_prometheus_scrapes_the_service_at_the_port_that_it_has() -> None:
     assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
 
 
-def test_nothing_of_compose_is_open_to_the_network() -> None:
+def test_compose_opens_no_port_to_the_network() -> None:
     for service in compose()["services"].values():
         assert all(port.startswith("127.0.0.1:") for port in service["ports"])
         assert "image" not in service or re.search(r":v?\d+\.\d+\.\d+$", service["image"])
@@ -380,7 +380,7 @@ def test_the_image_has_every_package_and_the_ports_that_are_listened_on() -> Non
     assert f":{Config().ops_port}/livez" in text
 
 
-def test_every_variable_that_they_set_is_a_setting() -> None:
+def test_every_variable_of_the_containers_is_a_setting() -> None:
     text = "".join((METRICS / name).read_text() for name in ("Dockerfile", "compose.yaml"))
     settings = {f"BARGEIN_{name.upper()}" for name in Config.__struct_fields__}
     assert set(re.findall(r"\bBARGEIN_\w+", text)) <= settings

@@ -1,4 +1,4 @@
-"""What is known of a provider before it is asked: its URL in whatever form, and its secrets."""
+"""The settings of a provider: the forms of its URL, headers and fields, and what is secret."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ URLS = {
     "https://host/v2-apps": "https://host/v2-apps/v1/chat/completions",
     "https://host/rev2": "https://host/rev2/v1/chat/completions",
     "https://host?version=v1": "https://host/v1/chat/completions?version=v1",
-    # All of it: taken as it stands.
+    # The whole URL: kept as it is.
     "http://host/v1/chat/completions": "http://host/v1/chat/completions",
     "http://host/chat/completions": "http://host/chat/completions",
     "http://host/v1/chat/completions/": "http://host/v1/chat/completions",
@@ -58,7 +58,7 @@ URLS = {
     "https://x.openai.azure.com/openai/v1/": (
         "https://x.openai.azure.com/openai/v1/chat/completions"
     ),
-    # As people paste them.
+    # As people paste URLs.
     "HTTPS://Api.Example.com/v1": "https://Api.Example.com/v1/chat/completions",
     "HtTp://host/v1": "http://host/v1/chat/completions",
     "  http://host/v1 \t\n": "http://host/v1/chat/completions",
@@ -72,7 +72,7 @@ URLS = {
 
 
 @pytest.mark.parametrize("base_url", URLS)
-def test_whatever_people_have_at_hand_becomes_the_url_to_post_to(base_url: str) -> None:
+def test_every_form_of_a_url_becomes_the_url_to_post_to(base_url: str) -> None:
     assert completions_url(base_url) == URLS[base_url]
 
 
@@ -82,7 +82,7 @@ def test_the_url_to_post_to_is_one_that_is_taken_as_it_stands(base_url: str) -> 
     assert completions_url(url) == url
 
 
-NO_SCHEME = "must begin with http:// or https://"
+NO_SCHEME = "not a valid URL: it must start with http:// or https://"
 NOT_URLS = {
     "": NO_SCHEME,
     " ": NO_SCHEME,
@@ -111,7 +111,7 @@ NOT_URLS = {
 
 
 @pytest.mark.parametrize("base_url", NOT_URLS)
-def test_what_is_no_url_of_a_server_is_refused_in_words_that_say_why(base_url: str) -> None:
+def test_a_url_that_is_not_of_a_server_is_refused_with_the_reason(base_url: str) -> None:
     with pytest.raises(ValueError, match=f"^is .*{NOT_URLS[base_url]}") as caught:
         completions_url(base_url)
     assert type(caught.value) is ValueError
@@ -139,8 +139,8 @@ def test_headers_that_can_be_sent_are_let_through(headers: dict[str, str]) -> No
 @pytest.mark.parametrize(
     "name", ["", " ", "X Team", "X-Team:", "X-Team ", "Ünï", "X\r\nY", "X\n", "(x)", "x,y", "x/y"]
 )
-def test_what_is_no_name_of_a_header_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="is no name of a header") as caught:
+def test_an_invalid_header_name_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="is not a valid header name") as caught:
         check_headers({"X-Good": "1", name: KEY})
     assert repr(name) in str(caught.value)
     assert KEY not in str(caught.value)
@@ -158,7 +158,7 @@ def test_what_is_no_name_of_a_header_is_refused(name: str) -> None:
         "Transfer-Encoding",
     ],
 )
-def test_headers_that_the_stream_stands_on_cannot_be_set(name: str) -> None:
+def test_headers_that_the_gateway_sets_cannot_be_set(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name} cannot be set"):
         check_headers({name: "x"})
 
@@ -167,8 +167,10 @@ def test_headers_that_the_stream_stands_on_cannot_be_set(name: str) -> None:
     "value",
     [f"{KEY}\n", f"{KEY}\r\nX-More: 1", f"{KEY}\r", f"{KEY}\x00", f"{KEY}\x7f", f"{KEY}–", "你好"],
 )
-def test_a_value_that_no_header_has_is_refused_and_not_shown(value: str) -> None:
-    with pytest.raises(ValueError, match=r"^the value of X-Key holds characters") as caught:
+def test_a_value_that_a_header_cannot_carry_is_refused_and_not_shown(value: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^the value of X-Key contains characters that a header cannot carry$"
+    ) as caught:
         check_headers({"X-Key": value})
     assert KEY not in str(caught.value)
     assert value not in str(caught.value)
@@ -223,7 +225,7 @@ def test_the_url_of_an_http_proxy_is_let_through(url: str) -> None:
         "http://",
     ],
 )
-def test_what_is_no_url_of_an_http_proxy_is_refused_without_showing_it(url: str) -> None:
+def test_an_invalid_proxy_url_is_refused_without_showing_it(url: str) -> None:
     with pytest.raises(ValueError, match="is not the URL of an HTTP proxy") as caught:
         check_proxy(url)
     assert "secret" not in str(caught.value)

@@ -1,7 +1,7 @@
-"""DESIGN.md, "Provider faults and what each one gives", row by row, through the whole gateway.
+"""Every fault of a provider and what the client gets for it, row by row, through the whole gateway.
 
-What holds whatever the fault was, the one line in the log and the key that is nowhere among it, is
-looked at after every test: see `Stand.check`.
+`Stand.check` runs after every test and checks what holds for all faults: one line in the log, and
+the key nowhere.
 """
 
 from __future__ import annotations
@@ -168,19 +168,19 @@ FAULTS: Mapping[str, Row] = {
     },
     "no headers": Row(
         scripts.no_headers(),
-        "the provider passed the first token limit of 0.15 s",
+        "the provider exceeded the first token timeout of 0.15 s",
         code="REQUEST_TIMEOUT",
         settings={"first_token_timeout": SHORT_SECONDS},
     ),
     "half a head": Row(
         [send(CHUNK_HEAD[:40]), scripts.hang()],
-        "the provider passed the first token limit of 0.15 s",
+        "the provider exceeded the first token timeout of 0.15 s",
         code="REQUEST_TIMEOUT",
         settings={"first_token_timeout": SHORT_SECONDS},
     ),
     "no token after headers": Row(
         scripts.headers_only(),
-        "the provider passed the first token limit of 0.15 s",
+        "the provider exceeded the first token timeout of 0.15 s",
         code="REQUEST_TIMEOUT",
         settings={"first_token_timeout": SHORT_SECONDS},
     ),
@@ -189,20 +189,20 @@ FAULTS: Mapping[str, Row] = {
             *scripts.opening(),
             scripts.repeat([send(chunk(b": wait\n\n")), scripts.sleep(0.02)]),
         ],
-        "the provider passed the first token limit of 0.15 s",
+        "the provider exceeded the first token timeout of 0.15 s",
         code="REQUEST_TIMEOUT",
         settings={"first_token_timeout": SHORT_SECONDS},
     ),
     "silence between events": Row(
         scripts.idle_mid_stream([ANSWER]),
-        "the provider passed the idle limit of 0.15 s",
+        "the provider exceeded the idle timeout of 0.15 s",
         text=ANSWER,
         code="REQUEST_TIMEOUT",
         settings={"idle_timeout": SHORT_SECONDS},
     ),
     "silence inside a chunk": Row(
         scripts.stalled_inside_chunk([ANSWER]),
-        "the provider passed the idle limit of 0.15 s",
+        "the provider exceeded the idle timeout of 0.15 s",
         text=ANSWER,
         code="REQUEST_TIMEOUT",
         settings={"idle_timeout": SHORT_SECONDS},
@@ -345,21 +345,21 @@ FAULTS: Mapping[str, Row] = {
     ),
     "arguments that are not JSON": Row(
         scripts.call_answer(scripts.call_events("f", f"{{{KEY}"), [ANSWER]),
-        "malformed function call of 'f': its arguments are no JSON: .+",
+        "malformed function call of 'f': its arguments are not valid JSON: .+",
         text=ANSWER,
     ),
     "arguments that are no object": Row(
         scripts.call_answer(scripts.call_events("f", '["a", 1]'), [ANSWER]),
-        "malformed function call of 'f': its arguments are no JSON object",
+        "malformed function call of 'f': its arguments are not a JSON object",
         text=ANSWER,
     ),
     "arguments that are null": Row(
         scripts.call_answer(scripts.call_events("f", "null")),
-        "malformed function call of 'f': its arguments are no JSON object",
+        "malformed function call of 'f': its arguments are not a JSON object",
     ),
     "arguments in the legacy form that are no object": Row(
         scripts.call_answer(scripts.legacy_call_events("f", '"x"'), reason="function_call"),
-        "malformed function call of 'f': its arguments are no JSON object",
+        "malformed function call of 'f': its arguments are not a JSON object",
     ),
     "one good call, and one that is none": Row(
         scripts.call_answer(
@@ -368,7 +368,7 @@ FAULTS: Mapping[str, Row] = {
                 *scripts.call_events("bad", "[]", index=1, call_id="b"),
             ]
         ),
-        "malformed function call of 'bad': its arguments are no JSON object",
+        "malformed function call of 'bad': its arguments are not a JSON object",
     ),
     "a call without a name": Row(
         scripts.call_answer(scripts.call_events("", "{}")),
@@ -376,7 +376,7 @@ FAULTS: Mapping[str, Row] = {
     ),
     "a call whose name is the key": Row(
         scripts.call_answer(scripts.call_events(f"{KEY} {KEY}", "{}")),
-        r"malformed function call of '\*\*\* \*\*\*': that is no name of a function",
+        r"malformed function call of '\*\*\* \*\*\*': this is not a valid function name",
     ),
 }
 
@@ -464,7 +464,7 @@ def test_a_connection_that_does_not_come_about_passes_the_connect_limit(
     request_id = stand.ask(scripts.answer([ANSWER]))
     payload = stand.wait_failed(request_id, "REQUEST_TIMEOUT")
     assert time.monotonic() - began_at >= (1 + retries) * SHORT_SECONDS
-    assert payload["error_detail"] == "the provider passed the connect limit of 0.15 s"
+    assert payload["error_detail"] == "the provider exceeded the connect timeout of 0.15 s"
     assert payload["usage"] is None
     assert len(stand.lines("Retrying generation")) == retries
 
@@ -475,7 +475,7 @@ def test_a_tls_handshake_that_hangs_passes_the_connect_limit(
     stand = make_stand(base_url=provider.mute_base_url, connect_timeout=SHORT_SECONDS, retries=1)
     since = time.monotonic()
     payload = stand.wait_failed(stand.ask(scripts.answer([ANSWER])), "REQUEST_TIMEOUT")
-    assert payload["error_detail"] == "the provider passed the connect limit of 0.15 s"
+    assert payload["error_detail"] == "the provider exceeded the connect timeout of 0.15 s"
     for number in (1, 2):
         provider.wait_closed(provider.wait_connected(number, "mute", since).conn)
     assert len(stand.lines("Retrying generation")) == 1
@@ -1059,7 +1059,7 @@ def test_what_takes_too_long_in_all_passes_the_total_limit(
     stand = make_stand(generation=GenerationSettings(total_timeout=0.25))
     request_id = stand.ask(steps)
     detail = stand.wait_failed(request_id, "REQUEST_TIMEOUT")["error_detail"]
-    assert detail == "the provider passed the total limit of 0.25 s"
+    assert detail == "the provider exceeded the total timeout of 0.25 s"
     assert 1 <= len(stand.posts(request_id)) <= most_posts
     # And it does not strike later, in another one.
     key = stand.provider.unique("key")
@@ -1272,7 +1272,7 @@ def test_a_proxy_that_hangs_with_a_tunnel_passes_the_connect_limit(
             retries=0,
         )
         detail = stand.fail(scripts.answer([ANSWER]), "REQUEST_TIMEOUT")
-        assert detail == "the provider passed the connect limit of 0.15 s"
+        assert detail == "the provider exceeded the connect timeout of 0.15 s"
         assert proxy.wait_request().closed.wait(1)
 
 

@@ -1,4 +1,4 @@
-"""What is asked for again, and after how long: pure, but for the jitter."""
+"""The retry rules: which failures are retried, and after how long."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_what_was_sent_and_went_wrong_is_not_asked_again(error: StreamError) -> 
     assert not may_retry(error)
 
 
-def test_every_error_is_looked_at_here() -> None:
+def test_these_are_all_the_errors_that_there_are() -> None:
     mentioned = {type(error) for error in OTHERS} | {
         BadStatusError,
         ConnectFailedError,

@@ -18,12 +18,13 @@ import pytest
 import requests
 
 from llm.demo import scenarios
-from llm.demo import server as demo
+from llm.demo.arguments import example
+from llm.demo.player import Player
+from llm.demo.posts import Ended, ReceivedPost
 from llm.demo.scenarios import ALIASES, SCENARIOS, NoScenarioError, Scenario, choose
-from llm.demo.server import DemoProvider, Ended, ReceivedPost
+from llm.demo.server import DemoProvider
 from llm.demo.steps import ChatRequest, Completion, Pause, Send, Step
 from llm.demo.stories import CHINESE_STORY, ENGLISH_STORY, answer, short_answer, tokens
-from llm.demo.tool_scenarios import example
 
 LIMIT = 5.0  # seconds; bounds a failure, and no success waits for it
 STORY = answer("Tell me a story")
@@ -43,14 +44,14 @@ WANTED = (
 
 @pytest.fixture
 def provider() -> Iterator[DemoProvider]:
-    """As fast as the client reads: for what is said, not when."""
+    """As fast as the client reads: for tests of the content, not of the pace."""
     with DemoProvider(tokens_per_second=math.inf) as running:
         yield running
 
 
 @pytest.fixture
 def slow() -> Iterator[DemoProvider]:
-    """Ten minutes before each token: whatever ends sooner was ended."""
+    """Ten minutes before each token: a stream that ends sooner was ended."""
     with DemoProvider(tokens_per_second=1 / 600) as running:
         yield running
 
@@ -163,21 +164,21 @@ def completion(**fields: Any) -> Completion:
 # ---- the table
 
 
-def test_every_scenario_that_people_were_promised_is_there() -> None:
+def test_every_promised_scenario_exists() -> None:
     assert set(WANTED) <= set(SCENARIOS)
 
 
 def test_the_readme_has_the_same_table() -> None:
     readme = Path(scenarios.__file__).parents[1].joinpath("README.md").read_text("utf-8")
-    rows = [f"| `{row.usage}` | {row.line} |" for row in SCENARIOS.values()]
+    rows = [f"| `{row.syntax}` | {row.summary} |" for row in SCENARIOS.values()]
     assert re.findall(r"^\| `.*` \| .* \|$", readme[readme.index("| model |") :], re.M) == rows
 
 
 def test_the_description_has_a_line_for_each_scenario_and_each_parameter() -> None:
-    lines = scenarios.describe().splitlines()
+    lines = scenarios.describe_scenarios().splitlines()
     for row in SCENARIOS.values():
-        (line,) = [one for one in lines if one.split()[:1] == [row.usage]]
-        assert line.endswith(f" {row.line}")
+        (line,) = [one for one in lines if one.split()[:1] == [row.syntax]]
+        assert line.endswith(f" {row.summary}")
     used = {row.parameter for row in SCENARIOS.values() if row.parameter}
     assert used == set(scenarios.PARAMETERS)
     for parameter in scenarios.PARAMETERS:
@@ -202,7 +203,7 @@ def test_each_default_is_a_value_that_could_have_been_given(name: str) -> None:
     if scenario.default is not None:
         assert scenario.parameter
         assert scenario.parameter.parse(f"{scenario.default:.0f}") == scenario.default
-    assert bool(scenario.parameter) == bool(scenario.without)
+    assert bool(scenario.parameter) == bool(scenario.default_text)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +220,7 @@ def test_each_default_is_a_value_that_could_have_been_given(name: str) -> None:
         ("gpt-4o", "story", None),
         ("llama3.2:3b", "story", None),
         ("ft:gpt-4o:org::id", "story", None),
-        ("stall-header", "story", None),  # a plain name is anybody's
+        ("stall-header", "story", None),  # without a parameter, it may be a real model
     ],
 )
 def test_a_model_name_chooses_scenario_and_parameter(
@@ -245,7 +246,7 @@ def test_a_model_name_chooses_scenario_and_parameter(
         ("gzip:1", "'gzip' takes no parameter"),
     ],
 )
-def test_a_parameter_that_cannot_be_is_refused_and_the_error_says_why(
+def test_an_invalid_parameter_is_refused_and_the_error_says_why(
     provider: DemoProvider, model: str, said: str
 ) -> None:
     response = post(provider, model)
@@ -256,7 +257,7 @@ def test_a_parameter_that_cannot_be_is_refused_and_the_error_says_why(
 
 
 @pytest.mark.parametrize("model", ["stall-header:8", "stall-headerz:x", "wait:8", "wait:0.5"])
-def test_what_looks_like_a_scenario_with_a_parameter_is_404(
+def test_a_name_that_looks_like_a_scenario_with_a_parameter_is_404(
     provider: DemoProvider, model: str
 ) -> None:
     response = post(provider, model)
@@ -455,7 +456,7 @@ def test_without_tools_a_made_up_one_is_called(provider: DemoProvider) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 3])
-def test_parallel_calls_come_by_turns(provider: DemoProvider, number: int) -> None:
+def test_parallel_calls_are_interleaved(provider: DemoProvider, number: int) -> None:
     text = post(provider, f"tool-call-parallel:{number}", tools=TOOLS).text
     calls = calls_in(text)
     assert [name for _, name, _ in calls] == ["find_train", "book_seat", "find_train"][:number]
@@ -504,7 +505,7 @@ def test_a_legacy_call_has_neither_index_nor_id(provider: DemoProvider) -> None:
     assert reason_in(text) == "function_call"
 
 
-def test_arguments_that_are_no_json_can_be_had(provider: DemoProvider) -> None:
+def test_arguments_can_be_invalid_json(provider: DemoProvider) -> None:
     ((_, _, arguments),) = calls_in(post(provider, "tool-call-bad-json").text)
     with pytest.raises(ValueError, match="delimiter"):
         json.loads(arguments)
@@ -601,7 +602,7 @@ def test_a_schema_that_refers_to_itself_comes_to_an_end() -> None:
         ({"functions": [{"name": 1}]}, "functions[0]"),
     ],
 )
-def test_tools_that_are_none_are_refused_by_name(
+def test_invalid_tools_are_refused_by_name(
     provider: DemoProvider, fields: dict[str, Any], param: str
 ) -> None:
     response = post(provider, "tool-call", **fields)
@@ -637,14 +638,15 @@ SILENT = {
 def test_a_stall_lasts_its_time_and_then_the_answer_goes_on(
     provider: DemoProvider, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
-    def note(player: Any, seconds: float | None) -> None:
+    def note(player: Player, seconds: float | None) -> None:
         if seconds:  # 0 is a mere turn of the loop
+            assert player._post is not None
             sent_before.append(player._post.sent_bytes)
         wait(player, seconds)
 
     sent_before: list[int] = []
-    wait = demo._Player._wait
-    monkeypatch.setattr(demo._Player, "_wait", note)
+    wait = Player._wait
+    monkeypatch.setattr(Player, "_wait", note)
     began = time.monotonic()
     whole = receive(provider, f"{model}:0.1")
     assert time.monotonic() - began >= 0.1  # early is a defect at any load, late a busy machine
@@ -708,7 +710,7 @@ LASTING = {name for name, row in SCENARIOS.items() if not row.counts_attempts} -
 @pytest.mark.parametrize("name", sorted(LASTING))
 def test_a_client_that_goes_ends_its_answer_at_once(slow: DemoProvider, name: str) -> None:
     client = connect(slow, name)
-    wait_until(lambda: slow.live_streams)
+    wait_until(lambda: slow.requests)
     if name != "stall-headers":
         assert client.recv(100)
     (running,) = slow.requests
@@ -726,7 +728,7 @@ def test_a_client_that_goes_within_a_silence_without_end_ends_it(
     provider: DemoProvider, name: str
 ) -> None:
     client = connect(provider, name)
-    wait_until(lambda: provider.live_streams)
+    wait_until(lambda: provider.requests)
     received = b""
     while SILENT[name] not in received:
         received += client.recv(65536)
@@ -744,14 +746,14 @@ def test_a_silence_without_end_does_not_outlive_a_client_that_pipelines(
     client.sendall(b"GET /v1/models HTTP/1.1\r\nX: " + b"x" * filler + b"\r\n\r\n")
     if not filler:  # what fits into a buffer is no reason to end the answer
         assert requests.get(f"{provider.base_url}/models", timeout=LIMIT).ok
-        assert provider.live_streams == 1
+        assert [post.ended for post in provider.requests] == [None]
     client.close()
     assert provider.wait_idle(LIMIT)
     assert provider.requests[0].ended is Ended.CLIENT_CLOSED
     assert provider._connections.join(LIMIT)
 
 
-# ---- endings
+# ---- early endings
 
 
 @pytest.mark.parametrize(
@@ -849,7 +851,7 @@ def test_a_page_with_status_200_is_no_stream(provider: DemoProvider) -> None:
     assert response.text.startswith("<!doctype html>")
 
 
-# ---- odds of the wire
+# ---- oddities of the wire
 
 
 def test_one_event_is_not_json_and_the_rest_is_all_there(provider: DemoProvider) -> None:
@@ -912,13 +914,13 @@ def test_a_long_line_is_8_mib_unless_told_otherwise() -> None:
     assert max(len(step.data) for step in steps if isinstance(step, Send)) <= 64 * 1024
 
 
-def test_a_flood_goes_on_until_the_client_goes(provider: DemoProvider) -> None:
+def test_a_flood_lasts_until_the_client_disconnects(provider: DemoProvider) -> None:
     client = connect(provider, "flood")
     received = 0
     while received < 30_000_000:
         received += len(client.recv(1_000_000))
     assert requests.get(f"{provider.base_url}/models", timeout=LIMIT).ok
-    assert provider.live_streams == 1
+    assert [post.ended for post in provider.requests] == [None]
     client.close()
     assert provider.wait_idle(LIMIT)
     assert provider.requests[0].ended is Ended.CLIENT_CLOSED
@@ -930,12 +932,12 @@ def test_a_flood_is_made_of_small_writes() -> None:
     assert max(len(step.data) for step in steps if isinstance(step, Send)) < 32_000
 
 
-def test_between_two_sends_everybody_has_a_turn(
+def test_other_greenlets_run_between_two_sends(
     provider: DemoProvider, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def two(_: Completion) -> Iterator[Step]:
         yield Send(b"a")
-        gevent.spawn(turns.append, "somebody else")
+        gevent.spawn(turns.append, "other")
         yield Send(b"b")
         seen.extend(turns)
 
@@ -943,7 +945,7 @@ def test_between_two_sends_everybody_has_a_turn(
     seen: list[str] = []
     monkeypatch.setitem(SCENARIOS, "two", Scenario("two", "", two))
     assert receive(provider, "two").chunks == [b"a", b"b", b""]
-    assert seen == ["somebody else"]
+    assert seen == ["other"]
 
 
 def test_compressed_events_are_each_flushed(provider: DemoProvider) -> None:

@@ -740,7 +740,7 @@ def test_a_fallback_is_sent_no_key_that_was_not_meant_for_it(bench: Bench) -> No
     [
         (["--llm-url", "http://h/v1"], "--llm-url http://h/v1 needs --llm-model"),
         (["--llm-url", "http://h/v1?key=x"], "--llm-url http://h/v1?*** needs --llm-model"),
-        (["--llm-url", "ftp://h/v1"], "--llm-url 'ftp://h/v1' is no URL"),
+        (["--llm-url", "ftp://h/v1"], "--llm-url 'ftp://h/v1' is not a valid URL"),
         (["--llm-model", "gpt-4o"], "--llm-model needs --llm-url"),
         (["--llm-header", "A: b"], "--llm-header needs --llm-url"),
         (["--no-llm-include-usage"], "--llm-include-usage needs --llm-url"),
@@ -790,9 +790,9 @@ def test_a_header_takes_what_the_environment_has() -> None:
         ("A: ${EMPTY}", "--llm-header: there is no environment variable EMPTY, or it is empty"),
         ("A: ${not-a-name}", "there is no environment variable of that name in ${}"),
         ("A: ${}", "there is no environment variable of that name in ${}"),
-        ("A: ${TWO_LINES}", "the value of A holds characters that no header has"),
+        ("A: ${TWO_LINES}", "the value of A contains characters that a header cannot carry"),
         ("no header", "--llm-header number 1 is no header"),
-        (": b", "'' is no name of a header"),
+        (": b", "'' is not a valid header name"),
         ("Content-Type: text/plain", "Content-Type cannot be set"),
     ],
 )

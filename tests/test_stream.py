@@ -597,27 +597,30 @@ def test_a_call_that_goes_on_after_the_finish_is_malformed(
     run = Run(client, provider.fresh(scripts.raw(events))).start()
     run.wait_failed(
         MalformedCallError,
-        "^malformed function call of 'get_time': a part of it came after its end$",
+        "^malformed function call of 'get_time': more of it came after the finish reason$",
     )
     assert run.sink.all == [*calls, "a"]
 
 
 MALFORMED_CALLS: Mapping[str, tuple[Sequence[bytes], str]] = {
-    "no json": (scripts.call_events("f", "Copenhagen"), "of 'f': its arguments are no JSON: "),
-    "half json": (scripts.call_events("f", '{"x":'), "of 'f': its arguments are no JSON: "),
-    "no object": (scripts.call_events("f", "[1]"), "of 'f': its arguments are no JSON object$"),
+    "no json": (
+        scripts.call_events("f", "Copenhagen"),
+        "of 'f': its arguments are not valid JSON: ",
+    ),
+    "half json": (scripts.call_events("f", '{"x":'), "of 'f': its arguments are not valid JSON: "),
+    "no object": (scripts.call_events("f", "[1]"), "of 'f': its arguments are not a JSON object$"),
     "no name": (scripts.call_events("", "{}"), "it has no name$"),
     "the second": (
         [*WEATHER_EVENTS, *scripts.call_events("g", "?", index=1)],
-        "of 'g': its arguments are no JSON: ",
+        "of 'g': its arguments are not valid JSON: ",
     ),
     "too many": (
         [scripts.call_event({"index": i, "function": {"name": "f"}}) for i in range(129)],
-        "of 'f': it is one of over 128$",
+        "of 'f': the answer has more than 128 calls$",
     ),
     "too much": (
         scripts.call_events("f", "x" * (1 << 20), piece_chars=1 << 17),
-        "of 'f': the answer's calls are over 1 MiB$",
+        "of 'f': the calls of the answer exceed 1 MiB$",
     ),
     "the key for a name": (scripts.call_events(KEY, "?"), r"of '\*\*\*': its arguments"),
 }
@@ -1782,9 +1785,11 @@ def test_a_connection_that_does_not_come_about_passes_the_connect_limit(
     if provider.ports["full"] is None:
         pytest.skip("the full port needs Linux")
     client = make_client(base_url=provider.full_base_url, connect_timeout=SHORT_SECONDS)
-    result = Run(client, "x").start().wait_failed(LimitPassedError, "the connect limit of 0.15 s$")
+    result = (
+        Run(client, "x").start().wait_failed(LimitPassedError, "the connect timeout of 0.15 s$")
+    )
     assert isinstance(result.error, LimitPassedError)
-    assert (result.error.limit, result.error.seconds) == ("connect", SHORT_SECONDS)
+    assert result.error.limit == "connect"
 
 
 def test_a_tls_handshake_that_hangs_passes_the_connect_limit(
@@ -1792,7 +1797,7 @@ def test_a_tls_handshake_that_hangs_passes_the_connect_limit(
 ) -> None:
     since = time.monotonic()
     client = make_client(base_url=provider.mute_base_url, connect_timeout=SHORT_SECONDS)
-    Run(client, "x").start().wait_failed(LimitPassedError, "the connect limit of 0.15 s$")
+    Run(client, "x").start().wait_failed(LimitPassedError, "the connect timeout of 0.15 s$")
     provider.wait_closed(provider.wait_connected(port="mute", since=since).conn)
 
 
@@ -1800,7 +1805,7 @@ def test_a_look_up_that_hangs_passes_a_limit(
     make_client: MakeClient, resolver: FakeResolver
 ) -> None:
     client = make_client(base_url="http://slow.invalid/v1", first_token_timeout=SHORT_SECONDS)
-    Run(client, "x").start().wait_failed(LimitPassedError, "the first token limit of 0.15 s$")
+    Run(client, "x").start().wait_failed(LimitPassedError, "the first token timeout of 0.15 s$")
 
 
 COMMENTS = scripts.repeat([send(chunk(b": still there\n\n")), scripts.sleep(0.01)])
@@ -1835,7 +1840,7 @@ def test_no_token_in_time_passes_the_first_token_limit(
 ) -> None:
     client = make_client(first_token_timeout=SHORT_SECONDS)
     run = Run(client, provider.fresh(NO_TOKEN[silence])).start()
-    run.wait_failed(LimitPassedError, "^the provider passed the first token limit of 0.15 s$")
+    run.wait_failed(LimitPassedError, "^the provider exceeded the first token timeout of 0.15 s$")
     provider.wait_closed(conn_of(provider, run))
     assert posts(provider, run.script) == 1
 
@@ -1862,7 +1867,7 @@ def test_silence_between_events_passes_the_idle_limit(
 ) -> None:
     client = make_client(idle_timeout=SHORT_SECONDS)
     run = Run(client, provider.fresh(IDLE[silence])).start()
-    run.wait_failed(LimitPassedError, "^the provider passed the idle limit of 0.15 s$")
+    run.wait_failed(LimitPassedError, "^the provider exceeded the idle timeout of 0.15 s$")
     assert run.sink.text == "a"
     provider.wait_closed(conn_of(provider, run))
     assert posts(provider, run.script) == 1
@@ -1883,7 +1888,7 @@ def test_a_token_of_any_kind_lifts_the_first_token_limit(
 ) -> None:
     client = make_client(first_token_timeout=60.0, idle_timeout=SHORT_SECONDS)
     script = [*scripts.opening(), send(chunk(scripts.delta_event(delta))), scripts.hang()]
-    Run(client, provider.fresh(script)).start().wait_failed(LimitPassedError, "the idle limit")
+    Run(client, provider.fresh(script)).start().wait_failed(LimitPassedError, "the idle timeout of")
 
 
 def test_a_stream_that_is_slow_but_never_silent_passes_no_limit(
@@ -1909,13 +1914,13 @@ def test_a_slow_sink_is_not_the_providers_silence(
     # Others that begin later pass the same limit, one after the other.
     for _ in range(2):
         other = Run(limited, provider.fresh(scripts.idle_mid_stream(["x"]))).start()
-        other.wait_failed(LimitPassedError, "the idle limit")
+        other.wait_failed(LimitPassedError, "the idle timeout of")
     assert run.results == []
     provider.release(key)
     run.sink.unblock()
     run.sink.wait_text("ab")
     # And once it has taken everything, silence counts again.
-    run.wait_failed(LimitPassedError, "the idle limit")
+    run.wait_failed(LimitPassedError, "the idle timeout of")
 
 
 def test_a_sink_that_is_slow_with_a_call_is_not_the_providers_silence(
@@ -1936,11 +1941,11 @@ def test_a_sink_that_is_slow_with_a_call_is_not_the_providers_silence(
     # Others that begin later pass the same limit, one after the other.
     for _ in range(2):
         other = Run(limited, provider.fresh(scripts.idle_mid_stream(["x"]))).start()
-        other.wait_failed(LimitPassedError, "the idle limit")
+        other.wait_failed(LimitPassedError, "the idle timeout of")
     assert run.results == []
     gate.set()
     # And once it has taken the call, silence counts again.
-    run.wait_failed(LimitPassedError, "the idle limit")
+    run.wait_failed(LimitPassedError, "the idle timeout of")
     assert run.sink.calls == [WEATHER]
 
 
@@ -1985,7 +1990,7 @@ def test_no_limit_runs_on_when_the_generation_has_ended(
     ]
     ends = [run.wait_end() for run in runs]
     late = Run(make_client(idle_timeout=0.2), provider.fresh(scripts.idle_mid_stream(["a"])))
-    late.start().wait_failed(LimitPassedError, "the idle limit")
+    late.start().wait_failed(LimitPassedError, "the idle timeout of")
     assert [run.results for run in runs] == [[end] for end in ends]
 
 

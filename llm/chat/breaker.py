@@ -1,8 +1,8 @@
-"""A circuit breaker: a provider that fails again and again is left alone for a while.
+"""A circuit breaker: a provider that keeps failing is not asked for a while.
 
-Not one of the libraries for it: a generation lasts for minutes and may be killed at any point, and
-those hold a lock while a call runs (pybreaker 1.4), or let everybody through at once when the time
-is up and take a killed call for a good one (circuitbreaker 2.1).
+Why not a library: a generation lasts for minutes and may be killed at any point. pybreaker 1.4
+holds a lock while a call runs; circuitbreaker 2.1 lets all calls through at once when the time is
+up, and counts a killed call as a success.
 """
 
 from __future__ import annotations
@@ -13,47 +13,50 @@ from collections.abc import Callable
 
 
 class BreakerState(enum.Enum):
-    """Whether a provider is asked."""
+    """Whether the provider is asked."""
 
     CLOSED = "closed"
-    OPEN = "open"  # not asked
-    HALF_OPEN = "half_open"  # one generation is trying it
+    """Every generation asks it."""
+    OPEN = "open"
+    """No generation asks it."""
+    HALF_OPEN = "half_open"
+    """One generation is probing it; the others do not ask."""
 
 
 class Trial:
-    """One generation's leave to ask a provider. How that went is told once; more is not heard."""
+    """Permission for one generation to use the provider; only the first reported outcome counts."""
 
     def __init__(self, breaker: Breaker, *, is_probe: bool) -> None:
         self._breaker: Breaker | None = breaker
         self._is_probe = is_probe
 
     def succeeded(self) -> None:
-        """The provider answers."""
-        if breaker := self._told():
+        """Report that the provider answers."""
+        if breaker := self._take_breaker():
             breaker._close()
 
     def failed(self) -> None:
-        """It does not."""
-        if breaker := self._told():
+        """Report that the provider failed."""
+        if breaker := self._take_breaker():
             breaker._count_failure(is_probe=self._is_probe)
 
     def abandoned(self) -> None:
-        """Nobody knows: the generation was stopped before, or could not have been answered."""
-        if (breaker := self._told()) and self._is_probe:
+        """Report that the outcome is unknown: the generation was stopped before."""
+        if (breaker := self._take_breaker()) and self._is_probe:
             breaker._probe_again()
 
-    def _told(self) -> Breaker | None:
+    def _take_breaker(self) -> Breaker | None:
         breaker, self._breaker = self._breaker, None
         return breaker
 
 
 class Breaker:
-    """Counts failures in a row of one provider. Not for threads.
+    """Counts the consecutive failures of one provider. Not thread-safe.
 
     Args:
-        max_failures: so many in a row open it; 0 never does.
-        open_seconds: for how long it stays open before one generation may try.
-        now: the clock, in seconds.
+        max_failures: consecutive failures that open it; 0 never opens it.
+        open_seconds: how long it stays open before one generation may probe.
+        now: a monotonic clock, in seconds.
         on_change: called with each new state.
     """
 
@@ -78,7 +81,7 @@ class Breaker:
             self._on_change(state)
 
     def trial(self) -> Trial | None:
-        """Leave to ask the provider now, or None while it is left alone."""
+        """Permission to ask the provider now; None while it must not be asked."""
         if self.state is BreakerState.CLOSED:
             return Trial(self, is_probe=False)
         is_time = self._now() - self._opened_at >= self._open_seconds
@@ -94,10 +97,11 @@ class Breaker:
     def _count_failure(self, *, is_probe: bool) -> None:
         self._failures += 1
         too_many = 0 < self._max_failures <= self._failures
-        # While it is open or tried, those that were let in before have nothing to say.
+        # A late failure of a generation that began before it opened must not extend the time.
         if is_probe or (too_many and self.state is BreakerState.CLOSED):
             self._opened_at = self._now()
             self._enter(BreakerState.OPEN)
 
     def _probe_again(self) -> None:
-        self._enter(BreakerState.OPEN)  # and its time is up still: the next one tries
+        # `_opened_at` stays, so the time is still up and the next generation probes.
+        self._enter(BreakerState.OPEN)

@@ -1,8 +1,8 @@
-"""Function calls of the model, put together from the pieces in which they are streamed. Pure.
+"""Assembles the function calls of an answer from the pieces in which they are streamed. No I/O.
 
-The rule (OpenAI API reference, "The chat completion chunk object", read leniently): pieces belong
-together by `index`; the first of a call brings its id and its name, all together make up its
-arguments.
+The rule (OpenAI API reference, "The chat completion chunk object", read leniently): pieces with the
+same `index` belong to one call. Its first piece carries the id and the name; the arguments of all
+its pieces are concatenated.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from llm.chat.completions import CallPiece, ToolCall
 from llm.errors import MalformedCallError
 
 MAX_CALLS = 128
-"""Of one answer: as many as there may be functions (OpenAI API reference, `tools`)."""
+"""Calls in one answer: the most functions that a request can offer (OpenAI API reference,
+`tools`)."""
 
 MAX_CALL_BYTES = 1024 * 1024
-"""Arguments of one answer in UTF-8, ids and names counted in: far over any call, and little enough
-to be kept until the answer ends."""
+"""Size of all calls of one answer in UTF-8: arguments, ids and names. Far above any real call, and
+small enough to keep in memory until the answer ends."""
 
 MAX_ID_CHARS = 256
-"""The longest id that a client can answer with."""
+"""The longest id that a client can send back (gateway/PROTOCOL.md); a longer one is replaced."""
 
 _NAME_CHARS = 64
-"""So much of a name is quoted in an error; a function's has no more."""
+"""Longest part of a name that an error quotes: as long as a valid name can be."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-"""Of a function (OpenAI API reference, `tools`)."""
+"""A valid function name (OpenAI API reference, `tools`)."""
 
 _decoder = msgspec.json.Decoder()
 
 
 @dataclass(slots=True)
 class _Call:
-    """What has come of one call."""
+    """A call in the making."""
 
     index: int | None
     id: str = ""
@@ -47,7 +48,7 @@ class _Call:
 
 
 class CallAssembler:
-    """Puts the calls of one answer together."""
+    """Assembles the calls of one answer."""
 
     def __init__(self) -> None:
         self._calls: list[_Call] = []
@@ -57,25 +58,26 @@ class CallAssembler:
         self._is_finished = False
 
     def add(self, pieces: Iterable[CallPiece]) -> None:
-        """Take the pieces of one delta.
+        """Add the pieces of one delta.
 
         Raises:
-            MalformedCallError: too much, or more of a call after `finish()`.
+            MalformedCallError: over `MAX_CALLS` or `MAX_CALL_BYTES`, or more of a call after
+                `finish()`.
         """
         for piece in pieces:
-            # One with nothing in it begins no call: some servers put one into each delta of a text.
+            # Some servers put an empty piece into every delta of a text: it must not start a call.
             if piece.chars:
                 self._add(piece)
 
     def finish(self, *, is_cut: bool = False) -> list[ToolCall]:
-        """The calls, in the order in which they began. No piece may follow.
+        """The whole calls, in the order of their first pieces. No piece may follow.
 
         Args:
-            is_cut: the answer ended before the model was done, so that arguments of which nothing
-                came are missing. Otherwise they are those of a function that takes none.
+            is_cut: the answer ended before the model was done. A call without arguments is an
+                error then; otherwise it calls a function that takes none.
 
         Raises:
-            MalformedCallError: a call without a name, or whose arguments are no JSON object.
+            MalformedCallError: a call has no valid name, or its arguments are not a JSON object.
         """
         self._is_finished = True
         finished: list[ToolCall] = []
@@ -83,9 +85,9 @@ class CallAssembler:
         for call in self._calls:
             if not call.name:
                 raise MalformedCallError("malformed function call: it has no name")
-            if not _NAME.fullmatch(call.name):  # nor would a provider take it back
-                raise _error(call.name, "that is no name of a function")
-            # One that could not be answered, or not be told from another's, is none.
+            if not _NAME.fullmatch(call.name):  # in the history, a provider would reject it
+                raise _error(call.name, "this is not a valid function name")
+            # An id that is too long to send back, or is taken by another call, is replaced.
             call_id = call.id if len(call.id) <= MAX_ID_CHARS and call.id not in ids else ""
             call_id = call_id or f"call_{uuid.uuid4().hex[:24]}"
             ids.add(call_id)
@@ -95,10 +97,12 @@ class CallAssembler:
     def _add(self, piece: CallPiece) -> None:
         call = self._call_of(piece)
         if self._is_finished and (call is None or piece.arguments):
-            raise _error(call.name if call else piece.name, "a part of it came after its end")
+            raise _error(
+                call.name if call else piece.name, "more of it came after the finish reason"
+            )
         if call is None:
             if len(self._calls) == MAX_CALLS:
-                raise _error(piece.name, f"it is one of over {MAX_CALLS}")
+                raise _error(piece.name, f"the answer has more than {MAX_CALLS} calls")
             call = _Call(piece.index)
             self._calls.append(call)
             if piece.index is not None:
@@ -110,10 +114,10 @@ class CallAssembler:
             call.arguments.append(self._keep(call, piece.arguments))
 
     def _call_of(self, piece: CallPiece) -> _Call | None:
-        """The call that a piece adds to; None where it begins one."""
+        """The call that a piece belongs to; None where it starts a new one."""
         if piece.index is not None:
             call = self._by_index.get(piece.index)
-            return None if call is not None and _begins_another(piece, call) else call
+            return None if call is not None and _starts_another(piece, call) else call
         if not piece.id or (self._last is not None and self._last.id == piece.id):
             return self._last
         return next((call for call in self._calls if call.id == piece.id), None)
@@ -121,13 +125,13 @@ class CallAssembler:
     def _keep(self, call: _Call, text: str) -> str:
         self._bytes += len(text.encode())
         if self._bytes > MAX_CALL_BYTES:
-            raise _error(call.name, f"the answer's calls are over {MAX_CALL_BYTES >> 20} MiB")
+            raise _error(call.name, f"the calls of the answer exceed {MAX_CALL_BYTES >> 20} MiB")
         return text
 
 
-def _begins_another(piece: CallPiece, call: _Call) -> bool:
-    """Whether a piece is a call of its own although its index is that of another: some servers give
-    calls as wholes, which all say 0."""
+def _starts_another(piece: CallPiece, call: _Call) -> bool:
+    """Whether a piece starts a new call although its index is taken: some servers send whole calls,
+    all with index 0."""
     if not (piece.name and piece.arguments and call.name and len(call.arguments) == 1):
         return False
     return _is_object(call.arguments[0])
@@ -151,9 +155,9 @@ def _arguments(call: _Call, is_cut: bool) -> str:
     except RecursionError:
         raise _error(call.name, "its arguments are nested too deeply") from None
     except msgspec.DecodeError as error:
-        raise _error(call.name, f"its arguments are no JSON: {error}") from None
+        raise _error(call.name, f"its arguments are not valid JSON: {error}") from None
     if not is_object:
-        raise _error(call.name, "its arguments are no JSON object")
+        raise _error(call.name, "its arguments are not a JSON object")
     return text
 
 

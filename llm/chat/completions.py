@@ -1,7 +1,7 @@
-"""OpenAI chat completions, as pure data: user text to request body, stream chunks to deltas.
+"""OpenAI chat completions as data: from prompt to request body, from chunk to delta. No I/O.
 
 The shapes are those of the OpenAI API reference, "Create chat completion" and "The chat completion
-chunk object", read leniently: every compatible server leaves out or adds something.
+chunk object", read leniently: every compatible server omits or adds something.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ DONE = "[DONE]"
 
 
 class ToolCall(msgspec.Struct, frozen=True):
-    """The model asks for a function of the client to be called; `arguments` is a JSON object."""
+    """A call of one of the client's functions; `arguments` is the text of a JSON object."""
 
     id: str
     name: str
@@ -29,7 +29,8 @@ class ToolCall(msgspec.Struct, frozen=True):
 class Message(msgspec.Struct, frozen=True):
     """One message of the conversation that is sent to the model.
 
-    `tool_calls` are an assistant's; `tool_call_id` says which of them a tool's content answers.
+    `tool_calls` belong to role `assistant`; `tool_call_id` to role `tool`: the call whose result
+    this is.
     """
 
     role: Literal["system", "user", "assistant", "tool"]
@@ -39,7 +40,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A function that the model may ask for; `parameters` is a JSON Schema of type object."""
+    """A function that the model may call; `parameters` is a JSON Schema of type object."""
 
     name: str
     description: str
@@ -47,44 +48,44 @@ class Tool(msgspec.Struct, frozen=True):
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """What a model is asked: a conversation, and the functions that it may call."""
+    """What is sent to a model: the conversation, and the functions that it may call."""
 
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...] = ()
 
 
 class CallPiece(msgspec.Struct, frozen=True):
-    """A piece of a function call, as it is streamed; what is missing or null is None or ""."""
+    """A piece of a function call, as it is streamed. Missing and null fields are None or ""."""
 
     index: int | None
-    """Of the call that it belongs to, where the provider counts them."""
+    """Index of the call that it belongs to, where the provider sends one."""
     id: str
     name: str
     arguments: str
 
     @property
     def chars(self) -> int:
-        """Its length in Unicode code points; 0 when there is nothing in it."""
+        """Length of all its texts in Unicode code points; 0 for an empty piece."""
         return len(self.id) + len(self.name) + len(self.arguments)
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one generation, as the provider counted them."""
+    """Token counts of one generation."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     total_tokens: int = 0
     estimated: bool = False
-    """True when the provider did not say, and they were guessed from what was sent and came."""
+    """False: counted by the provider. True: estimated from the length of prompt and answer."""
 
 
 class UsageEstimate(msgspec.Struct, frozen=True):
-    """What tokens can be guessed from, where the provider does not say how many there were.
+    """The data to estimate token counts from, for a provider that sends none.
 
     Args:
-        prompt: what was asked.
-        events: that came with a token.
-        text_chars: length of the answer, reasoning and function calls included, in code points.
+        prompt: what was sent.
+        events: how many events with a token came.
+        text_chars: length of the answer in code points, reasoning and function calls included.
     """
 
     prompt: Prompt
@@ -92,10 +93,10 @@ class UsageEstimate(msgspec.Struct, frozen=True):
     text_chars: int
 
     def guess(self) -> Usage:
-        """The tokens. Takes its time where the conversation is long.
+        """Estimate the counts. Takes time in proportion to the length of the conversation.
 
-        A token is some four bytes of UTF-8, in English as in Chinese, and most providers send an
-        event for each.
+        One token is about four bytes of UTF-8, in English and in Chinese, and most providers send
+        one event per token.
         """
         prompt = self.prompt
         sent = [message.content or "" for message in prompt.messages]
@@ -117,13 +118,13 @@ class Delta(msgspec.Struct, frozen=True):
     finish_reason: str | None = None
     usage: Usage | None = None
     calls: tuple[CallPiece, ...] = ()
-    """Pieces of function calls, in a chunk; `llm/chat/calls.py` puts them together."""
+    """Pieces of function calls in a chunk; `llm/chat/calls.py` assembles them."""
     call_chars: int = 0
-    """Length of such pieces in Unicode code points, for a sink; the calls follow when complete."""
+    """Length of such pieces in Unicode code points, for a sink; whole calls follow separately."""
 
     @property
     def is_token(self) -> bool:
-        """True when it carries part of the answer, of any kind."""
+        """Whether it carries part of the answer: text, reasoning, or a piece of a call."""
         return bool(
             self.text
             or self.reasoning_chars
@@ -137,7 +138,7 @@ class MalformedChunkError(ValueError):
 
 
 class ErrorChunkError(Exception):
-    """The provider reported an error inside a stream; the text is its message."""
+    """An event is an error object; the text is the provider's message."""
 
 
 class _Function(msgspec.Struct):
@@ -187,11 +188,11 @@ def encode_body(
     """The JSON body of a streaming chat completion request.
 
     Args:
-        model: its name.
-        prompt: what it is asked.
-        include_usage: whether the stream shall end with the usage
-            (API reference, `stream_options.include_usage`).
-        extra: more fields.
+        model: name of the model.
+        prompt: the conversation and the functions.
+        include_usage: ask for the token counts at the end of the stream (API reference,
+            `stream_options.include_usage`).
+        extra: further fields; they override none of ours.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -222,14 +223,14 @@ def _wire_message(message: Message) -> dict[str, Any]:
 
 
 def parse_chunk(data: str) -> Delta:
-    """Read the data of one event.
+    """Parse the data of one event.
 
     Args:
-        data: JSON text of a chat completion chunk (not the final ``[DONE]``).
+        data: JSON text of a chat completion chunk, not the final ``[DONE]``.
 
     Raises:
-        MalformedChunkError: it is not JSON, or not of the shape of a chunk.
-        ErrorChunkError: it is an error object, with the provider's message.
+        MalformedChunkError: it is not JSON, or does not have the shape of a chunk.
+        ErrorChunkError: it is an error object.
     """
     try:
         chunk = _chunk_decoder.decode(data)
@@ -245,7 +246,7 @@ def parse_chunk(data: str) -> Delta:
         if message is not None:
             raise ErrorChunkError(message)
         raise MalformedChunkError("Object has neither `choices` nor `usage`")
-    # Only one choice is ever asked for; some servers send an empty list with the usage.
+    # We ask for one choice; some servers send an empty list with the usage.
     if not chunk.choices:
         return Delta(usage=_usage(chunk.usage))
     choice = chunk.choices[0]
@@ -268,7 +269,7 @@ def _call_pieces(delta: _ChunkDelta) -> tuple[CallPiece, ...]:
         for piece in delta.tool_calls or ()
         if piece is not None
     ]
-    # The legacy form: one call an answer, without an id. Some servers send both forms of one call.
+    # The legacy form: one call per answer, without an id. Some servers send both forms of a call.
     if delta.function_call is not None and not pieces:
         pieces.append(_call_piece(0, None, delta.function_call))
     return tuple(pieces)
@@ -284,7 +285,7 @@ def _call_piece(index: int | None, call_id: str | None, function: _Function | No
 
 
 def _usage(value: object) -> Usage | None:
-    """The counts, where they are some: an answer does not fail for its bill."""
+    """The token counts, or None: unreadable counts must not fail an answer."""
     if not isinstance(value, dict):
         return None
     try:
@@ -295,9 +296,9 @@ def _usage(value: object) -> Usage | None:
 
 
 def error_message(text: str | bytes) -> str | None:
-    """The message in a provider's JSON error body, or None where there is none.
+    """The message in a provider's JSON error; None where there is none.
 
-    Forms seen: ``{"error": {"message": …}}``, ``{"error": "…"}``, ``{"message": …}``,
+    Shapes seen: ``{"error": {"message": …}}``, ``{"error": "…"}``, ``{"message": …}``,
     ``{"detail": …}``.
     """
     try:

@@ -1,7 +1,8 @@
-"""What is asked for again, and when. Pure, but for the jitter.
+"""The retry rules: which failures are retried, and after how long. No I/O.
 
-Retried is what cost nobody anything: a connection that could not be made, and a refusal that says
-"later". A POST that was sent and not answered is not: the provider may be generating, and billing.
+A failure is retried if the provider did no work for it: no connection could be made, or the
+provider refused and may accept later (429, 5xx). A POST that was sent and got no answer is never
+retried: the provider may be generating, and billing.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from llm.errors import BadStatusError, ConnectFailedError, LimitPassedError, Str
 
 _FIRST_SECONDS = 0.5
 _MAX_SECONDS = 8.0
-"""The pause doubles from the first to the most; a person is waiting."""
+"""The pause doubles with each retry, up to the maximum. Short, since a person is waiting."""
 
 _REQUESTS_FAULT = frozenset({400, 413, 422})
-"""Statuses that say nothing about the provider's health: it does not like this request."""
+"""Statuses that reject this one request; the provider itself is healthy."""
 
 _retry = Retry()
 
 
 def may_retry(error: StreamError) -> bool:
-    """Whether asking the same provider again may help, and costs nothing twice."""
+    """Whether to ask the same provider again: it may help, and nothing is billed twice."""
     match error:
         case ConnectFailedError():
             return True
@@ -40,37 +41,38 @@ def may_retry(error: StreamError) -> bool:
 
 
 def is_requests_fault(error: StreamError) -> bool:
-    """Whether the provider is well, and refused this request only."""
+    """Whether the request is at fault: a healthy provider rejected it."""
     return isinstance(error, BadStatusError) and error.status in _REQUESTS_FAULT
 
 
 def is_about_usage(error: StreamError) -> bool:
-    """Whether a provider says that it does not know of being asked for the usage. Some repeat the
-    request in every refusal, so it may be about something else."""
+    """Whether a provider seems to reject `stream_options`. Not certain: some providers quote the
+    request in every refusal."""
     if not isinstance(error, BadStatusError) or error.status not in (400, 422):
         return False
     return "stream_options" in error.body or "include_usage" in error.body
 
 
 def pause_seconds(number: int, error: StreamError, retry_after_cap: float) -> float:
-    """How long to wait before asking again.
+    """How long to wait before the next retry, in seconds.
 
     Args:
-        number: of retries before this one.
-        error: what happened last.
-        retry_after_cap: most seconds that a Retry-After is obeyed for; 0 is no limit.
+        number: how many retries there were before; from 0.
+        error: the last failure.
+        retry_after_cap: longest Retry-After that is obeyed, in seconds; 0 is no limit.
     """
     if isinstance(error, BadStatusError) and error.retry_after is not None:
         return min(error.retry_after, retry_after_cap or math.inf)
-    # Half of it at random: those who failed together shall not come back together.
+    # Half of it is random, so that requests that failed together do not retry together.
     return min(_FIRST_SECONDS * 2.0**number, _MAX_SECONDS) * random.uniform(0.5, 1.0)
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that a refusal asks to wait; None where it does not say, or not in numbers.
+    """How long a refusal asks to wait, in seconds; None where it does not say, or unreadably.
 
     Args:
-        headers: `Retry-After` as RFC 9110, section 10.2.3 has it, or OpenAI's `retry-after-ms`.
+        headers: of the answer: OpenAI's `retry-after-ms`, else `Retry-After` (RFC 9110, section
+            10.2.3).
     """
     milliseconds, value = headers.get("retry-after-ms"), headers.get("Retry-After")
     for text, read in ((milliseconds, _parse_milliseconds), (value, _retry.parse_retry_after)):

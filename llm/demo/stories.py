@@ -1,6 +1,6 @@
-"""What the demo provider says: two stories, the sentences around them, how both are tokenised.
+"""The texts of the demo provider: two stories, the sentences around them, and the tokeniser.
 
-Pure: no I/O, no clock. The stories were written for this project, long enough to interrupt.
+No I/O and no clock. The stories were written for this project, and are long enough to interrupt.
 """
 
 import re
@@ -8,7 +8,7 @@ import re
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _IS_CHINESE = re.compile(f"[{_HAN}]")
 
-# One or two Han characters, or a run of anything else that is not space; leading space included.
+# One or two Han characters, or a run of other non-space characters; with the space before it.
 _TOKEN = re.compile(rf"\s*(?:[{_HAN}]{{1,2}}|[^\s{_HAN}]+)|\s+")
 
 _STOP_ENGLISH = (
@@ -21,8 +21,8 @@ _STOP_CHINESE = (
 _NOT_STOP = re.compile(
     r"\b(?:don.?t|not|never|without)\s+(?:\w+\s+)?stop|(?:别|不|没)(?:要|会|用|能)?停", re.I
 )
-# A message that opens with "stop" means it, whatever follows; further in, only a short one does
-# ("the bus stop by the lighthouse, what happened there?" wants its story).
+# A message that starts with "stop" is a request to stop. One that contains it later is one only if
+# it is short: "the bus stop by the lighthouse, what happened there?" asks for a story.
 _OPENS_WITH_STOP = re.compile(
     r"[\W_]*(?:(?:ok|okay|please|hey|no|now|well|wait|just|can you|could you|would you)\b[\W_]*)*"
     rf"{_STOP_ENGLISH}\b",
@@ -31,14 +31,14 @@ _OPENS_WITH_STOP = re.compile(
 _HAS_STOP = re.compile(rf"\b{_STOP_ENGLISH}\b|{_STOP_CHINESE}", re.I)
 _SHORT_WORDS, _SHORT_HAN = 5, 10
 
-_QUOTE_CHARS = 40  # the opening stays one short sentence, whatever was pasted into the request
+_QUOTE_CHARS = 40  # keeps the opening short, even for a pasted page
 
 
 def answer(user_text: str) -> str:
     """The whole answer to `user_text`, the text of the last user message ("" where there is none).
 
-    A short sentence that takes up the request, then the story: Chinese where `user_text` holds a
-    Han character, else English. A request to stop gets one friendly sentence instead.
+    A short sentence that quotes the request, then the story: in Chinese if `user_text` contains a
+    Han character, else in English. A request to stop gets one friendly sentence instead.
     """
     if _wants_stop(user_text):
         return _STOPPED_CHINESE if _IS_CHINESE.search(user_text) else _STOPPED_ENGLISH
@@ -46,17 +46,17 @@ def answer(user_text: str) -> str:
 
 
 def stop_answer(user_text: str) -> str | None:
-    """The one sentence that answers a request to stop; None where `user_text` is none."""
+    """The sentence that answers a request to stop; None where `user_text` is not one."""
     return answer(user_text) if _wants_stop(user_text) else None
 
 
 def story_for(user_text: str) -> str:
-    """The bare story in the language of `user_text`."""
+    """The story alone, in the language of `user_text`."""
     return CHINESE_STORY if _IS_CHINESE.search(user_text) else ENGLISH_STORY
 
 
 def short_answer(user_text: str) -> str:
-    """Like `answer`, with a story of one sentence: for who waits for the answer in one piece."""
+    """Like `answer`, with a story of one sentence: for an answer that is not streamed."""
     if _wants_stop(user_text):
         return answer(user_text)
     story = _SHORT_CHINESE if _IS_CHINESE.search(user_text) else _SHORT_ENGLISH
@@ -64,7 +64,7 @@ def short_answer(user_text: str) -> str:
 
 
 def tokens(text: str) -> list[str]:
-    """Cut `text` as a model would hand it over; the concatenation is exactly `text`.
+    """Split `text` as a model would stream it; the concatenation is exactly `text`.
 
     A word keeps its leading space and its punctuation; Chinese comes in one or two characters.
     """
@@ -88,7 +88,7 @@ def _opening(user_text: str) -> str:
 
 
 def _flow(raw: str, glue: str) -> str:
-    """Undo the line breaks of the source: paragraphs are parted by one empty line, and whole."""
+    """Join the lines of each paragraph; one empty line separates paragraphs."""
     return "\n\n".join(glue.join(part.split("\n")) for part in raw.strip().split("\n\n"))
 
 

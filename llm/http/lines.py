@@ -1,7 +1,7 @@
-"""The lines of a streaming response's body, each as soon as it is there.
+"""The lines of a streaming body, each as soon as it arrives.
 
-Stands in for `requests.Response.iter_lines`, which reads 512 bytes at a time (so an answer that is
-not chunked arrives in lumps), has no bound on a line, and cuts a CRLF that two reads split.
+Replaces `requests.Response.iter_lines`, which reads 512 bytes at a time (an answer that is not
+chunked arrives in lumps), does not bound a line, and breaks a CRLF that is split over two reads.
 """
 
 from __future__ import annotations
@@ -16,38 +16,39 @@ from llm.errors import MalformedStreamError
 from llm.http.answer import Answer
 
 MAX_EVENT_BYTES = 4 * 1024 * 1024
-"""The longest event, and so the longest line: far over any delta, far under what hurts."""
+"""The longest event, and so the longest line: far above any delta, far below a memory problem."""
 
 MAX_EVENT_LINES = 1024
-"""The most lines of an event: far over a chunk printed with one value a line. requests-sse copies
-what an event has so far at each of its lines: 4 MiB of tiny ones would take half a minute."""
+"""The most lines of an event: far above a chunk that is printed with one value per line. At each
+line, requests-sse copies the event so far: 4 MiB of tiny lines would take half a minute."""
 
 _READ_BYTES = 16 * 1024
-"""At most so much from one read, after decompression; also bounds what a read may allocate."""
+"""The most that one read returns, after decompression; so it also bounds what a read allocates."""
 
 _TURN_BYTES = 16 * 1024
 _READ_COST_BYTES = 64
-"""After so many bytes, a read counting as some more, other greenlets get their turn: what came in
-one go may be hundreds of chunks, and megabytes once it is decompressed. At 250 bytes an event that
-is two or three milliseconds of work."""
+"""After `_TURN_BYTES`, with `_READ_COST_BYTES` added for each read, other greenlets run. What one
+read brings may be hundreds of chunks, and megabytes once decompressed. At 250 bytes an event,
+16 KiB are two or three milliseconds of work."""
 
-_MOMENT_SECONDS = 1e-6
+_SHORTEST_SLEEP_SECONDS = 1e-6
 
 _MAX_STRAY_BYTES = 4096
 _BOM = b"\xef\xbb\xbf"
 _FIELDS = (b"data", b"event", b"id", b"retry", b":")
 _RETRY = b"retry"
-"""When to connect again, which we never do; and requests-sse fails of a time that is too long."""
+"""The field for the reconnection time. Dropped: we never reconnect, and requests-sse raises on a
+number that is too large."""
 
 
 class BodyEnded(Exception):
-    """The body is over.
+    """The body has ended.
 
-    Deliberately no `StopIteration` and no `requests` exception: on either one requests-sse would
-    sleep and then POST the whole completion again.
+    Deliberately neither `StopIteration` nor a `requests` exception: on either one requests-sse
+    would sleep and then POST the whole completion again.
 
     Args:
-        cause: the transport's error when the body broke off, None when it ended in order.
+        cause: the transport's error where the body broke off; None where it ended in order.
     """
 
     def __init__(self, cause: HTTPError | None) -> None:
@@ -56,17 +57,16 @@ class BodyEnded(Exception):
 
 
 class Lines:
-    """The lines of one body, without their ends.
+    """The lines of one body, without their line ends.
 
-    Ends are CR, LF or CRLF, and one leading BOM is dropped (WHATWG HTML, "Parsing an event
-    stream"). An unfinished last line counts as a line, since some servers leave out the last
-    blank one.
+    A line ends with CR, LF or CRLF, and one leading BOM is dropped (WHATWG HTML, "Parsing an event
+    stream"). An unfinished last line counts as a line, since some servers omit the last blank one.
 
     Args:
-        answer: its body unread.
-        before_read: called before each read, which may wait: what was gathered so far goes out
-            now. May block.
-        on_bytes: called after each read that gave bytes.
+        answer: the answer, its body unread.
+        before_read: called before each read, which may wait: time to pass on what was gathered.
+            May block.
+        on_bytes: called after each read that returned bytes.
     """
 
     def __init__(
@@ -79,19 +79,21 @@ class Lines:
         self._before_read = before_read
         self._on_bytes = on_bytes
         self.stray = b""
-        """First lines that belong to no event: where a server puts an error it sends bare."""
+        """The first lines that belong to no event: some servers send an error as bare JSON."""
         self.ended = False
-        """True from the moment the end of the body was seen."""
+        """True once the end of the body was seen."""
 
     def __iter__(self) -> Iterator[bytes]:
-        """Give out the lines; never returns.
+        """Yield the lines; never returns, always raises.
 
         Raises:
             BodyEnded: after the last line, or when the transport broke.
-            MalformedStreamError: an event of over `MAX_EVENT_BYTES` or `MAX_EVENT_LINES`, or bad
-                compression.
+            MalformedStreamError: an event exceeds `MAX_EVENT_BYTES` or `MAX_EVENT_LINES`, or the
+                compression is corrupt.
         """
-        tail = bytearray()  # the begun line: grows in place, so that long lines stay linear
+        tail = (
+            bytearray()
+        )  # the unfinished line; grows in place, so that a long line takes linear time
         event_bytes = event_lines = turn_bytes = 0
         skip_lf = False
         first = True
@@ -134,9 +136,9 @@ class Lines:
                     raise _too_long(event_bytes + len(tail))
             if turn_bytes >= _TURN_BYTES:
                 turn_bytes = 0
-                # Not `sleep(0)`, which lets only those run who are ready by now: a whole turn of
-                # the loop, in which it also looks what has come for everybody else.
-                gevent.sleep(_MOMENT_SECONDS)
+                # Not `sleep(0)`: that runs only the greenlets that are ready already. This goes
+                # once round the loop, which also polls the sockets of all others.
+                gevent.sleep(_SHORTEST_SLEEP_SECONDS)
         self.ended = True
         if tail:
             line = bytes(tail)
@@ -153,7 +155,7 @@ class Lines:
         self.stray = (self.stray + line + b"\n")[:_MAX_STRAY_BYTES]
 
     def _read(self) -> bytes:
-        """Whatever is there, waiting for at least one byte; empty at the end of the body."""
+        """Wait for at least one byte; returns what has arrived, empty at the end of the body."""
         try:
             data = self._answer.read1(_READ_BYTES)
         except DecodeError as error:
@@ -166,10 +168,9 @@ class Lines:
         return data
 
     def drain(self, max_bytes: int) -> None:
-        """Read to the end of the body, which gives the connection back to its pool.
+        """Read to the end of the body, which returns the connection to its pool.
 
-        Reads no more than max_bytes (and what came along with the last of them), and raises nothing
-        of what may be wrong with the rest.
+        Stops after the read that reaches `max_bytes`. Errors in the rest of the body are ignored.
         """
         with contextlib.suppress(BodyEnded, MalformedStreamError):
             while max_bytes > 0 and (data := self._read()):

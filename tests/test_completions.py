@@ -1,4 +1,4 @@
-"""Chat completion chunks as providers really send them, and request bodies."""
+"""Request bodies, and chat completion chunks as providers really send them."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def test_a_token_is_text_or_reasoning_or_a_piece_of_a_call(delta: Delta, is_toke
         (chunk({"content": ""}, "error", error={"message": "overloaded"}), "overloaded"),
     ],
 )
-def test_an_error_object_is_told_from_a_chunk(data: str, message: str) -> None:
+def test_an_error_object_is_distinguished_from_a_chunk(data: str, message: str) -> None:
     with pytest.raises(ErrorChunkError) as caught:
         parse_chunk(data)
     assert str(caught.value) == message
@@ -303,7 +303,7 @@ def test_an_error_object_is_told_from_a_chunk(data: str, message: str) -> None:
         pytest.param('{"error": ' + "[" * 100_000, id="deep-error"),
     ],
 )
-def test_what_is_no_chunk_is_a_typed_error(data: str) -> None:
+def test_malformed_chunks_are_a_typed_error(data: str) -> None:
     with pytest.raises(MalformedChunkError):
         parse_chunk(data)
 
@@ -357,6 +357,6 @@ def test_a_body_asks_for_a_stream_of_the_conversation() -> None:
         ([1], None),
     ],
 )
-def test_an_answer_does_not_fail_for_its_bill(usage: object, read: Usage | None) -> None:
+def test_an_answer_does_not_fail_because_of_its_usage(usage: object, read: Usage | None) -> None:
     text = json.dumps({"choices": [{"delta": {"content": "Hi"}}], "usage": usage})
     assert parse_chunk(text) == Delta("Hi", usage=read)
