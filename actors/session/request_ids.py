@@ -69,8 +69,8 @@ class RequestIds:
         return reason if now - read_at <= EARLY_INTERRUPT_SECONDS else None
 
     def take_early(self, request_id: str, now: float) -> InterruptReason | None:
-        """Why a request that comes now was interrupted before it came; None when it was not. The next one
-        of this id was not."""
+        """Why a request that comes now was interrupted before it came; None when it was not. An
+        interrupt holds for one request."""
         reason = self._early_reason(request_id, now)
         self._early.pop(request_id, None)
         return reason
