@@ -1,9 +1,14 @@
 /** The page: puts the library, the settings and the elements together. */
 
 import { Announcer } from "./announcer.js";
-import { AudioService } from "./audio-service.js";
-import { consoleLog } from "./log.js";
-import { MessageService } from "./message-service.js";
+import {
+  AudioService,
+  MessageService,
+  RegistrationError,
+  RequestError,
+  WebSocketClient,
+  consoleLog,
+} from "./client/index.js";
 import {
   EXAMPLE_FUNCTIONS,
   defaults,
@@ -20,12 +25,10 @@ import {
 } from "./settings.js";
 import { Texts, pickLanguage } from "./texts.js";
 import { AnswerView, makeQuestion, retireCalls } from "./views.js";
-import { RegistrationError, RequestError, WebSocketClient } from "./websocket-client.js";
 
-/** @typedef {import("./message-service.js").Message} Message */
-/** @typedef {import("./settings.js").Settings} Settings */
-/** @typedef {import("./texts.js").TextName} TextName */
-/** @typedef {import("./websocket-client.js").ConnectionState} ConnectionState */
+/** @import { ConnectionState, Message } from "./client/index.js" */
+/** @import { Settings } from "./settings.js" */
+/** @import { TextName } from "./texts.js" */
 
 /** As near to the end counts as being there. */
 const AT_BOTTOM_PX = 48;

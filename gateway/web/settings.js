@@ -3,9 +3,7 @@
  * storage, which ends with the tab.
  */
 
-/** @typedef {import("./websocket-client.js").FunctionDefinition} FunctionDefinition */
-/** @typedef {import("./websocket-client.js").Registration} Registration */
-/** @typedef {import("./websocket-client.js").SessionSettings} SessionSettings */
+/** @import { FunctionDefinition, Registration, SessionSettings } from "./client/index.js" */
 
 /**
  * @typedef {object} Settings

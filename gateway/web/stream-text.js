@@ -6,7 +6,7 @@
  * have been complete.
  */
 
-import { countCodePoints } from "./message-service.js";
+import { countCodePoints } from "./client/index.js";
 
 /**
  * Drawn in one frame at most, in UTF-16 units: more than anybody can read, and little enough for the

@@ -2,10 +2,8 @@
 
 import { StreamText } from "./stream-text.js";
 
-/** @typedef {import("./message-service.js").Message} Message */
-/** @typedef {import("./texts.js").Texts} Texts */
-/** @typedef {import("./websocket-client.js").FunctionCall} FunctionCall */
-/** @typedef {import("./websocket-client.js").InterruptAck} InterruptAck */
+/** @import { FunctionCall, InterruptAck, Message } from "./client/index.js" */
+/** @import { Texts } from "./texts.js" */
 
 /**
  * @template {keyof HTMLElementTagNameMap} Tag

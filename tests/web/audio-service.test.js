@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { AudioService } from "../../gateway/web/audio-service.js";
+import { AudioService } from "../../gateway/web/client/audio-service.js";
 
 class FakeNode {
   constructor() {

@@ -1,7 +1,7 @@
 /** What the tests hand to the library: time that is moved by hand, and sockets that are a list. */
 
-import { MessageService } from "../../gateway/web/message-service.js";
-import { WebSocketClient } from "../../gateway/web/websocket-client.js";
+import { MessageService } from "../../gateway/web/client/message-service.js";
+import { WebSocketClient } from "../../gateway/web/client/websocket-client.js";
 
 export class FakeClock {
   constructor() {

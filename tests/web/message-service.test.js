@@ -1,8 +1,8 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { countCodePoints } from "../../gateway/web/message-service.js";
-import { ACK_TIMEOUT_MS, RequestError } from "../../gateway/web/websocket-client.js";
+import { countCodePoints } from "../../gateway/web/client/message-service.js";
+import { ACK_TIMEOUT_MS, RequestError } from "../../gateway/web/client/websocket-client.js";
 import { collectFaults, makeTalk, settled } from "./fakes.js";
 
 test("it has a state, a request and a message, which are never mixed up", async () => {

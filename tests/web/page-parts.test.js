@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { splitSentences } from "../../gateway/web/announcer.js";
-import { consoleLog } from "../../gateway/web/log.js";
+import { consoleLog } from "../../gateway/web/client/log.js";
 import {
   defaults,
   isLocalHost,

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { ACK_TIMEOUT_MS, RegistrationError, RequestError } from "../../gateway/web/websocket-client.js";
+import { ACK_TIMEOUT_MS, RegistrationError, RequestError } from "../../gateway/web/client/websocket-client.js";
 import { FakeSocket, collectFaults, makeStand, settled } from "./fakes.js";
 
 /** Ask, with everything that was handed on kept. */
@@ -607,7 +607,7 @@ test("nothing is left behind by many requests", async () => {
   }
   await settled();
   assert.equal(client._live.size, 0);
-  assert.equal(client._waiters.length, 0);
+  assert.equal(client._interrupts.length, 0);
   assert.equal(time.timers.size, 1); // for a connection that falls silent
   assert.equal(FakeSocket.all.length, 1);
 });
