@@ -1,4 +1,4 @@
-"""The client library as an npm package: contents, declarations, and use from Node and TypeScript."""
+"""The client library as an npm package: its contents, and its use from Node and TypeScript."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def npm(tmp_path_factory: pytest.TempPathFactory) -> Npm:
 
 @pytest.fixture(scope="module")
 def compile_with(npm: Npm, tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Runs tsc in a folder, in a version from `COMPILERS`. Without a registry, tests are skipped."""
+    """Runs tsc, in a version from `COMPILERS`, in a folder. Without npm, tests are skipped."""
     node = find_tool("node", "nodejs")
     folder = tmp_path_factory.mktemp("typescript")
     aliases = [f"tsc-{name}@npm:{package}" for name, package in COMPILERS.items()]
@@ -78,7 +78,7 @@ def compile_with(npm: Npm, tmp_path_factory: pytest.TempPathFactory) -> Compile:
 
 
 def make_project(folder: Path, npm: Npm, package: Path = CLIENT) -> None:
-    """Make a user's project in an empty folder, and install the library there, without a network."""
+    """Make a user's project in an empty folder, and install the library, without a network."""
     (folder / "package.json").write_text('{"name": "app", "type": "module", "private": true}')
     npm("install", "--offline", package, cwd=folder)
     assert (folder / "node_modules" / "bargein" / "index.js").is_file()
@@ -132,15 +132,18 @@ SAMPLE_RATE SILENCE_TIMEOUT_MS WebSocketClient consoleLog countCodePoints
 IMPORTING = """
 for (const name of ["WebSocket", "AudioContext", "document", "window"]) delete globalThis[name];
 const all = await import("bargein");
-const parts = await Promise.all(
-  ["websocket-client", "message-service", "audio-service"].map((name) => import(`bargein/${name}.js`)),
-);
+const parts = [];
+for (const name of ["websocket-client", "message-service", "audio-service"]) {
+  parts.push(await import(`bargein/${name}.js`));
+}
 const internal = await import("bargein/events.js").catch((error) => error.code);
 console.log(
   JSON.stringify({
     names: Object.keys(all).sort(),
-    areOne: parts.every((part) => Object.keys(part).every((name) => !(name in all) || part[name] === all[name])),
-    classes: parts.map((part) => Object.keys(part).filter((name) => /(Client|Service)$/.test(name))),
+    classes: parts.map((part) => Object.keys(part).filter((name) => /Client$|Service$/.test(name))),
+    areOne: parts.every((part) =>
+      Object.keys(part).every((name) => !(name in all) || part[name] === all[name]),
+    ),
     internal,
     state: new all.WebSocketClient({ url: "ws://x", registration: () => ({}) }).state.name,
   }),
@@ -197,7 +200,8 @@ import { AudioService, MessageService, RequestError, WebSocketClient, consoleLog
 import type { Answer, ConnectionState, InterruptAck, Message, Registration } from "bargein";
 import { WebSocketClient as Same } from "bargein/websocket-client.js";
 
-type Equal<A, B> = (<T>() => T extends A ? 1 : 2) extends <T>() => T extends B ? 1 : 2 ? true : false;
+type Equal<A, B> =
+  (<T>() => T extends A ? 1 : 2) extends <T>() => T extends B ? 1 : 2 ? true : false;
 function same<A, B>(..._: Equal<A, B> extends true ? [] : [never]): void {}
 
 const registration: Registration = { auth: { type: "API_KEY", api_key: "x" }, platform: "APP" };

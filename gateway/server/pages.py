@@ -1,7 +1,7 @@
 """The web page at `/` and its client library, as answers to plain GETs.
 
-The files in `gateway/web/` are read once, at the first request, and held in memory. A requested path
-is looked up among their names and never reaches the file system.
+The files in `gateway/web/` are read once, at the first request, and held in memory. A requested
+path is looked up among their names and never reaches the file system.
 
 The library, `gateway/web/client/`, has two addresses. The page imports it from `/client/`, like its
 own modules. Other pages import it from `/client/0.2.0/`, where the number is the version in
@@ -79,7 +79,7 @@ def answer(path: str, request_headers: Headers) -> Response | None:
 
     Args:
         path: requested path, without the query.
-        request_headers: of the request. An `If-None-Match` with the file's ETag is answered with 304.
+        request_headers: of the request; an `If-None-Match` with the file's ETag gets a 304.
 
     Returns:
         The response, after which the connection closes. None if there is no such file.

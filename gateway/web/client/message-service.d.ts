@@ -93,7 +93,12 @@ export class MessageService extends Emitter<MessageEvents> {
     private _random;
     /** @private @type {Message | null} */
     private _current;
-    /** Per message, the ids of the calls that have a result. @private @type {WeakMap<Message, Set<string>>} */
+    /**
+     * Per message, the ids of the calls that have a result.
+     *
+     * @private
+     * @type {WeakMap<Message, Set<string>>}
+     */
     private _answered;
     /** True from sending a question until its answer ends or is interrupted. */
     get isReceivingResponse(): boolean;

@@ -123,7 +123,12 @@ export class MessageService extends Emitter {
     this._random = options.random ?? Math.random;
     /** @private @type {Message | null} */
     this._current = null;
-    /** Per message, the ids of the calls that have a result. @private @type {WeakMap<Message, Set<string>>} */
+    /**
+     * Per message, the ids of the calls that have a result.
+     *
+     * @private
+     * @type {WeakMap<Message, Set<string>>}
+     */
     this._answered = new WeakMap();
   }
 
