@@ -647,7 +647,8 @@ def test_what_belongs_to_no_answer_is_told_as_a_notice(
 def elsewhere(tmp_path: Path) -> Iterator[str]:
     """A web server for a folder in which npm has installed the library; its origin."""
     npm = find_tool("npm", "npm")
-    install = [npm, "install", "--silent", "--offline", f"--cache={tmp_path / 'cache'}", CLIENT]
+    cache = f"--cache={tmp_path / 'cache'}"
+    install = [npm, "install", "--silent", "--offline", cache, str(CLIENT)]
     subprocess.run(install, cwd=tmp_path, check=True, capture_output=True, timeout=60)
     handler = functools.partial(QuietFiles, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
