@@ -354,7 +354,9 @@ def test_nothing_is_waited_for_not_even_the_ack(
     assert [frame["msg_type"] for frame in page.sent()[-2:]] == ["INTERRUPT", "REQUEST"]
     assert page.sent()[-2]["payload"]["reason"] == "USER_NEW_INPUT"
     assert page.js("return bargein.service.currentRequestId") == new["requestId"]
-    page.wait("probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all is held back")
+    page.wait(
+        "probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all frames are held back"
+    )
 
     page.js("probe.release()")
 
@@ -398,13 +400,15 @@ def test_an_answer_that_was_complete_before_stop_came_ends_complete_with_all_its
     page.js("probe.holds = ({ payload }) => payload.text_stream_seq >= 1")
     page.ask("stop")
     page.wait_answer("it.text")
-    page.wait("probe.heldOf('end') === 1", "the rest is on its way")
+    page.wait("probe.heldOf('end') === 1", "the rest is held back")
     page.ask("stop please")
     old = page.answer(0)
     assert old["state"] == "interrupted"
     assert len(old["text"]) < len(stop_answer("stop") or "")
 
-    page.wait("probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all is on its way")
+    page.wait(
+        "probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all frames are held back"
+    )
     page.js("probe.release()")
 
     first = page.wait_state("complete", 0)
@@ -683,10 +687,10 @@ def test_the_readmes_client_works_on_a_page_of_another_origin(
     page.write("#ask input", f"Please tell me a very long story{Keys.ENTER}")
     page.wait(f"{shown}[0]?.length > 20", "an answer streams")
     page.write("#ask input", f"stop{Keys.ENTER}")
-    page.wait(f"{shown}[1] === {json.dumps(stop_answer('stop'))}", "the next is whole")
-    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[0])", "the old one has its time")
+    page.wait(f"{shown}[1] === {json.dumps(stop_answer('stop'))}", "the next answer is complete")
+    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[0])", "the old answer shows its time")
     page.write("#ask input", f"Another story, please{Keys.ENTER}")
-    page.wait(f"{shown}[2]?.length > 20", "a third streams")
+    page.wait(f"{shown}[2]?.length > 20", "a third answer streams")
     page.click("#stop")
     page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[2])", "the button stops it")
     reasons = [frame["payload"]["reason"] for frame in page.sent("INTERRUPT")]
@@ -960,7 +964,7 @@ def test_a_function_call_is_a_card_and_its_result_goes_back(
 
     page.write(".call textarea", '{"shown": true}')
     page.click(".call button")
-    page.wait("probe.answers().length === 2", "the model goes on")
+    page.wait("probe.answers().length === 2", "the model continues")
     after = page.wait_state("complete", 1)
     assert after["text"]
     [frame] = page.sent("FUNCTION_RESULT")
@@ -982,7 +986,9 @@ def test_of_two_calls_the_model_goes_on_with_the_second_result(
     it = page.wait_state("complete", 0)
     assert len(it["calls"]) == 2
     page.click(".call:nth-of-type(1) button")
-    page.wait("probe.notice().includes('Waiting for the other results')", "it says that it waits")
+    page.wait(
+        "probe.notice().includes('Waiting for the other results')", "the notice that it waits"
+    )
     assert len(page.answers()) == 1
     page.click(".call:nth-of-type(2) button")
     assert page.wait_answer("it.state === 'complete'", 1)["text"]
@@ -1005,7 +1011,7 @@ def test_a_call_that_comes_after_the_result_of_the_first_interrupts_nothing(
     page.ask("Where are halls 3 and 4?")
     page.wait("probe.held.length > 1", "the second call is on its way")
     page.click(".call:nth-of-type(1) button")
-    page.wait("probe.answers().length === 2", "the model is to go on")
+    page.wait("probe.answers().length === 2", "the request that continues")
     page.js("probe.release()")
     page.wait("document.querySelectorAll('.call form').length === 1", "the second call")
     page.click(".call:nth-of-type(2) button")
@@ -1304,7 +1310,7 @@ def test_an_old_answer_that_ends_late_does_not_cut_the_sentence_that_is_read(
     page.js("probe.holds = ({ payload }) => payload.text_stream_seq >= 1")
     page.ask("stop")
     page.wait_answer("it.text")
-    page.wait("probe.heldOf('end') === 1", "the rest is on its way")
+    page.wait("probe.heldOf('end') === 1", "the rest is held back")
     page.ask("Tell me a story")
     page.wait("probe.heldOf('INTERRUPT_ACK')", "the ack is on its way")
     request_id = page.answer()["requestId"]
@@ -1330,7 +1336,7 @@ def test_the_scroll_follows_the_text_until_the_user_looks_back(
     """
     assert page.js(at_end)
     page.js("document.getElementById('scroller').scrollTop = 0")
-    page.wait("!document.getElementById('to-bottom').hidden", "a way back is shown")
+    page.wait("!document.getElementById('to-bottom').hidden", "the button to the newest message")
     page.wait_text(len(page.answer()["text"]) + 100)
     assert page.js("return document.getElementById('scroller').scrollTop") == 0
     page.click("#to-bottom")
@@ -1696,7 +1702,7 @@ def test_axe_finds_no_fault_of_accessibility(
     page.js("document.querySelector('#settings details').open = true")
     page.write("#setting-functions", "[{")
     page.click("#save-settings")
-    page.wait("!document.getElementById('settings-error').hidden", "a fault in the settings")
+    page.wait("!document.getElementById('settings-error').hidden", "an error in the settings")
     found["settings"] = violations(page, axe)
     assert {where: what for where, what in found.items() if what} == {}
 

@@ -154,7 +154,7 @@ def test_nothing_else_is_served(gateway: Gateway, path: str) -> None:
     assert b"import" not in body
 
 
-def test_a_page_from_elsewhere_is_not_told(gateway: Gateway) -> None:
+def test_a_page_of_another_origin_gets_403(gateway: Gateway) -> None:
     assert get(gateway, "/", {"Origin": "https://evil.example"})[0].status == 403
     assert get(gateway, "/", {"Host": "evil.example"})[0].status == 403
 
