@@ -1,4 +1,4 @@
-"""A real Chromium, and the gateway's page in it, as a test or a measurement drives them."""
+"""Drives the gateway's page in a real Chromium, for tests and measurements."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from selenium.webdriver.common.keys import Keys
 PROBE = Path(__file__).with_name("browser_probe.js").read_text(encoding="utf-8")
 
 SCRIPT_SECONDS = 40.0
-"""Longer than any wait in the page, so that the wait says what it waited for."""
+"""Longer than any wait in the page, so that the wait fails first and names its condition."""
 
 _ARGUMENTS = (
     "--headless=new",
-    "--no-sandbox",  # root has none
+    "--no-sandbox",  # does not start as root
     "--disable-gpu",
-    "--disable-dev-shm-usage",  # a container's is small
+    "--disable-dev-shm-usage",  # /dev/shm is small in a container
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -36,16 +36,16 @@ _ARGUMENTS = (
 
 
 class PageWaitTimeout(AssertionError):
-    """What was waited for did not come in time."""
+    """A condition in the page did not become true in time."""
 
 
 @contextlib.contextmanager
 def run_browser(chromium: str, chromedriver: str, profile: Path) -> Iterator[webdriver.Chrome]:
-    """Start a browser with nothing in it, and end it on leaving.
+    """Start a browser with an empty profile, and end it on leaving.
 
     Args:
-        chromium, chromedriver: the programs; nothing is looked for, and nothing downloaded.
-        profile: empty directory for what it keeps.
+        chromium, chromedriver: paths of the programs. None is searched for or downloaded.
+        profile: empty directory for the browser's data.
     """
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
@@ -61,11 +61,11 @@ def run_browser(chromium: str, chromedriver: str, profile: Path) -> Iterator[web
 
 
 class Page:
-    """A fresh tab, with nothing remembered, for the gateway's page.
+    """A new tab, without stored data, for the gateway's page.
 
     Args:
-        driver: its browser; the tab that was there before is closed.
-        timeout: seconds that any wait may take when it is not told otherwise.
+        driver: its browser. Other tabs are closed.
+        timeout: default limit on waits, in seconds.
     """
 
     def __init__(self, driver: webdriver.Chrome, *, timeout: float = 10.0) -> None:
@@ -80,29 +80,29 @@ class Page:
         driver.switch_to.window(here)
         self.cdp("Page.addScriptToEvaluateOnNewDocument", source=PROBE)
         self._console: list[dict[str, Any]] = []
-        self.console().clear()  # the last one's is not this one's
+        self.console().clear()  # drop the entries of the previous tab
 
     def cdp(self, command: str, **arguments: Any) -> dict[str, Any]:
-        """Have the browser do what no page and no user can (Chrome DevTools Protocol)."""
+        """Send a command of the Chrome DevTools Protocol; returns its result."""
         answer: dict[str, Any] = self.driver.execute_cdp_cmd(command, arguments)
         return answer
 
-    # What kind of browser it is: before `open`.
+    # Settings of the browser: before `open`
 
     def speak(self, *languages: str) -> None:
-        """Set the languages that the user prefers."""
+        """Set the user's preferred languages."""
         agent = self.js("return navigator.userAgent")
         self.cdp(
             "Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=",".join(languages)
         )
 
     def darken(self) -> None:
-        """Have the user prefer dark pages."""
+        """Prefer dark pages."""
         features = [{"name": "prefers-color-scheme", "value": "dark"}]
         self.cdp("Emulation.setEmulatedMedia", features=features)
 
     def be_phone(self, width: int = 360, height: int = 740) -> None:
-        """Have a small screen, and fingers."""
+        """Emulate a small touch screen."""
         self.cdp(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -112,10 +112,10 @@ class Page:
         )
         self.cdp("Emulation.setTouchEmulationEnabled", enabled=True)
 
-    # The page.
+    # The page
 
     def open(self, port: int, *, ready: bool = True) -> None:
-        """Load the page of the gateway on `port`, and wait until its session stands."""
+        """Load the page of a gateway; if `ready`, wait until its session is registered."""
         origin = f"http://127.0.0.1:{port}"
         self.cdp("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
         self.driver.get(f"{origin}/")
@@ -123,18 +123,18 @@ class Page:
             self.wait_connection("ready")
 
     def wait_connection(self, state: str) -> None:
-        """Wait until the page says that its connection is in this state."""
+        """Wait until the page shows this state of its connection."""
         self.wait(f"probe.connection() === {json.dumps(state)}", f"the connection is {state}")
 
     def js(self, script: str, *arguments: Any) -> Any:
-        """Run a script's body in the page; what it returns."""
+        """Run the body of a function in the page; returns its result."""
         return self.driver.execute_script(script, *arguments)
 
     def js_async(self, script: str, *arguments: Any) -> Any:
-        """Run the body of an async function in the page; what it resolves to.
+        """Run the body of an async function in the page; returns its result.
 
         Raises:
-            AssertionError: it has thrown; its words.
+            AssertionError: it threw; with the error and its stack.
         """
         ok, value = self.driver.execute_async_script(
             f"""
@@ -151,10 +151,10 @@ class Page:
         return value
 
     def wait(self, expression: str, what: str, timeout: float | None = None) -> Any:
-        """Wait until an expression is true in the page; its value.
+        """Wait until an expression is true in the page; returns its value.
 
         Raises:
-            PageWaitTimeout: the time is up; the message shows the answers as they are.
+            PageWaitTimeout: it was not true in time; the message shows the answers.
         """
         seconds = self.timeout if timeout is None else timeout
         value = self.js_async(
@@ -162,16 +162,16 @@ class Page:
         )
         if value is None:
             raise PageWaitTimeout(
-                f"{seconds} s are over, waiting until {what}.\n"
+                f"not within {seconds} s: {what}\n"
                 f"Notice: {self.js('return probe.notice()')}\n"
                 f"Answers: {json.dumps(self.answers(), ensure_ascii=False, indent=1)}"
             )
         return value
 
-    # The user's hands.
+    # What the user does
 
     def type(self, *keys: str) -> None:
-        """Press keys, one after the other, wherever the focus is."""
+        """Press keys, one after the other, in the focused element."""
         ActionChains(self.driver, duration=0).send_keys(*keys).perform()
 
     def ask(self, text: str) -> None:
@@ -179,16 +179,16 @@ class Page:
         self.driver.find_element(By.ID, "input").send_keys(text, Keys.ENTER)
 
     def click(self, selector: str) -> None:
-        """Click on an element that can be seen."""
+        """Click on a visible element."""
         self.driver.find_element(By.CSS_SELECTOR, selector).click()
 
     def write(self, selector: str, text: str) -> None:
-        """Type a text into a field, in place of what was there."""
+        """Replace the text of a field by typing."""
         field = self.driver.find_element(By.CSS_SELECTOR, selector)
         field.clear()
         field.send_keys(text)
 
-    # What the user sees.
+    # What the user sees
 
     def answers(self) -> list[dict[str, Any]]:
         """The answers: their data attributes, `text`, `status`, and more."""
@@ -196,7 +196,7 @@ class Page:
         return answers
 
     def answer(self, number: int = -1) -> dict[str, Any]:
-        """One of the answers; the latest."""
+        """One of the answers; by default the latest."""
         return self.answers()[number]
 
     def wait_answer(
@@ -205,7 +205,7 @@ class Page:
         number: int = -1,
         timeout: float | None = None,
     ) -> dict[str, Any]:
-        """Wait until there is an answer `it` of which a condition holds; the answer then."""
+        """Wait until a condition on an answer `it` is true; returns the answer."""
         found: dict[str, Any] = self.wait(
             f"probe.answers().slice({number})[0] && probe.answers().slice({number})"
             f".filter((it, index) => index === 0 && ({condition}))[0]",
@@ -215,7 +215,7 @@ class Page:
         return found
 
     def wait_text(self, chars: int = 20, number: int = -1) -> dict[str, Any]:
-        """Wait until an answer streams, and has so much text."""
+        """Wait until an answer streams and has at least this many characters."""
         return self.wait_answer(f"it.state === 'streaming' && it.text.length >= {chars}", number)
 
     def wait_state(self, state: str, number: int = -1) -> dict[str, Any]:
@@ -223,29 +223,29 @@ class Page:
         return self.wait_answer(f"it.state === {json.dumps(state)}", number)
 
     def shows(self, selector: str) -> bool:
-        """Whether an element is there to be seen."""
+        """Whether an element exists and is visible."""
         found = self.driver.find_elements(By.CSS_SELECTOR, selector)
         return bool(found) and found[0].is_displayed()
 
     def notice(self) -> str:
-        """What the page says at the moment; empty where it says nothing."""
+        """The text of the notice; empty if none is shown."""
         words: str = self.js("return probe.notice()")
         return words
 
     def screenshot(self, path: Path) -> Path:
-        """Write what the window shows as a PNG; its path."""
+        """Save the window's content as a PNG; returns its path."""
         assert self.driver.save_screenshot(str(path))
         return path
 
     def picture_of(self, selector: str) -> bytes:
-        """What an element looks like, as a PNG."""
+        """A picture of an element, as a PNG."""
         picture: bytes = self.driver.find_element(By.CSS_SELECTOR, selector).screenshot_as_png
         return picture
 
     def boxes_among(self, text: str) -> str:
-        """Those of different characters that are drawn alike: no font has them.
+        """The characters of a text that no installed font has.
 
-        In place of such a character a browser draws a box, the same for each.
+        A browser draws the same box for each of them, so they are found by their equal pictures.
         """
         boxes: str = self.js(
             """
@@ -270,7 +270,7 @@ class Page:
         )
         return boxes
 
-    # What goes over the wire.
+    # Frames
 
     def sent(self, msg_type: str | None = None) -> list[dict[str, Any]]:
         """Frames that the page has sent since it was loaded."""
@@ -278,11 +278,11 @@ class Page:
         return [frame for frame in frames if msg_type in (None, frame["msg_type"])]
 
     def received(self, msg_type: str | None = None) -> list[dict[str, Any]]:
-        """Frames that the page has been handed since it was loaded."""
+        """Frames that the page has received since it was loaded."""
         frames: list[dict[str, Any]] = self.js("return probe.received")
         return [frame for frame in frames if msg_type in (None, frame["msg_type"])]
 
-    # What a developer sees.
+    # Console
 
     def console(self) -> list[dict[str, Any]]:
         """Entries of the browser's log since the tab was opened: `level`, `message`."""
@@ -290,7 +290,7 @@ class Page:
         return self._console
 
     def faults(self) -> list[str]:
-        """What has gone wrong in the page: errors in the log, exceptions, alerts."""
+        """Errors in the page: logged errors, exceptions, alerts."""
         logged = [entry["message"] for entry in self.console() if entry["level"] == "SEVERE"]
         thrown: list[str] = self.js("return globalThis.probe ? [...probe.errors] : []")
         return logged + thrown

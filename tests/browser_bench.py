@@ -1,8 +1,9 @@
-"""From a click on Stop to the last painted character, in Chromium: `python -m tests.browser_bench`.
+"""Measures an interrupt in Chromium: `python -m tests.browser_bench`.
 
-Beside it what the gateway says: from reading INTERRUPT to the provider's stream being closed. The
-page is watched from outside of its own scripts: every change of the old answer's text, and the
-first moment after the frame in which it was painted. Say it on a machine that does nothing else.
+It measures the time from a click on Stop to the last painted character, and prints the gateway's
+time from reading INTERRUPT to closing the provider's stream beside it. It observes the page from
+outside of the page's scripts: each change of the old answer's text, and the first moment after the
+frame that painted it. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from tests.harness import run_gateway
 QUESTION = "Please tell me a very long story"
 
 WINDOW_MS = 250
-"""So long after each click its answer is watched."""
+"""How long an answer is watched after each click."""
 
 _WATCH = f"""
     const element = probe.elements().at(-1).querySelector(".text");
     const paints = [];
     new MutationObserver(() => {{
-        // Within a frame's callbacks: it is painted after them, and a message comes after that.
+        // The frame is painted after its callbacks, and a message is handled after that.
         const {{ port1, port2 }} = new MessageChannel();
         port1.onmessage = () => {{ port1.close(); paints.push(performance.now()); }};
         port2.postMessage(null);
@@ -55,14 +56,14 @@ _WATCH = f"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and print a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(prog="python -m tests.browser_bench", description=__doc__)
     parser.add_argument("--interrupts", type=int, default=50, metavar="N")
     parser.add_argument("--rate", type=float, default=100, help="tokens per second of the story")
     options = parser.parse_args(arguments)
     chromium, chromedriver = which("chromium"), which("chromedriver")
     if chromium is None or chromedriver is None:
-        parser.error("chromium and chromedriver (Debian: chromium-driver) are needed")
+        parser.error("chromium and chromedriver are required (Debian: chromium, chromium-driver)")
     print(f"load of the machine before: {os.getloadavg()[0]:.2f} on {os.cpu_count()} cores")
     print(f"{options.interrupts} interrupts each, a story at {options.rate:g} tokens/s; ms")
     print(f"{'':34}{'median':>8}{'p95':>8}{'max':>8}")
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rounds = [_interrupt(page, act) for _ in range(options.interrupts)]
             _print(act, "click to last painted character", [one["late"] for one in rounds])
             _print("", "  painted last before the click", [one["before"] for one in rounds])
-            _print("", "click to the page's hearing of it", [one["heard"] for one in rounds])
+            _print("", "click to the page's handler", [one["heard"] for one in rounds])
             _print("", "gateway: stream_closed_ms", [one["closed"] for one in rounds])
             _print("", "page: INTERRUPT to its ack", [one["round_trip"] for one in rounds])
             late = sum(one["late"] > 0 for one in rounds)
@@ -88,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupt(page: Page, act: str) -> dict[str, float]:
-    """One interrupt of an answer that streams; its times in milliseconds."""
+    """Interrupt one streaming answer; returns the times, in milliseconds."""
     if not page.answers() or page.answer()["state"] != "streaming":
         page.ask(QUESTION)
     page.wait_text(40)

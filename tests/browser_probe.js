@@ -1,12 +1,12 @@
-// Put into every document before the page's own scripts: tests/browser.py. It watches the wire, and
-// can hold back what comes over it, as a slow network would.
+// tests/browser.py adds this to every document before the page's own scripts. It records the frames,
+// and can hold back incoming ones, as a slow network would.
 (() => {
   const probe = {
     sent: [],
     received: [],
     errors: [],
     alerts: [],
-    /** @type {(frame) => boolean} whether an incoming frame is to be held back. */
+    /** @type {(frame) => boolean} whether to hold back an incoming frame. */
     holds: () => false,
     held: [],
     sockets: [],
@@ -34,7 +34,7 @@
     ...onmessage,
     set(listener) {
       const mine = listener === null ? null : (event) => {
-        // In the order of the wire: behind one that is held, all are.
+        // Frames keep their order: all frames after a held one are held as well.
         const frame = JSON.parse(event.data);
         if (probe.held.length > 0 || probe.holds(frame)) {
           probe.held.push({ frame, hand: () => hand(listener, event) });
@@ -47,25 +47,25 @@
     },
   });
 
-  /** Hand on what was held back, and hold nothing more. */
+  /** Deliver the held frames, and hold back no more. */
   probe.release = () => {
     probe.holds = () => false;
     for (const one of probe.held.splice(0)) one.hand();
   };
 
-  /** Hand on what was held back up to the first frame of a type, and hold on to the rest. */
+  /** Deliver the held frames up to the first of a type, and keep holding the rest. */
   probe.releaseUpTo = (type) => {
     const index = probe.held.findIndex(({ frame }) => frame.msg_type === type);
     for (const one of probe.held.splice(0, index + 1)) one.hand();
   };
 
-  /** How many frames of a type are held back, or how many ends of answers. */
+  /** How many frames of a type are held; with "end", how many terminal frames. */
   probe.heldOf = (type) =>
     probe.held.filter(({ frame }) =>
       type === "end" ? frame.payload.text_stream_seq === -1 : frame.msg_type === type,
     ).length;
 
-  /** As if the server had sent it now. */
+  /** Deliver a frame as if the server had sent it now. */
   probe.inject = (msgType, payload) => {
     const { socket, listener } = probe.sockets.at(-1);
     const session_id = probe.received.find((frame) => frame.session_id)?.session_id ?? null;
@@ -89,7 +89,7 @@
     return notice && !notice.hidden ? document.getElementById("notice-text").textContent : "";
   };
 
-  /** All that a screen reader was given to read, also what was taken away since. */
+  /** Everything that was announced to a screen reader, including what was removed since. */
   probe.announced = [];
   document.addEventListener("DOMContentLoaded", () =>
     new MutationObserver((records) => {
@@ -117,7 +117,7 @@
       })),
     }));
 
-  /** When the text of an element changes, on the clock of `performance.now()`. */
+  /** Times at which the text of an element changes, on the clock of `performance.now()`. */
   probe.watch = (element) => {
     const changes = [];
     new MutationObserver(() => changes.push(performance.now())).observe(element, {
@@ -128,7 +128,7 @@
     return changes;
   };
 
-  /** When the user last did something, on the same clock, before the page heard of it. */
+  /** The user's keys and clicks, on the same clock, before the page handles them. */
   probe.acts = [];
   for (const type of ["keydown", "click"]) {
     globalThis.addEventListener(

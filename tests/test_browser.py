@@ -8,7 +8,7 @@ import http.server
 import json
 import os
 import re
-import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 
 from gateway.access.credentials import Credentials, hash_api_key
 from gateway.app import Gateway
-from gateway.server.pages import WEB
+from gateway.server.pages import CLIENT
 from gateway.server.server import ServerSettings
 from llm.demo.stories import answer, stop_answer
 from tests.browser import Page, run_browser
@@ -32,19 +32,21 @@ from tests.tools import find_tool
 
 pytestmark = pytest.mark.timeout(120)
 
+VERSION = json.loads((CLIENT / "package.json").read_bytes())["version"]
+
 LONG = "story:30"
-"""At the pace of a model: half a minute of it."""
+"""A scenario that streams for half a minute, at the pace of a model."""
 
 WINDOW_MS = 2_000
-"""So long it is looked whether an answer that was stopped still grows: as issue 6 says."""
+"""How long a stopped answer is watched for text that is still added."""
 
 INTERRUPTED = "it.state === 'interrupted' && it.roundTripMs"
-"""The page has said so, and the ack has come."""
+"""The answer is shown as interrupted, and its ack has arrived."""
 
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    """One for the whole run."""
+    """One browser for the whole run."""
     chromium = find_tool("chromium", "chromium")
     chromedriver = find_tool("chromedriver", "chromium-driver")
     with run_browser(chromium, chromedriver, tmp_path_factory.mktemp("chromium")) as browser:
@@ -52,15 +54,15 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 class CheckedPage(Page):
-    """A tab in which nothing may go wrong but what the test says."""
+    """A tab whose errors fail the test, except those that the test expects."""
 
     expected_faults = "(?!)"
-    """Regular expression of errors that belong to the test; none."""
+    """Regular expression of the errors that the test expects. The default matches none."""
 
 
 @pytest.fixture
 def page(browser: webdriver.Chrome) -> Iterator[CheckedPage]:
-    """A fresh tab; at the end of the test its console holds no error."""
+    """A new tab. At the end of the test its console must hold no unexpected error."""
     page = CheckedPage(browser)
     yield page
     faults = [fault for fault in page.faults() if not re.search(page.expected_faults, fault)]
@@ -69,7 +71,7 @@ def page(browser: webdriver.Chrome) -> Iterator[CheckedPage]:
 
 @pytest.fixture(scope="session")
 def long_story() -> Iterator[RunningGateway]:
-    """A gateway and a demo provider as processes; stories that nobody hears to the end."""
+    """A gateway and a demo provider as processes. Their stories outlast every test."""
     with run_gateway(model=LONG) as gateway:
         yield gateway
 
@@ -94,11 +96,14 @@ def playing(make_gateway: Callable[..., Gateway], long_story: RunningGateway) ->
 def changes_since_the_act(
     page: Page, number: int, key: str, act: Callable[[], None]
 ) -> list[float]:
-    """Act while an answer streams; the changes of its text after that, within the window, in ms.
+    """Act while an answer streams, and watch its text for `WINDOW_MS`.
 
     Args:
-        number: of the answer, from 0.
-        key: what the act presses, or "" for a click.
+        number: which answer, from 0.
+        key: the key that `act` presses, or "" for a click.
+
+    Returns:
+        When the text changed after the act, in milliseconds from the act.
     """
     page.js(
         f"probe.changes = probe.watch(probe.elements()[{number}].querySelector('.text'));"
@@ -207,7 +212,7 @@ def test_what_had_come_and_was_not_drawn_is_not_said_to_have_been_delivered(
     page.open(long_story.port)
     page.ask("Please tell me a very long story")
     request_id = page.wait_text()["requestId"]
-    # Both in one turn: no frame of the screen is drawn between them.
+    # Both in one turn of the event loop: the browser draws nothing between them.
     page.js(
         """
         const [request_id] = arguments;
@@ -259,7 +264,7 @@ def test_a_stop_at_the_moment_of_completion_leaves_no_answer_failed_or_hanging(
             new KeyboardEvent("keydown", { key: "Escape", bubbles: true, cancelable: true }),
         );
         for (let round = 0; round < rounds; round += 1) {
-            // By turns: at the end's frame before the page knows it; a moment before and after it.
+            // In turn: when the terminal frame arrives, just after it, and just before it.
             const [at, ms] = [["terminal", null], ["terminal", 0], ["text", 0], ["text", 1],
                 ["text", 2], ["text", 4]][round % 6];
             let isArmed = true;
@@ -306,7 +311,7 @@ def test_a_stop_at_the_moment_of_completion_leaves_no_answer_failed_or_hanging(
             assert it["text"] == whole
         else:
             assert whole.startswith(it["text"])
-    assert states.count("complete") >= rounds / 6  # where the terminal frame was there before
+    assert states.count("complete") >= rounds / 6  # the rounds that stop after the terminal frame
     assert not page.shows("#stop")
 
 
@@ -341,7 +346,7 @@ def test_nothing_is_waited_for_not_even_the_ack(
     page.open(long_story.port)
     page.ask("Please tell me a very long story")
     page.wait_text()
-    # From here on the page hears nothing.
+    # From now on no frame reaches the page.
     page.js("probe.holds = () => true")
     page.ask("stop")
     old, new = page.answers()
@@ -349,7 +354,9 @@ def test_nothing_is_waited_for_not_even_the_ack(
     assert [frame["msg_type"] for frame in page.sent()[-2:]] == ["INTERRUPT", "REQUEST"]
     assert page.sent()[-2]["payload"]["reason"] == "USER_NEW_INPUT"
     assert page.js("return bargein.service.currentRequestId") == new["requestId"]
-    page.wait("probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all is held back")
+    page.wait(
+        "probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all frames are held back"
+    )
 
     page.js("probe.release()")
 
@@ -389,17 +396,19 @@ def test_an_answer_that_was_complete_before_stop_came_ends_complete_with_all_its
     page: CheckedPage, playing: Playing
 ) -> None:
     page.open(playing("story:200"))
-    # The network is slow: the page is behind the gateway, which has long sent the end.
+    # A slow network: the gateway has sent the end before the page receives it.
     page.js("probe.holds = ({ payload }) => payload.text_stream_seq >= 1")
     page.ask("stop")
     page.wait_answer("it.text")
-    page.wait("probe.heldOf('end') === 1", "the rest is on its way")
+    page.wait("probe.heldOf('end') === 1", "the rest is held back")
     page.ask("stop please")
     old = page.answer(0)
     assert old["state"] == "interrupted"
     assert len(old["text"]) < len(stop_answer("stop") or "")
 
-    page.wait("probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all is on its way")
+    page.wait(
+        "probe.heldOf('INTERRUPT_ACK') && probe.heldOf('end') === 2", "all frames are held back"
+    )
     page.js("probe.release()")
 
     first = page.wait_state("complete", 0)
@@ -531,7 +540,7 @@ def test_when_the_server_restarts_the_page_says_so_and_connects_again(
         it = page.wait_state("failed")
         assert it["code"] == ("CONNECTION_LOST" if is_killed else "SERVER_SHUTDOWN")
         assert it["status"].startswith("Broken off: ")
-        assert it["text"]  # what was shown stays
+        assert it["text"]  # the text received so far stays
         page.wait_connection("waiting")
         words = "The connection is lost." if is_killed else "The server is restarting."
         assert page.notice() == f"{words} Connecting again."
@@ -542,7 +551,7 @@ def test_when_the_server_restarts_the_page_says_so_and_connects_again(
         assert "Not connected yet" in page.notice()
         assert page.js("return document.getElementById('input').value") == "stop"
 
-        first.kill()  # if it has not ended by itself
+        first.kill()  # in case it has not ended by itself
         stack.enter_context(run_gateway(model=LONG, llm_url=url, port=first.port))
         page.wait_connection("ready")
         assert page.notice().startswith("Connected again.")
@@ -576,10 +585,10 @@ def test_while_a_server_drains_the_page_goes_on_asking_for_a_session(
     with ExitStack() as stack:
         first = stack.enter_context(run_gateway(model=LONG, llm_url=url))
         page.open(first.port)
-        # Somebody else's answer, for which the server waits.
+        # Another client's answer, for which the server waits.
         page.js_async(
             """
-            const { WebSocketClient } = await import(`${location.origin}/websocket-client.js`);
+            const { WebSocketClient } = await import(`${location.origin}/client/index.js`);
             const other = new WebSocketClient({
                 url: bargein.client.url,
                 registration: () => ({ auth: { type: "API_KEY", api_key: "other" } }),
@@ -596,14 +605,14 @@ def test_while_a_server_drains_the_page_goes_on_asking_for_a_session(
 
         page.wait(
             "probe.received.some(({ payload }) => payload.error_code === 'SERVER_BUSY')",
-            "it has asked the server that leaves",
+            "it has asked the draining server",
         )
         page.wait_connection("waiting")
         assert page.notice() == "The server is restarting. Connecting again."
         first.kill()
         stack.enter_context(run_gateway(model=LONG, llm_url=url, port=first.port))
         page.wait_connection("ready")
-        assert page.notice() == ""  # nothing has been said that could be forgotten
+        assert page.notice() == ""  # there was no conversation that could be lost
         page.ask("stop")
         assert page.wait_state("complete")["text"] == stop_answer("stop")
 
@@ -617,12 +626,12 @@ def test_a_session_that_expires_is_followed_by_a_new_one_and_its_calls_are_over(
     assert page.wait_state("complete")["calls"][0]["state"] == "waiting"
     page.wait_answer("it.calls[0].state === 'gone'")
     page.wait_connection("ready")
-    words = "Its session is over: a result would not be known there."
+    words = "The session of this call has ended, so no result can be sent."
     assert page.js("return document.querySelector('.call .fault').textContent") == words
     assert not page.shows(".call form")
     told = page.js("return probe.announced")
-    expired = told.index("The session has expired. Beginning a new one.")
-    assert told[expired + 1].startswith("Connected again. It is a new conversation")
+    expired = told.index("The session has expired. Starting a new one.")
+    assert told[expired + 1].startswith("Connected again. This is a new conversation")
 
 
 def test_what_belongs_to_no_answer_is_told_as_a_notice(
@@ -630,7 +639,7 @@ def test_what_belongs_to_no_answer_is_told_as_a_notice(
 ) -> None:
     page.open(long_story.port)
     page.js("probe.inject('SESSION_WARN', { warn_type: 'EXPIRE_SOON', remaining_seconds: 300 })")
-    assert page.notice() == "The session ends in 300\u00a0s, unless you go on."
+    assert page.notice() == "The session ends in 300\u00a0s unless you continue."
     page.js("probe.inject('ERROR', { error_code: 'MALFORMED_PAYLOAD', error_detail: 'why' })")
     assert page.notice() == "The server did not understand that. (why)"
     page.click("#close-notice")
@@ -638,14 +647,13 @@ def test_what_belongs_to_no_answer_is_told_as_a_notice(
     assert page.js("return document.activeElement.id") == "input"
 
 
-LIBRARY = ("websocket-client", "message-service", "audio-service", "events", "ids", "log")
-
-
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[str]:
-    """The library without the page, and the README's client, as a server of its own has them."""
-    for name in LIBRARY:
-        shutil.copy(WEB / f"{name}.js", tmp_path)
+    """A web server for a folder in which npm has installed the library; its origin."""
+    npm = find_tool("npm", "npm")
+    cache = f"--cache={tmp_path / 'cache'}"
+    install = [npm, "install", "--silent", "--offline", cache, str(CLIENT)]
+    subprocess.run(install, cwd=tmp_path, check=True, capture_output=True, timeout=60)
     handler = functools.partial(QuietFiles, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         serving = threading.Thread(target=server.serve_forever)
@@ -656,10 +664,10 @@ def elsewhere(tmp_path: Path) -> Iterator[str]:
 
 
 class QuietFiles(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, without a line for each that is asked for."""
+    """Serves the files of a folder, without a log line for each request."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 def test_the_readmes_client_works_on_a_page_of_another_origin(
@@ -667,7 +675,7 @@ def test_the_readmes_client_works_on_a_page_of_another_origin(
 ) -> None:
     page.expected_faults = "favicon.ico"
     port = playing("story:30", server=ServerSettings(allowed_origins=(elsewhere,)))
-    readme = (WEB / "README.md").read_text(encoding="utf-8")
+    readme = (CLIENT / "README.md").read_text(encoding="utf-8")
     [client] = re.findall(r"```html\n(.*?)```", readme, flags=re.S)
     assert client.count("127.0.0.1:8000") == 1
     client = client.replace("127.0.0.1:8000", f"127.0.0.1:{port}")
@@ -679,14 +687,49 @@ def test_the_readmes_client_works_on_a_page_of_another_origin(
     page.write("#ask input", f"Please tell me a very long story{Keys.ENTER}")
     page.wait(f"{shown}[0]?.length > 20", "an answer streams")
     page.write("#ask input", f"stop{Keys.ENTER}")
-    page.wait(f"{shown}[1] === {json.dumps(stop_answer('stop'))}", "the next is whole")
-    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[0])", "the old one has its time")
+    page.wait(f"{shown}[1] === {json.dumps(stop_answer('stop'))}", "the next answer is complete")
+    page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[0])", "the old answer shows its time")
     page.write("#ask input", f"Another story, please{Keys.ENTER}")
-    page.wait(f"{shown}[2]?.length > 20", "a third streams")
+    page.wait(f"{shown}[2]?.length > 20", "a third answer streams")
     page.click("#stop")
     page.wait(f"/ stopped in [0-9.]+ ms$/.test({shown}[2])", "the button stops it")
     reasons = [frame["payload"]["reason"] for frame in page.sent("INTERRUPT")]
     assert reasons == ["USER_NEW_INPUT", "USER_STOP"]
+
+
+def test_the_page_loads_each_module_of_the_library_once(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    loaded: list[str] = page.js(
+        """
+        return performance.getEntriesByType("resource")
+            .map(({ name }) => new URL(name).pathname)
+            .filter((path) => CLIENT.some((name) => path.endsWith(`/${name}`)));
+        """.replace("CLIENT", json.dumps([path.name for path in CLIENT.glob("*.js")]))
+    )
+    assert sorted(loaded) == sorted(f"/client/{path.name}" for path in CLIENT.glob("*.js"))
+
+
+def test_a_page_can_import_a_release_of_the_library(
+    page: CheckedPage, long_story: RunningGateway
+) -> None:
+    page.open(long_story.port)
+    text = page.js_async(
+        """
+        const { WebSocketClient } = await import(`${location.origin}/client/${args[0]}/index.js`);
+        const client = new WebSocketClient({
+            url: bargein.client.url,
+            registration: () => ({ auth: { type: "API_KEY", api_key: "other" } }),
+        });
+        await client.connect();
+        const { text } = await client.sendTextRequest("stop").promise;
+        client.close();
+        return text;
+        """,
+        VERSION,
+    )
+    assert text == stop_answer("stop")
 
 
 # Faults ---------------------------------------------------------------------------------------
@@ -756,7 +799,7 @@ def test_ask_again_while_another_answer_streams_interrupts_that_one_now(
     page.wait_text(60)
     page.click(".retry")
     it = page.wait_answer("it.state === 'interrupted' && it.lastPaintMs", 1)
-    # From the click on "Ask again", not from the question, which is about a second ago.
+    # Measured from the click on "Ask again", not from the question about a second before.
     asked, clicked = page.js("return probe.acts.slice(-2).map(({ at }) => at)")
     assert float(it["lastPaintMs"]) < (clicked - asked) / 2
     assert page.wait_state("complete", 2)["text"] == stop_answer("stop")
@@ -767,14 +810,14 @@ def test_an_answer_without_any_text_is_said_to_be_empty(
 ) -> None:
     page.open(playing("empty"))
     page.ask("Tell me a story")
-    assert page.wait_state("complete")["status"] == "No answer came: it was empty."
+    assert page.wait_state("complete")["status"] == "The answer was empty."
 
 
 @pytest.mark.parametrize(
     ("finish_reason", "words"),
     [
-        ("length", "It ends here: the longest answer that is allowed."),
-        ("content_filter", "It ends here: the provider's content filter cut in."),
+        ("length", "The answer was cut off at the maximum length."),
+        ("content_filter", "The provider's content filter cut the answer off."),
         ("stop", ""),
     ],
 )
@@ -874,7 +917,7 @@ def test_the_policy_forbids_inline_script_and_html_from_strings(
         document.addEventListener("securitypolicyviolation", (event) =>
             violated.push(event.effectiveDirective),
         );
-        // From here on as the page itself: what DevTools calls may evaluate strings.
+        // Continue as a task of the page: code that DevTools calls may evaluate strings.
         await new Promise((resolve) => setTimeout(resolve));
         const thrown = [];
         for (const [name, attempt] of Object.entries(tries)) {
@@ -894,7 +937,7 @@ def test_the_policy_forbids_inline_script_and_html_from_strings(
 
 
 def set_example_functions(page: Page) -> None:
-    """As a user does in the settings."""
+    """Fill in the example functions in the settings, as a user does."""
     page.click("#open-settings")
     page.click("#functions-example")
     page.click("#save-settings")
@@ -921,7 +964,7 @@ def test_a_function_call_is_a_card_and_its_result_goes_back(
 
     page.write(".call textarea", '{"shown": true}')
     page.click(".call button")
-    page.wait("probe.answers().length === 2", "the model goes on")
+    page.wait("probe.answers().length === 2", "the model continues")
     after = page.wait_state("complete", 1)
     assert after["text"]
     [frame] = page.sent("FUNCTION_RESULT")
@@ -943,7 +986,9 @@ def test_of_two_calls_the_model_goes_on_with_the_second_result(
     it = page.wait_state("complete", 0)
     assert len(it["calls"]) == 2
     page.click(".call:nth-of-type(1) button")
-    page.wait("probe.notice().includes('The others are waited for')", "it says that it waits")
+    page.wait(
+        "probe.notice().includes('Waiting for the other results')", "the notice that it waits"
+    )
     assert len(page.answers()) == 1
     page.click(".call:nth-of-type(2) button")
     assert page.wait_answer("it.state === 'complete'", 1)["text"]
@@ -966,7 +1011,7 @@ def test_a_call_that_comes_after_the_result_of_the_first_interrupts_nothing(
     page.ask("Where are halls 3 and 4?")
     page.wait("probe.held.length > 1", "the second call is on its way")
     page.click(".call:nth-of-type(1) button")
-    page.wait("probe.answers().length === 2", "the model is to go on")
+    page.wait("probe.answers().length === 2", "the request that continues")
     page.js("probe.release()")
     page.wait("document.querySelectorAll('.call form').length === 1", "the second call")
     page.click(".call:nth-of-type(2) button")
@@ -1003,24 +1048,24 @@ def test_settings_are_in_effect_at_once_and_after_a_reload(
     assert update["scene_context"] == {"scene_description": "The lamp room"}
     assert update["require_tts"] is True
     assert [one["name"] for one in update["function_calling"]] == ["open_map"]
-    page.wait_text(len(before["text"]) + 1)  # no setting interrupts
+    page.wait_text(len(before["text"]) + 1)  # a change of settings interrupts nothing
     assert page.sent("INTERRUPT") == []
 
     page.driver.refresh()
     page.wait_connection("ready")
     [register] = page.sent("REGISTER")
     assert {name: register["payload"][name] for name in update} == update
-    page.ask("stop")  # with speech, although this gateway has no voice
+    page.ask("stop")  # with speech on, although this gateway has no speech
     assert page.wait_state("complete")["text"] == stop_answer("stop")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("#setting-functions", "[{", "This is no JSON"),
+        ("#setting-functions", "[{", "This is not valid JSON"),
         ("#setting-functions", '{"name": "one"}', "must be a list"),
         ("#setting-functions", '[{"name": "no good name"}]', "did not understand"),
-        ("#setting-server", "http://example.com", "begins with ws:// or wss://"),
+        ("#setting-server", "http://example.com", "must start with ws:// or wss://"),
     ],
 )
 def test_settings_that_cannot_be_are_told_and_not_kept(
@@ -1048,7 +1093,7 @@ def test_settings_that_cannot_be_are_told_and_not_kept(
 
 
 @pytest.mark.parametrize(
-    ("language", "words"), [("en", "wants an access key that it knows"), ("zh", "有效的访问密钥")]
+    ("language", "words"), [("en", "needs a valid access key"), ("zh", "有效的访问密钥")]
 )
 def test_who_has_no_key_is_told_so_once_and_is_let_in_with_one(
     page: CheckedPage, playing: Playing, language: str, words: str
@@ -1060,11 +1105,11 @@ def test_who_has_no_key_is_told_so_once_and_is_let_in_with_one(
         page.open(playing("echo", credentials=Credentials({digest: "page"})), ready=False)
         page.wait_connection("refused")
         assert words in page.notice()
-        # What the server says, which speaks English only, adds nothing.
+        # The server's own words are not shown: they are in English only.
         assert "credentials" not in page.notice()
         page.click("#open-settings")
         page.js("document.querySelector('#settings details').open = true")
-        page.write("#setting-key", f" {key} ")  # as it comes when it is copied
+        page.write("#setting-key", f" {key} ")  # with the spaces of a copied text
         page.click("#save-settings")
         page.wait_connection("ready")
         page.ask("Good evening")
@@ -1125,7 +1170,7 @@ def test_settings_that_are_saved_while_the_page_registers_are_in_effect(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
     page.open(long_story.port)
-    # The old ones are on their way, and not yet confirmed.
+    # A registration with the old settings is sent and not yet confirmed.
     page.js("probe.holds = () => true; bargein.client.close()")
     page.js("bargein.client.connect().catch(() => undefined)")
     page.wait("probe.heldOf('REGISTER_ACK')", "the registration is on its way")
@@ -1161,12 +1206,12 @@ def test_the_page_speaks_the_language_of_the_browser(
     assert page.js("return document.getElementById('send').ariaLabel") == send
     assert page.js("return document.getElementById('connection-text').textContent") == connected
     if lang == "zh-CN":
-        # Nothing of the page is left in the other language, but names and keys.
+        # No English word is left.
         words = page.js("return document.querySelector('main').innerText")
         assert re.findall(r"[A-Za-z]{3,}", words) == []
 
 
-# Hands and eyes -------------------------------------------------------------------------------
+# Keyboard, focus and screen readers -----------------------------------------------------------
 
 
 def test_everything_is_done_with_the_keyboard_alone(
@@ -1185,7 +1230,7 @@ def test_everything_is_done_with_the_keyboard_alone(
                 const style = getComputedStyle(document.activeElement);
                 return style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 1;
                 """
-            ), f"no focus is to be seen on {order[-1]}"
+            ), f"no visible focus on {order[-1]}"
     assert order[0] == "send"
     after = order[order.index("open-settings") :]
     assert after[:5] == ["open-settings", "scroller", "idea", "idea", "input"]
@@ -1198,7 +1243,7 @@ def test_everything_is_done_with_the_keyboard_alone(
     assert page.js(focus) == "stop"
     page.type(Keys.ENTER)
     page.wait_answer(INTERRUPTED)
-    assert page.js(focus) == "input"  # the button has gone, the focus has not
+    assert page.js(focus) == "input"  # the button is hidden, so the focus moves to the input
 
     page.write("#input", f"one line{Keys.SHIFT}{Keys.ENTER}{Keys.NULL}stop, please")
     page.type(Keys.ENTER)
@@ -1265,9 +1310,9 @@ def test_an_old_answer_that_ends_late_does_not_cut_the_sentence_that_is_read(
     page.js("probe.holds = ({ payload }) => payload.text_stream_seq >= 1")
     page.ask("stop")
     page.wait_answer("it.text")
-    page.wait("probe.heldOf('end') === 1", "the rest is on its way")
+    page.wait("probe.heldOf('end') === 1", "the rest is held back")
     page.ask("Tell me a story")
-    page.wait("probe.heldOf('INTERRUPT_ACK')", "the verdict is on its way")
+    page.wait("probe.heldOf('INTERRUPT_ACK')", "the ack is on its way")
     request_id = page.answer()["requestId"]
     half = {"request_id": request_id, "text_stream_seq": 0, "content": {"text": "Half a "}}
     page.js("probe.inject('RESPONSE', arguments[0])", half)
@@ -1291,7 +1336,7 @@ def test_the_scroll_follows_the_text_until_the_user_looks_back(
     """
     assert page.js(at_end)
     page.js("document.getElementById('scroller').scrollTop = 0")
-    page.wait("!document.getElementById('to-bottom').hidden", "a way back is shown")
+    page.wait("!document.getElementById('to-bottom').hidden", "the button to the newest message")
     page.wait_text(len(page.answer()["text"]) + 100)
     assert page.js("return document.getElementById('scroller').scrollTop") == 0
     page.click("#to-bottom")
@@ -1308,7 +1353,7 @@ def test_the_scroll_follows_the_text_until_the_user_looks_back(
 # Sound ----------------------------------------------------------------------------------------
 
 SOUND = """
-    const { AudioService } = await import(`${location.origin}/audio-service.js`);
+    const { AudioService } = await import(`${location.origin}/client/index.js`);
     /** 440 Hz in pieces of 50 ms, 16 kHz 16-bit mono. */
     const pcm = (piece) => Int16Array.from({ length: 800 }, (_, index) =>
         16000 * Math.sin((2 * Math.PI * 440 * (800 * piece + index)) / 16000),
@@ -1341,7 +1386,7 @@ LIVE = (
         while (peak() < 0.3 && performance.now() < end) await turn();
         return peak() >= 0.3;
     };
-    /** What was heard for so many seconds from `time` on; null where the page came too late. */
+    /** The samples of so many seconds from `time` on; null if they are gone already. */
     const heardSince = async (time, seconds) => {
         while (context.currentTime < time + seconds) await turn();
         analyser.getFloatTimeDomainData(wave);
@@ -1356,9 +1401,9 @@ LIVE = (
 def test_to_stop_playback_silences_it_within_50_ms_and_forgets_what_was_queued(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
-    # When the sound ended is read from the wave that the analyser has kept, on the clock of the
-    # sound. To look again and again whether it is silent measures how often the page may look: on a
-    # busy machine that is not at all for 100 ms now and then, with the sound long gone.
+    # The end of the sound is read from the wave in the analyser, on the clock of the sound. Polling
+    # for silence would measure how often the page runs: on a busy machine it may be paused for
+    # 100 ms while the sound is long over.
     page.open(long_story.port)
     rounds: list[dict[str, Any]] = page.js_async(
         LIVE
@@ -1386,12 +1431,12 @@ def test_to_stop_playback_silences_it_within_50_ms_and_forgets_what_was_queued(
 def test_to_stop_playback_is_silence_from_the_next_audio_frame_on(
     page: CheckedPage, long_story: RunningGateway
 ) -> None:
-    # Drawn as fast as it goes, and to the sample: no clock has a say in it.
+    # Rendered offline, so that the result is exact to the sample and depends on no clock.
     page.open(long_story.port)
     before, after, again = page.js_async(
         """
         const context = new OfflineAudioContext(1, 16000, 16000);
-        // It says `suspended` where a real one, that was unlocked, runs.
+        // An offline context says `suspended` where a real one, unlocked, says `running`.
         Object.defineProperty(context, "state", { value: "running" });
         """
         + SOUND
@@ -1422,7 +1467,7 @@ def test_to_stop_playback_is_silence_from_the_next_audio_frame_on(
     )
     assert before > 0.3
     assert after == 0
-    assert again  # what is played after that is heard whole, and nothing of what was before
+    assert again  # sound played later is heard whole, and none of the earlier sound with it
 
 
 def test_what_is_played_after_a_stop_is_heard_at_once_and_whole(
@@ -1437,10 +1482,10 @@ def test_what_is_played_after_a_stop_is_heard_at_once_and_whole(
             await loud(2000);
             const stoppedAt = context.currentTime;
             audio.stopAllPlayback();
-            play(6);  // 300 ms, and not the rest of what was before
+            play(6);  // 300 ms
             const heard = await heardSince(stoppedAt, 0.6);
             if (heard === null) continue;
-            // What was before may be heard for a frame of 128, and is no part of it.
+            // The earlier sound may last for one more frame of 128 samples; skip it.
             const begins = heard.findIndex((sample, index) => index > 256 && isSound(sample));
             return [begins, heard.findLastIndex(isSound) - begins, audio.isPlaying];
         }
@@ -1469,7 +1514,7 @@ def test_an_interrupt_silences_the_voice_of_the_answer(
             analyser.getFloatTimeDomainData(samples);
             return Math.max(...samples.map(Math.abs));
         };
-        // Twenty seconds, as a gateway with a voice sends them.
+        // Twenty seconds of speech, in the form in which a gateway sends it.
         const bytes = new Uint8Array(Int16Array.from({ length: 320000 }, (_, index) =>
             16000 * Math.sin((2 * Math.PI * 440 * index) / 16000)).buffer);
         let binary = "";
@@ -1487,7 +1532,7 @@ def test_an_interrupt_silences_the_voice_of_the_answer(
     page.type(Keys.ESCAPE)
     assert page.js("return bargein.audio.isPlaying") is False
     page.wait("probe.peak() === 0", "it is silent", 2)
-    # What comes late is not heard.
+    # Speech that arrives late is not played.
     page.js(
         """
         probe.inject("RESPONSE", { request_id: arguments[0], text_stream_seq: 901,
@@ -1523,11 +1568,11 @@ def test_speech_that_outlasts_its_text_can_be_stopped(
 
 
 FLUENT = "story:150"
-"""Nobody has to wait for a picture of it, and yet it is long enough to be stopped."""
+"""Fast enough for screenshots, and long enough to be stopped."""
 
 
 def fill(page: Page) -> None:
-    """One of everything: an answer that was stopped, a call, a fault, a short answer, a notice."""
+    """Show one of everything: a stopped answer, a call, a failed and a short answer, a notice."""
     page.ask("Please tell me a very long story")
     page.wait_text(60)
     page.type(Keys.ESCAPE)
@@ -1616,14 +1661,14 @@ def test_with_colours_of_the_users_own_a_switch_that_is_on_looks_on(
 
 @pytest.fixture(scope="session")
 def axe() -> str:
-    """The source of axe-core, or of the one that the variable AXE names."""
+    """The source of axe-core, or of the file that the variable AXE names."""
     path = os.environ.get("AXE")
     found = Path(path) if path else files("axe_core_python") / "axe.min.js"
     return found.read_text(encoding="utf-8")
 
 
 def violations(page: Page, axe: str) -> list[str]:
-    """What axe finds: rule, impact, the elements."""
+    """What axe finds: impact, rule and elements of each violation."""
     page.js(f"if (!globalThis.axe) {{ {axe} }}")
     found: list[str] = page.js_async(
         """
@@ -1657,21 +1702,21 @@ def test_axe_finds_no_fault_of_accessibility(
     page.js("document.querySelector('#settings details').open = true")
     page.write("#setting-functions", "[{")
     page.click("#save-settings")
-    page.wait("!document.getElementById('settings-error').hidden", "a fault in the settings")
+    page.wait("!document.getElementById('settings-error').hidden", "an error in the settings")
     found["settings"] = violations(page, axe)
     assert {where: what for where, what in found.items() if what} == {}
 
 
 @pytest.fixture
 def screenshots(tmp_path: Path) -> Path:
-    """Where they go: the directory that the variable SCREENSHOTS names, which keeps them."""
+    """The folder for screenshots; the variable SCREENSHOTS names one that is kept."""
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def need_chinese_font(page: Page) -> None:
-    """Without one a test is skipped; in CI, which installs it, it fails."""
+    """Skip the test if no Chinese font is installed; in CI, fail it."""
     if page.boxes_among("停止"):
         words = "no Chinese font is installed (Debian's fonts-wqy-microhei): nothing was checked"
         if os.environ.get("CI"):

@@ -1,7 +1,11 @@
-"""The web page at `/`, as answers to plain GETs: a fixed set of files, held in memory.
+"""The web page at `/` and its client library, as answers to plain GETs.
 
-No path ever reaches the file system: what is asked for is looked up among the names that were found
-in `gateway/web/` at the first request.
+The files in `gateway/web/` are read once, at the first request, and held in memory. A requested
+path is looked up among their names and never reaches the file system.
+
+The library, `gateway/web/client/`, has two addresses. The page imports it from `/client/`, like its
+own modules. Other pages import it from `/client/0.2.0/`, where the number is the version in
+`package.json`: a release never changes there, so that browsers may keep it.
 """
 
 from __future__ import annotations
@@ -10,8 +14,9 @@ import email.utils
 import functools
 import hashlib
 import http
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,6 +24,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Response
 
 WEB = Path(__file__).parents[1] / "web"
+CLIENT = WEB / "client"
 
 _CONTENT_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -26,7 +32,7 @@ _CONTENT_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""What else lies in that folder is for developers."""
+"""Files of other types in these folders are for developers, and are not served."""
 
 _SECURITY_POLICY = "; ".join(
     (
@@ -38,7 +44,7 @@ _SECURITY_POLICY = "; ".join(
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
-        # No string becomes HTML, whatever a model says: the browser refuses, too.
+        # The browser refuses to parse a string as HTML, whatever text a model sends.
         "require-trusted-types-for 'script'",
         "trusted-types 'none'",
     )
@@ -51,9 +57,13 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # Always asked again, by its ETag: no page of one version meets a module of another.
-    "Cache-Control": "no-cache",
 }
+
+_REVALIDATE = "no-cache"
+"""Browsers check the ETag each time, so that a page never runs with modules of another version."""
+
+_KEEP = "public, max-age=31536000, immutable"
+"""For addresses that contain the version: kept for a year without a check."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +71,18 @@ class _File:
     data: bytes
     content_type: str
     etag: str
+    cache_control: str = _REVALIDATE
 
 
 def answer(path: str, request_headers: Headers) -> Response | None:
-    """Answer a GET for one of the page's files.
+    """Answer a GET for one of the files.
 
     Args:
-        path: as it was asked for, without the query.
-        request_headers: of the request; an `If-None-Match` with the file's ETag gets 304.
+        path: requested path, without the query.
+        request_headers: of the request; an `If-None-Match` with the file's ETag gets a 304.
 
     Returns:
-        The response, after which the connection closes; None where there is no such file.
+        The response, after which the connection closes. None if there is no such file.
     """
     file = _files().get(path)
     if file is None:
@@ -83,6 +94,7 @@ def answer(path: str, request_headers: Headers) -> Response | None:
             "Date": email.utils.formatdate(usegmt=True),
             "Connection": "close",
             "ETag": file.etag,
+            "Cache-Control": file.cache_control,
             **_HEADERS,
         }
     )
@@ -95,12 +107,24 @@ def answer(path: str, request_headers: Headers) -> Response | None:
 
 @functools.cache
 def _files() -> Mapping[str, _File]:
-    files = {}
-    for path in sorted(WEB.glob("*")):
-        if content_type := _CONTENT_TYPES.get(path.suffix):
-            data = path.read_bytes()
-            etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
-            files[f"/{path.name}"] = _File(data, content_type, etag)
+    page, library = _read(WEB), _read(CLIENT)
+    files = {f"/{name}": file for name, file in page.items()}
+    files |= {f"/client/{name}": file for name, file in library.items()}
+    if library:
+        version = json.loads((CLIENT / "package.json").read_bytes())["version"]
+        for name, file in library.items():
+            files[f"/client/{version}/{name}"] = replace(file, cache_control=_KEEP)
     if "/index.html" in files:
         files["/"] = files["/index.html"]
     return MappingProxyType(files)
+
+
+def _read(folder: Path) -> dict[str, _File]:
+    """The files in a folder that are served, by their name."""
+    files = {}
+    for path in sorted(folder.glob("*")):
+        if content_type := _CONTENT_TYPES.get(path.suffix):
+            data = path.read_bytes()
+            etag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+            files[path.name] = _File(data, content_type, etag)
+    return files

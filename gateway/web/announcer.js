@@ -1,16 +1,16 @@
-/** Tells a screen reader what an answer says, sentence by sentence rather than token by token. */
+/** Announces an answer to screen readers, sentence by sentence instead of token by token. */
 
 const SENTENCE_END = /[.!?。！？…](?=["”’)）】]*(?:\s|$))|[。！？]|\n/gu;
 
-/** More would only be removed before they are read. */
+/** Limit on the lines in the region; older ones are removed. */
 const MAX_LINES = 30;
 
-/** A sentence that is longer is read in pieces. */
+/** A longer sentence is announced in pieces. */
 const MAX_CHARS = 500;
 
 /**
  * @param {string} text
- * @returns {[string, string]} the whole sentences in it, and what is left.
+ * @returns {[string, string]} The whole sentences, and the rest.
  */
 export function splitSentences(text) {
   let end = 0;
@@ -19,13 +19,13 @@ export function splitSentences(text) {
 }
 
 export class Announcer {
-  /** @param {HTMLElement} region a polite live region. */
+  /** @param {HTMLElement} region A polite live region. */
   constructor(region) {
     this._region = region;
     this._rest = "";
   }
 
-  /** @param {string} text a piece of an answer. */
+  /** @param {string} text A piece of an answer. */
   add(text) {
     const [whole, rest] = splitSentences(this._rest + text);
     const isTooLong = rest.length > MAX_CHARS;
@@ -33,19 +33,19 @@ export class Announcer {
     this.say(isTooLong ? whole + rest : whole);
   }
 
-  /** The answer is complete. */
+  /** Announce the rest: the answer is complete. */
   finish() {
     this.say(this._rest);
     this._rest = "";
   }
 
-  /** What was not read yet is not wanted any more. */
+  /** Drop everything that was not read yet. */
   clear() {
     this._rest = "";
     this._region.replaceChildren();
   }
 
-  /** @param {string} text */
+  /** @param {string} text Announced as it is. */
   say(text) {
     if (text.trim() === "") return;
     const line = document.createElement("p");

@@ -1,9 +1,14 @@
-/** The page: puts the library, the settings and the elements together. */
+/** The page: connects the client library, the settings and the elements. */
 
 import { Announcer } from "./announcer.js";
-import { AudioService } from "./audio-service.js";
-import { consoleLog } from "./log.js";
-import { MessageService } from "./message-service.js";
+import {
+  AudioService,
+  MessageService,
+  RegistrationError,
+  RequestError,
+  WebSocketClient,
+  consoleLog,
+} from "./client/index.js";
 import {
   EXAMPLE_FUNCTIONS,
   defaults,
@@ -20,14 +25,12 @@ import {
 } from "./settings.js";
 import { Texts, pickLanguage } from "./texts.js";
 import { AnswerView, makeQuestion, retireCalls } from "./views.js";
-import { RegistrationError, RequestError, WebSocketClient } from "./websocket-client.js";
 
-/** @typedef {import("./message-service.js").Message} Message */
-/** @typedef {import("./settings.js").Settings} Settings */
-/** @typedef {import("./texts.js").TextName} TextName */
-/** @typedef {import("./websocket-client.js").ConnectionState} ConnectionState */
+/** @import { ConnectionState, Message } from "./client/index.js" */
+/** @import { Settings } from "./settings.js" */
+/** @import { TextName } from "./texts.js" */
 
-/** As near to the end counts as being there. */
+/** A scroll position this close to the end counts as being at the end. */
 const AT_BOTTOM_PX = 48;
 
 const NOTICE_MS = 6_000;
@@ -74,12 +77,12 @@ const announcer = new Announcer(byId("announcer", HTMLElement));
 /** @type {WeakMap<Message, AnswerView>} */
 const views = new WeakMap();
 
-// For whoever debugs in the console, and for tests.
+// For debugging in the console, and for tests.
 Object.assign(globalThis, { bargein: { client, service, audio } });
 
-// Words.
+// Words
 
-function speakLanguage() {
+function applyLanguage() {
   document.documentElement.lang = texts.language === "zh" ? "zh-CN" : "en";
   for (const element of document.querySelectorAll("[data-text], [data-label], [data-hint]")) {
     if (!(element instanceof HTMLElement)) continue;
@@ -97,8 +100,11 @@ const noticeText = byId("notice-text", HTMLElement);
 let noticeTimer;
 
 /**
+ * Show a notice.
+ *
  * @param {string} words
- * @param {"info" | "error"} [kind] an error stays until it is closed, or something else is said.
+ * @param {"info" | "error"} [kind] An info closes by itself; an error stays until it is closed or
+ *   replaced.
  */
 function notify(words, kind = "info") {
   clearTimeout(noticeTimer);
@@ -115,7 +121,7 @@ function closeNotice() {
   noticeText.textContent = "";
 }
 
-// The scroll follows while the user is at the end.
+// The scroll position follows new text while the user is at the end.
 
 let isFollowing = true;
 let lastTop = 0;
@@ -124,10 +130,10 @@ function follow() {
   if (isFollowing) scroller.scrollTop = scroller.scrollHeight;
 }
 
-function seePlace() {
+function updateFollowing() {
   const { scrollTop, scrollHeight, clientHeight } = scroller;
   if (scrollHeight - scrollTop - clientHeight <= AT_BOTTOM_PX) isFollowing = true;
-  // Only upwards is away: text that comes pushes the end on without the user's doing.
+  // Only scrolling up is the user leaving the end: new text moves the end away by itself.
   else if (scrollTop < lastTop) isFollowing = false;
   lastTop = scrollTop;
   toBottom.hidden = isFollowing;
@@ -139,9 +145,9 @@ function goToBottom() {
   follow();
 }
 
-scroller.addEventListener("scroll", seePlace, { passive: true });
+scroller.addEventListener("scroll", updateFollowing, { passive: true });
 new ResizeObserver(() => {
-  seePlace(); // all of it may be in sight now
+  updateFollowing(); // everything may fit now
   follow();
 }).observe(scroller);
 toBottom.addEventListener("click", () => {
@@ -149,9 +155,9 @@ toBottom.addEventListener("click", () => {
   input.focus();
 });
 
-// Asking and stopping.
+// Asking and stopping
 
-/** When the user last acted, on the clock of `performance.now()`. */
+/** When the user last clicked or pressed a key, on the clock of `performance.now()`. */
 let actedAt = 0;
 for (const type of ["click", "keydown"]) {
   globalThis.addEventListener(
@@ -164,8 +170,10 @@ for (const type of ["click", "keydown"]) {
 }
 
 /**
+ * Send a question.
+ *
  * @param {string} text
- * @returns {boolean} false: it was not sent.
+ * @returns {boolean} Whether it was sent.
  */
 function ask(text) {
   if (!client.isReady) {
@@ -183,7 +191,7 @@ function ask(text) {
   return true;
 }
 
-/** What each message answers. @type {Map<string, string>} */
+/** The question of each answer, by `messageId`. @type {Map<string, string>} */
 const questions = new Map();
 
 function submit() {
@@ -217,7 +225,7 @@ composer.addEventListener("submit", (event) => {
 });
 input.addEventListener("input", fitInput);
 input.addEventListener("keydown", (event) => {
-  // While an input method composes, Enter takes its proposal. (Safari says so by the key code.)
+  // While an input method composes, Enter accepts its proposal. (Safari reports key code 229.)
   if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   if (!event.repeat) submit();
@@ -230,13 +238,14 @@ document.addEventListener("keydown", (event) => {
 });
 stopButton.addEventListener("click", stop);
 for (const button of [stopButton, sendButton]) {
-  // The focus stays where it is, and so does the keyboard of a phone.
+  // The input keeps the focus, so that the keyboard of a phone stays open.
   button.addEventListener("pointerdown", (event) => event.preventDefault());
   button.addEventListener("mousedown", (event) => event.preventDefault());
 }
 for (const idea of document.querySelectorAll(".idea")) {
   idea.addEventListener("click", () => {
-    // The focus would be lost with the button. Only under a finger, it would bring up a keyboard.
+    // The button disappears, so the focus moves to the input; not on a touch screen, where that would
+    // open the keyboard.
     if (ask(idea.textContent ?? "") && !matchMedia("(pointer: coarse)").matches) input.focus();
   });
 }
@@ -245,7 +254,7 @@ byId("close-notice", HTMLButtonElement).addEventListener("click", () => {
   input.focus();
 });
 
-// What the library tells.
+// Events of the library
 
 service.on("started", ({ message }) => {
   const view = new AnswerView(message, texts, follow);
@@ -300,13 +309,13 @@ service.on("failed", ({ message }) => {
     input.focus();
     return ask(asked ?? "");
   };
-  views.get(message)?.fail(asked ? again : null); // none after a function's result
+  views.get(message)?.fail(asked ? again : null); // an answer to a function's result has no question
   finishReading();
   announcer.say(texts.sayError(code, detail));
   follow();
 });
 
-/** An interrupted answer may end late, while another is read sentence by sentence. */
+/** Read the last sentence; not while another answer streams, as its text would be mixed in. */
 function finishReading() {
   if (!service.isReceivingResponse) announcer.finish();
 }
@@ -323,7 +332,7 @@ client.on("state", (state) => {
       retireCalls(messages, texts);
       notify(texts.say("noticeBack"));
     } else if (notice.dataset.kind === "error") {
-      closeNotice(); // it was about the connection
+      closeNotice(); // the error was about the connection
     }
   } else if (wasReady && state.name === "waiting") {
     /** @type {Record<ConnectionState["cause"], TextName>} */
@@ -336,7 +345,7 @@ client.on("state", (state) => {
     notify(texts.say(words[state.cause]), "error");
   } else if (state.name === "refused") {
     const { code, detail } = state.error ?? { code: "INTERNAL_ERROR", detail: "" };
-    // Of a key there is nothing more to say, and least of all in the server's language.
+    // For a wrong key the page's own text is enough; the server's detail is in English only.
     const isKey = code === "AUTH_FAILED";
     const words = isKey ? "" : `${texts.say("noticeRefused")} `;
     notify(words + texts.sayError(code, isKey ? "" : detail), "error");
@@ -369,7 +378,7 @@ document.addEventListener("visibilitychange", () => {
   if (!document.hidden) client.retryNow();
 });
 
-// Settings.
+// Settings
 
 const dialog = byId("settings", HTMLDialogElement);
 const settingsError = byId("settings-error", HTMLElement);
@@ -395,13 +404,13 @@ function openSettings() {
   fields.server.placeholder = serverUrl({ ...settings, server: "" }, document.baseURI);
   fields.key.value = key;
   fields.debug.checked = settings.debug;
-  sayFault("");
+  showFault("");
   dialog.showModal();
   byId("settings-fields", HTMLElement).scrollTop = 0;
 }
 
-/** @param {string} words "" takes them away. */
-function sayFault(words) {
+/** @param {string} words The error to show; "" hides it. */
+function showFault(words) {
   settingsError.textContent = words;
   settingsError.hidden = words === "";
 }
@@ -421,7 +430,7 @@ function readSettings() {
 
 /**
  * @param {Settings} wanted
- * @returns {string} what is wrong with them, as far as can be seen here; "" is nothing.
+ * @returns {string} What is wrong with them, as far as the page can check; "" if nothing is.
  */
 function faultOf(wanted) {
   if (!isServer(wanted.server)) return texts.say("badServer");
@@ -436,24 +445,24 @@ function faultOf(wanted) {
 }
 
 /**
- * Put settings into effect. In a session that stands they are an update, which a REQUEST without text
- * makes at once: the conversation goes on, an answer that streams is not interrupted, and a fault is
- * told while the user still looks at it. Only another server, or another key, needs a new session.
+ * Apply and save settings. A registered session is updated by a REQUEST without text: the conversation
+ * continues, an answer in progress is not interrupted, and an error is shown while the dialog is still
+ * open. Only another server or another key needs a new session.
  *
  * @param {Settings} wanted
  * @param {string} wantedKey
- * @returns {Promise<TextName>} what to tell.
- * @throws {RequestError | RegistrationError} the server does not take them. A session that stands
- *   goes on as it was then, and they are not kept.
+ * @returns {Promise<TextName>} The notice to show.
+ * @throws {RequestError | RegistrationError} The server rejected the settings. They are not saved, and
+ *   an existing session continues unchanged.
  */
 async function apply(wanted, wantedKey) {
   const url = serverUrl(wanted, document.baseURI);
   const update = sessionSettings(wanted);
   const isSame = JSON.stringify(update) === JSON.stringify(sessionSettings(settings));
-  // A registration that is under way may have taken the old ones with it.
-  const isLate = client.state.name === "connecting" && !isSame;
-  const isElsewhere = url !== client.url || wantedKey !== key || isLate;
-  if (!isElsewhere && client.isReady && !isSame) {
+  // A registration in progress may have sent the old settings.
+  const mayBeStale = client.state.name === "connecting" && !isSame;
+  const needsNewSession = url !== client.url || wantedKey !== key || mayBeStale;
+  if (!needsNewSession && client.isReady && !isSame) {
     await client.sendTextRequest("", { update }).promise;
   }
   const wasRefused = client.state.name === "refused";
@@ -461,9 +470,9 @@ async function apply(wanted, wantedKey) {
   key = wantedKey;
   save(settings, localStorage);
   saveKey(key, sessionStorage);
-  if (isElsewhere) {
+  if (needsNewSession) {
     client.close(url);
-    client.connect().catch(() => undefined); // the connection's state says it
+    client.connect().catch(() => undefined); // the connection's state shows a failure
     return "noticeSavedOffline";
   }
   if (wasRefused) await connectOnce();
@@ -471,9 +480,9 @@ async function apply(wanted, wantedKey) {
 }
 
 /**
- * Connect, but wait no longer than for one attempt: a server that is not there is tried for ever.
+ * Connect, and wait for one attempt only: the client tries an unreachable server again and again.
  *
- * @throws {RegistrationError} the server does not take the registration.
+ * @throws {RegistrationError} The server rejected the registration.
  */
 async function connectOnce() {
   /** @type {() => void} */
@@ -495,27 +504,27 @@ byId("settings-form", HTMLFormElement).addEventListener("submit", async (event) 
   event.preventDefault();
   const wanted = readSettings();
   const fault = faultOf(wanted);
-  sayFault(fault);
+  showFault(fault);
   if (fault !== "") return;
   saveButton.disabled = true;
   try {
     const words = await apply(wanted, fields.key.value.trim());
     texts = new Texts(settings.language || pickLanguage(navigator.languages));
-    speakLanguage();
+    applyLanguage();
     showConnection(client.state);
     dialog.close();
     notify(texts.say(words));
     if (settings.speech) void audio.unlock().catch(() => undefined);
   } catch (error) {
     if (!(error instanceof RequestError || error instanceof RegistrationError)) throw error;
-    sayFault(texts.sayError(error.code, error.detail));
+    showFault(texts.sayError(error.code, error.detail));
   } finally {
     saveButton.disabled = false;
   }
 });
 
-// Begin.
+// Start
 
-speakLanguage();
+applyLanguage();
 showConnection(client.state);
-client.connect().catch(() => undefined); // its state says it
+client.connect().catch(() => undefined); // the connection's state shows a failure

@@ -1,31 +1,29 @@
 /**
- * What a user has set. It is remembered in the browser, but for the key: that one lives in the session
- * storage, which ends with the tab.
+ * The user's settings. The browser stores them in `localStorage`; the access key is in `sessionStorage`,
+ * which ends with the tab.
  */
 
-/** @typedef {import("./websocket-client.js").FunctionDefinition} FunctionDefinition */
-/** @typedef {import("./websocket-client.js").Registration} Registration */
-/** @typedef {import("./websocket-client.js").SessionSettings} SessionSettings */
+/** @import { FunctionDefinition, Registration, SessionSettings } from "./client/index.js" */
 
 /**
  * @typedef {object} Settings
- * @property {string} server "" is the gateway that served the page.
+ * @property {string} server "" means the gateway that served the page.
  * @property {string} role
  * @property {string} scene
- * @property {string} functions JSON; "" is none.
+ * @property {string} functions JSON; "" means none.
  * @property {boolean} speech
- * @property {"" | "en" | "zh"} language "" is the browser's.
+ * @property {"" | "en" | "zh"} language "" means the browser's.
  * @property {boolean} debug
  */
 
 const SETTINGS = "bargein.settings";
 const KEY = "bargein.key";
 
-/** The protocol wants one, also of gateways that let anybody in. */
+/** The protocol requires a key, even if the gateway does not check it. */
 const NO_KEY = "anonymous";
 
 /**
- * @param {boolean} isLocal whether the page comes from this very machine: then somebody develops.
+ * @param {boolean} isLocal Whether this machine serves the page. Then the console log is on.
  * @returns {Settings}
  */
 export function defaults(isLocal) {
@@ -49,7 +47,7 @@ export function isLocalHost(hostname) {
 }
 
 /**
- * @param {Settings} base what is not remembered.
+ * @param {Settings} base Values for settings that are not stored.
  * @param {Storage} storage
  * @returns {Settings}
  */
@@ -59,7 +57,7 @@ export function load(base, storage) {
   try {
     kept = JSON.parse(storage.getItem(SETTINGS) ?? "{}") ?? {};
   } catch {
-    // not ours, or no storage: as if nothing had been set
+    // foreign data, or no storage: use the defaults
   }
   const settings = { ...base };
   for (const [name, value] of Object.entries(base)) {
@@ -68,7 +66,7 @@ export function load(base, storage) {
   try {
     parseFunctions(settings.functions);
   } catch {
-    settings.functions = ""; // by an older page, or by hand: it must not keep this one from registering
+    settings.functions = ""; // stored by an older page, or by hand: it would break each registration
   }
   return settings;
 }
@@ -81,12 +79,12 @@ export function save(settings, storage) {
   try {
     storage.setItem(SETTINGS, JSON.stringify(settings));
   } catch {
-    // no storage: they hold as long as the page
+    // no storage: the settings last as long as the page
   }
 }
 
 /**
- * @param {Storage} storage of the session.
+ * @param {Storage} storage `sessionStorage`
  * @returns {string}
  */
 export function loadKey(storage) {
@@ -99,32 +97,32 @@ export function loadKey(storage) {
 
 /**
  * @param {string} key
- * @param {Storage} storage of the session.
+ * @param {Storage} storage `sessionStorage`
  */
 export function saveKey(key, storage) {
   try {
     if (key === "") storage.removeItem(KEY);
     else storage.setItem(KEY, key);
   } catch {
-    // as above
+    // no storage: the key lasts as long as the page
   }
 }
 
 /**
  * @param {string} text
- * @returns {FunctionDefinition[]} whether they are good functions is for the server to say.
- * @throws {SyntaxError} it is no JSON.
- * @throws {TypeError} it is no list.
+ * @returns {FunctionDefinition[]} Not checked further: the server does that.
+ * @throws {SyntaxError} The text is not JSON.
+ * @throws {TypeError} The JSON is not a list.
  */
 export function parseFunctions(text) {
   if (text.trim() === "") return [];
   const value = JSON.parse(text);
-  if (!Array.isArray(value)) throw new TypeError("no list");
+  if (!Array.isArray(value)) throw new TypeError("not a list");
   return value;
 }
 
 /**
- * All of the session's settings, also those that are empty: an update leaves what it does not name.
+ * All settings of the session, including empty ones: an update does not change what it leaves out.
  *
  * @param {Settings} settings
  * @returns {SessionSettings}
@@ -149,7 +147,7 @@ export function registration(settings, key) {
   return {
     auth: { type: "API_KEY", api_key: key === "" ? NO_KEY : key },
     platform: "WEB",
-    // Whatever the server does by default: this page interrupts.
+    // This page interrupts, whatever the server's default is.
     on_new_request: "interrupt",
     ...sessionSettings(settings),
   };
@@ -157,8 +155,8 @@ export function registration(settings, key) {
 
 /**
  * @param {Settings} settings
- * @param {string} baseUrl of the page.
- * @returns {string}
+ * @param {string} baseUrl Of the page.
+ * @returns {string} The WebSocket address.
  */
 export function serverUrl(settings, baseUrl) {
   if (settings.server.trim() !== "") return settings.server.trim();
@@ -169,7 +167,7 @@ export function serverUrl(settings, baseUrl) {
 
 /**
  * @param {string} text
- * @returns {boolean}
+ * @returns {boolean} Whether it can be the setting `server`.
  */
 export function isServer(text) {
   if (text.trim() === "") return true;

@@ -1,34 +1,34 @@
 /**
- * The text of one answer, drawn once per frame of the screen, as text nodes.
+ * Draws the text of one answer, once per frame of the screen, as text nodes.
  *
- * What was drawn is counted in Unicode code points: that is what the user really got when the answer
- * is interrupted. What has come and is not drawn stays behind then, unless the answer turns out to
- * have been complete.
+ * It counts what it has drawn, in Unicode code points: when the answer is interrupted, that is what the
+ * user got. Text that was received but not drawn is then kept back, and drawn only if the answer turns
+ * out to have been complete.
  */
 
-import { countCodePoints } from "./message-service.js";
+import { countCodePoints } from "./client/index.js";
 
 /**
- * Drawn in one frame at most, in UTF-16 units: more than anybody can read, and little enough for the
- * page to answer to a key while a model floods it.
+ * Limit per frame, in UTF-16 units: more than a user can read, and so little that the page reacts to
+ * keys while a model sends very fast.
  */
 const FRAME_CHARS = 2_000;
 
-/** A line break after so much begins a new block, so that the browser lays out only the last one. */
+/** The first line break after this many starts a new block: the browser lays out only the last one. */
 const BLOCK_CHARS = 1_000;
 
 /**
  * @typedef {object} Screen
  * @property {(callback: () => void) => unknown} requestFrame
- * @property {(callback: () => void) => void} afterPaint calls back when the frame was painted.
- * @property {() => number} now monotonic, in milliseconds.
+ * @property {(callback: () => void) => void} afterPaint Calls back after the frame was painted.
+ * @property {() => number} now Monotonic, in milliseconds.
  */
 
 /** @type {Screen} */
 const BROWSER = {
   requestFrame: (callback) => requestAnimationFrame(callback),
   afterPaint: (callback) => {
-    // A frame's callbacks run before it is painted; a message, after.
+    // The callbacks of a frame run before it is painted; messages are handled after that.
     const { port1, port2 } = new MessageChannel();
     port1.onmessage = () => {
       port1.close();
@@ -42,7 +42,7 @@ const BROWSER = {
 export class StreamText {
   /**
    * @param {HTMLElement} element
-   * @param {() => void} onDrawn called after each piece was drawn.
+   * @param {() => void} onDrawn Called after each piece was drawn.
    * @param {Screen} [screen]
    */
   constructor(element, onDrawn, screen = BROWSER) {
@@ -55,9 +55,9 @@ export class StreamText {
     /** @type {HTMLElement | null} */
     this._block = null;
     this._blockChars = 0;
-    /** Code points that are in the page. */
+    /** Number of code points drawn. */
     this.drawnChars = 0;
-    /** When the last of them was painted, on the clock of `performance.now()`. */
+    /** When the last piece was painted, on the clock of `performance.now()`. */
     this.lastPaintAt = 0;
     this._unpainted = 0;
     /** @type {(() => void)[]} */
@@ -70,18 +70,18 @@ export class StreamText {
     this._ask();
   }
 
-  /** Draw nothing more, but keep it. */
+  /** Draw nothing more, but keep the text. */
   freeze() {
     this._isFrozen = true;
   }
 
-  /** Draw all that has come, now: the answer is at its end. */
+  /** Draw all remaining text now: the answer has ended. */
   finish() {
     this._isFrozen = true;
     this._draw(this._pending.length);
   }
 
-  /** @param {() => void} callback called once `lastPaintAt` is known. */
+  /** @param {() => void} callback Called when `lastPaintAt` is final. */
   whenPainted(callback) {
     if (this._unpainted === 0) callback();
     else this._onPainted.push(callback);
@@ -106,7 +106,7 @@ export class StreamText {
       const room = Math.max(0, BLOCK_CHARS - this._blockChars);
       const lineEnd = text.indexOf("\n", start + room) + 1;
       const end = lineEnd === 0 ? text.length : lineEnd;
-      block.append(text.slice(start, end)); // strings become text nodes, whatever is in them
+      block.append(text.slice(start, end)); // strings become text nodes, never HTML
       this._blockChars += end - start;
       if (lineEnd !== 0) {
         this._block = null;
@@ -116,7 +116,7 @@ export class StreamText {
     }
   }
 
-  /** @param {number} limit in UTF-16 units. */
+  /** @param {number} limit In UTF-16 units. */
   _draw(limit) {
     const text = this._pending.slice(0, endOfWhole(this._pending, limit));
     if (text === "") return;
@@ -136,7 +136,7 @@ export class StreamText {
 /**
  * @param {string} text
  * @param {number} limit
- * @returns {number} `limit`, or one more where that would cut a character in two.
+ * @returns {number} `limit`, or one more if `limit` would split a surrogate pair.
  */
 function endOfWhole(text, limit) {
   if (limit >= text.length) return text.length;

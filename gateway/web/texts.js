@@ -1,4 +1,4 @@
-/** What the page says, in two languages. A `{name}` stands for what is put in. */
+/** The texts of the page, in English and Chinese. `{name}` is replaced by a value. */
 
 const EN = {
   title: "Guide",
@@ -14,7 +14,7 @@ const EN = {
   send: "Send",
   stop: "Stop",
   keys: "Enter sends · Shift+Enter starts a new line · Esc stops",
-  toBottom: "To the newest",
+  toBottom: "Scroll to the newest message",
   close: "Close",
   retry: "Ask again",
 
@@ -28,66 +28,66 @@ const EN = {
   noticeNotReady: "Not connected yet. Your message is kept; please send it again in a moment.",
   noticeLost: "The connection is lost. Connecting again.",
   noticeRestarting: "The server is restarting. Connecting again.",
-  noticeExpired: "The session has expired. Beginning a new one.",
-  noticeBack: "Connected again. It is a new conversation: what was said before is no longer known.",
-  noticeRefused: "The server did not take the registration. Please look at the settings.",
-  noticeExpireSoon: "The session ends in {seconds}\u00a0s, unless you go on.",
+  noticeExpired: "The session has expired. Starting a new one.",
+  noticeBack: "Connected again. This is a new conversation: the assistant does not know the earlier one.",
+  noticeRefused: "The server refused the registration. Please check the settings.",
+  noticeExpireSoon: "The session ends in {seconds}\u00a0s unless you continue.",
   noticeSaved: "Settings are in effect.",
-  noticeSavedOffline: "Settings are kept, and take effect with the connection.",
+  noticeSavedOffline: "Settings are saved. They take effect once connected.",
 
   statusStopped: "stopped",
   statusStoppedIn: "stopped in {ms} ms",
   statusLastPaint: "last character {ms} ms after you stopped it",
-  statusNoPaint: "nothing was drawn afterwards",
+  statusNoPaint: "no text was drawn after you stopped it",
   statusStillOpen: "Stopped. The provider's stream was still open after a second.",
   statusNoAck: "Stopped. The server has not confirmed it.",
-  statusLength: "It ends here: the longest answer that is allowed.",
-  statusFilter: "It ends here: the provider's content filter cut in.",
-  statusEmpty: "No answer came: it was empty.",
+  statusLength: "The answer was cut off at the maximum length.",
+  statusFilter: "The provider's content filter cut the answer off.",
+  statusEmpty: "The answer was empty.",
   announceStopped: "Stopped",
 
-  codeAUTH_FAILED: "The server wants an access key that it knows. Please look at Settings, Connection.",
-  codeSESSION_INVALID: "The session is no longer valid. A new one begins.",
-  codeSTREAM_SEQ_ERROR: "The voice came in the wrong order. Please try again.",
+  codeAUTH_FAILED: "The server needs a valid access key. Please check it in Settings, Connection.",
+  codeSESSION_INVALID: "The session is no longer valid. Starting a new one.",
+  codeSTREAM_SEQ_ERROR: "The voice data arrived in the wrong order. Please try again.",
   codePAYLOAD_TOO_LARGE: "That was too long. Please make it shorter.",
   codeSERVER_BUSY: "The server is busy. Please try again in a moment.",
   codeMALFORMED_PAYLOAD: "The server did not understand that.",
   codeINTERNAL_ERROR: "Something went wrong with this answer. Please try again.",
   codeREQUEST_TIMEOUT: "The answer took too long. Please try again.",
-  codeBAD_URL: "That is no address of a server.",
+  codeBAD_URL: "That is not a valid server address.",
   codeCONNECTION_LOST: "Broken off: the connection was lost.",
   codeSERVER_SHUTDOWN: "Broken off: the server is restarting.",
   codeSESSION_TIMEOUT: "Broken off: the session has expired.",
   codeNOT_CONNECTED: "Not connected yet.",
   codeOther: "This answer was broken off ({code}).",
 
-  call: "Function to be called",
+  call: "Function call",
   callResult: "Result, as JSON",
   callSend: "Send result",
-  callSent: "Result that was sent",
-  callWaits: "Result sent. The others are waited for.",
-  callGone: "Its session is over: a result would not be known there.",
-  notJson: "This is no JSON: {detail}",
+  callSent: "Result sent",
+  callWaits: "Result sent. Waiting for the other results.",
+  callGone: "The session of this call has ended, so no result can be sent.",
+  notJson: "This is not valid JSON: {detail}",
 
   settings: "Settings",
   role: "Role",
-  roleHint: "Who the assistant is to be",
+  roleHint: "Who the assistant should be",
   scene: "Scene",
-  sceneHint: "Where you are, what stands before you",
+  sceneHint: "Where you are and what is around you",
   functions: "Functions, as JSON",
   functionsHelp:
-    "A list. The parameters of each are a JSON Schema, or a list of name, type, description and required.",
-  functionsExample: "Put in an example",
+    "A list of functions. Describe the parameters of each by a JSON Schema, or by a list with name, type, description and required.",
+  functionsExample: "Insert an example",
   functionsNoList: "The functions must be a list: [ … ]",
   speech: "Speech",
   language: "Language",
-  languageOfBrowser: "As the browser",
+  languageOfBrowser: "Same as the browser",
   connectionSettings: "Connection",
   server: "Server",
   key: "Access key",
   keyHelp: "Forgotten when this tab is closed.",
-  debug: "Lines in the browser's console",
-  badServer: "The server's address begins with ws:// or wss://",
+  debug: "Log to the browser's console",
+  badServer: "The server's address must start with ws:// or wss://",
   cancel: "Cancel",
   save: "Save",
 };
@@ -189,8 +189,8 @@ const ZH = {
 /** @typedef {"en" | "zh"} Language */
 
 /**
- * @param {readonly string[]} preferred as `navigator.languages`.
- * @returns {Language} the first of them that the page speaks.
+ * @param {readonly string[]} preferred For example `navigator.languages`.
+ * @returns {Language} The first of them for which the page has texts; else English.
  */
 export function pickLanguage(preferred) {
   for (const tag of preferred) {
@@ -217,8 +217,8 @@ export class Texts {
   }
 
   /**
-   * @param {string} code of an error.
-   * @param {string} detail the server's own words, kept as they are.
+   * @param {string} code Of an error.
+   * @param {string} detail The server's own words; they are not translated.
    * @returns {string}
    */
   sayError(code, detail) {

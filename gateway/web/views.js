@@ -1,17 +1,15 @@
-/** The elements of the conversation: a question, an answer, a function to be called. */
+/** The elements of the conversation: questions, answers, function calls. */
 
 import { StreamText } from "./stream-text.js";
 
-/** @typedef {import("./message-service.js").Message} Message */
-/** @typedef {import("./texts.js").Texts} Texts */
-/** @typedef {import("./websocket-client.js").FunctionCall} FunctionCall */
-/** @typedef {import("./websocket-client.js").InterruptAck} InterruptAck */
+/** @import { FunctionCall, InterruptAck, Message } from "./client/index.js" */
+/** @import { Texts } from "./texts.js" */
 
 /**
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
  * @param {string} [className]
- * @param {(Node | string)[]} children strings become text nodes.
+ * @param {(Node | string)[]} children Strings become text nodes.
  * @returns {HTMLElementTagNameMap[Tag]}
  */
 function make(tag, className = "", ...children) {
@@ -23,7 +21,7 @@ function make(tag, className = "", ...children) {
 
 /**
  * @param {"user" | "assistant"} role
- * @param {string} label for who cannot see whose it is.
+ * @param {string} label Says whose message it is, for screen readers.
  * @param {HTMLElement} bubble
  */
 function makeMessage(role, label, bubble) {
@@ -41,12 +39,12 @@ export function makeQuestion(text, texts) {
   return makeMessage("user", texts.say("you"), make("div", "bubble", make("p", "text", text)));
 }
 
-/** An answer, from its first dots to how it ended. */
+/** An answer: the waiting dots, its text, its function calls, and how it ended. */
 export class AnswerView {
   /**
    * @param {Message} message
    * @param {Texts} texts
-   * @param {() => void} onDrawn
+   * @param {() => void} onDrawn Called after each piece of text was drawn.
    */
   constructor(message, texts, onDrawn) {
     this._message = message;
@@ -66,12 +64,15 @@ export class AnswerView {
     this._show();
   }
 
-  /** @param {(result: unknown) => boolean} onResult @param {FunctionCall} call */
+  /**
+   * @param {FunctionCall} call
+   * @param {(result: unknown) => boolean} onResult Sends the result; false if it could not.
+   */
   addCall(call, onResult) {
     this._calls.append(new CallCard(call, this._texts, onResult).element);
   }
 
-  /** @param {number} stoppedAt when the user acted, on the clock of `performance.now()`. */
+  /** @param {number} stoppedAt When the user acted, on the clock of `performance.now()`. */
   interrupt(stoppedAt) {
     this.stream.freeze();
     this._stoppedAt = stoppedAt;
@@ -81,7 +82,7 @@ export class AnswerView {
 
   /**
    * @param {InterruptAck} ack
-   * @param {() => void} onShown
+   * @param {() => void} onShown Called after each change of the status line.
    */
   acknowledge(ack, onShown) {
     const { streamClosedMs, roundTripMs } = this._message;
@@ -101,7 +102,7 @@ export class AnswerView {
     this._show(line);
     onShown();
     if (this.stream.drawnChars === 0) return;
-    // The last piece may have been drawn just before, and be painted only now.
+    // The last piece may be drawn but not painted yet.
     this.stream.whenPainted(() => {
       const late = Math.max(0, this.stream.lastPaintAt - this._stoppedAt);
       dataset.lastPaintMs = String(late);
@@ -124,7 +125,7 @@ export class AnswerView {
     else this._show();
   }
 
-  /** @param {(() => boolean) | null} onRetry asks the same question again; false: it could not. */
+  /** @param {(() => boolean) | null} onRetry Sends the question again; false if it could not. */
   fail(onRetry) {
     this.stream.finish();
     const { code, detail, retryable } = this._message.failure ?? {
@@ -154,12 +155,12 @@ export class AnswerView {
 
 let cards = 0;
 
-/** A function that the model wants called, and what it returned. */
+/** A function call of the model, with a form for its result. */
 class CallCard {
   /**
    * @param {FunctionCall} call
    * @param {Texts} texts
-   * @param {(result: unknown) => boolean} onResult false: it could not be sent.
+   * @param {(result: unknown) => boolean} onResult Sends the result; false if it could not.
    */
   constructor(call, texts, onResult) {
     cards += 1;
@@ -184,7 +185,7 @@ class CallCard {
     this.element = make("section", "call", title, parameters);
     this.element.setAttribute("aria-label", `${texts.say("call")}: ${call.name}`);
     this.element.dataset.state = "waiting";
-    if (!call.call_id) return; // another server's, which takes no results
+    if (!call.call_id) return; // servers other than bargein take no results
     this.element.dataset.callId = call.call_id;
     this.element.append(form);
     form.addEventListener("submit", (event) => {
@@ -213,7 +214,7 @@ class CallCard {
 }
 
 /**
- * Their session is over, and with it what they were asked for.
+ * Remove the forms of calls whose session has ended: their results would be rejected.
  *
  * @param {HTMLElement} messages
  * @param {Texts} texts

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { AudioService } from "../../gateway/web/audio-service.js";
+import { AudioService } from "../../gateway/web/client/audio-service.js";
 
 class FakeNode {
   constructor() {
@@ -15,7 +15,7 @@ class FakeNode {
   }
 }
 
-/** An AudioContext whose time is moved by hand. */
+/** An AudioContext with a clock moved by hand. */
 function makeContext() {
   const context = {
     currentTime: 0,
@@ -55,7 +55,7 @@ function makeAudio() {
   return { audio, context, playing };
 }
 
-/** Whether what the source plays reaches the loudspeaker. */
+/** Whether the sound of a source reaches the output. */
 function isHeard({ to }, context) {
   for (; to; to = to.to) if (to === context.destination) return true;
   return false;
@@ -77,7 +77,7 @@ test("after a gap it starts from now, not in the past", () => {
   assert.equal(context.sources[1].startedAt * 16_000, 80_001 + 320);
 });
 
-test("base64, bytes and samples are the same sound", () => {
+test("base64, bytes and samples give the same sound", () => {
   const samples = Int16Array.from([0, 16_384, -32_768]);
   const { audio, context } = makeAudio();
   audio.play(samples);
@@ -90,7 +90,7 @@ test("base64, bytes and samples are the same sound", () => {
   }
 });
 
-test("a sample may be cut in two", () => {
+test("a piece may end in the middle of a sample", () => {
   const { audio, context } = makeAudio();
   for (const bytes of [[0], [64, 0], [0xc0, 1]]) audio.play(Uint8Array.from(bytes));
   assert.deepEqual(context.sources.flatMap(({ buffer }) => [...buffer.samples]), [0.5, -0.5]);
@@ -99,26 +99,26 @@ test("a sample may be cut in two", () => {
   assert.deepEqual([...context.sources.at(-1).buffer.samples], [0.5]);
 });
 
-test("stopping silences all at once and forgets what was queued", () => {
+test("stopping silences all sound at once and drops what is queued", () => {
   const { audio, context, playing } = makeAudio();
   for (let piece = 0; piece < 20; piece += 1) audio.play(new Int16Array(16_000));
   assert.equal(audio.isPlaying, true);
   context.currentTime = 0.1;
   const { to: speech } = context.sources[0];
   audio.stopAllPlayback();
-  assert.equal(speech.to, null); // cut off at one place, too: however many there are
+  assert.equal(speech.to, null); // one node for all sources is disconnected as well
   assert.ok(context.sources.every((source) => source.isStopped && !isHeard(source, context)));
   assert.equal(audio.isPlaying, false);
-  for (const source of context.sources) source.onended?.(); // browsers say so a little later
+  for (const source of context.sources) source.onended?.(); // browsers report the end a little later
   audio.play(new Int16Array(160));
   const fresh = context.sources.at(-1);
-  assert.equal(fresh.startedAt * 16_000, 1_600 + 320); // not after the twenty seconds
+  assert.equal(fresh.startedAt * 16_000, 1_600 + 320); // now, not after the dropped twenty seconds
   assert.ok(isHeard(fresh, context));
   fresh.onended();
   assert.deepEqual(playing, [true, false, true, false]);
 });
 
-test("stopping with nothing to hear does nothing, and makes no context", () => {
+test("stopping without sound does nothing and creates no context", () => {
   const audio = new AudioService({ createContext: () => assert.fail("made") });
   audio.stopAllPlayback();
   assert.equal(audio.isPlaying, false);

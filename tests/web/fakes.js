@@ -1,7 +1,7 @@
-/** What the tests hand to the library: time that is moved by hand, and sockets that are a list. */
+/** Fakes that the tests pass to the library: a clock moved by hand, and sockets kept in a list. */
 
-import { MessageService } from "../../gateway/web/message-service.js";
-import { WebSocketClient } from "../../gateway/web/websocket-client.js";
+import { MessageService } from "../../gateway/web/client/message-service.js";
+import { WebSocketClient } from "../../gateway/web/client/websocket-client.js";
 
 export class FakeClock {
   constructor() {
@@ -19,7 +19,7 @@ export class FakeClock {
     };
   }
 
-  /** Let so many milliseconds pass, and what is due happen in order. */
+  /** Let so many milliseconds pass, and call the timers that are due, in order. */
   pass(ms) {
     const end = this.time + ms;
     for (;;) {
@@ -35,7 +35,7 @@ export class FakeClock {
   }
 }
 
-/** The other end of one connection. */
+/** A socket, and the server's end of it. */
 export class FakeSocket {
   constructor(url) {
     this.url = url;
@@ -52,7 +52,7 @@ export class FakeSocket {
     this.isClosed = true;
   }
 
-  /** What was sent of this kind, as payloads. */
+  /** The payloads of the sent frames of one type. */
   sentOf(type) {
     return this.sent.filter(({ msg_type }) => msg_type === type).map(({ payload }) => payload);
   }
@@ -104,10 +104,10 @@ export class FakeSocket {
 }
 FakeSocket.all = [];
 
-/** Everything that is under way in promises has happened. */
+/** Resolves after all pending promise callbacks have run. */
 export const settled = () => new Promise((resolve) => setImmediate(resolve));
 
-/** Words of the exceptions that nobody catches while this test runs; they end no process. */
+/** Collects the messages of uncaught exceptions while a test runs; they do not end the process. */
 export function collectFaults(context) {
   const faults = [];
   const listeners = process.listeners("uncaughtException");
@@ -120,7 +120,7 @@ export function collectFaults(context) {
   return faults;
 }
 
-/** A client that is registered unless `isOpen` is false, and what stands around it. */
+/** A client with fakes around it. It is registered unless `isOpen` is false. */
 export function makeStand({ isOpen = true, random = () => 0.5, ...options } = {}) {
   FakeSocket.all = [];
   const time = new FakeClock();
@@ -157,7 +157,7 @@ export function makeStand({ isOpen = true, random = () => 0.5, ...options } = {}
   return stand;
 }
 
-/** The same with a message service, whose events are kept as `[name, requestId]`. */
+/** The same with a message service, whose events are recorded as `[name, requestId]`. */
 export function makeTalk({ rendered, ...options } = {}) {
   const stand = makeStand(options);
   const audio = { played: [], stops: 0, play: (pcm) => audio.played.push(pcm), stopAllPlayback: () => audio.stops++ };
@@ -166,7 +166,7 @@ export function makeTalk({ rendered, ...options } = {}) {
     audio,
     log: stand.log,
     clock: stand.time.clock,
-    // Chance that is the same in every run.
+    // Random numbers that are the same in every run.
     random: () => (number = (number * 48_271) % 2_147_483_647) / 2_147_483_647,
     ...(rendered && { countRendered: rendered }),
   });

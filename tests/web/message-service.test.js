@@ -1,11 +1,11 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { countCodePoints } from "../../gateway/web/message-service.js";
-import { ACK_TIMEOUT_MS, RequestError } from "../../gateway/web/websocket-client.js";
+import { countCodePoints } from "../../gateway/web/client/message-service.js";
+import { ACK_TIMEOUT_MS, RequestError } from "../../gateway/web/client/websocket-client.js";
 import { collectFaults, makeTalk, settled } from "./fakes.js";
 
-test("it has a state, a request and a message, which are never mixed up", async () => {
+test("state, request id and message id are never mixed up", async () => {
   const { service, socket, names } = makeTalk();
   assert.deepEqual([service.isReceivingResponse, service.currentRequestId, service.currentMessageId], [false, null, null]);
   const sent = service.sendTextMessage("hello");
@@ -23,14 +23,14 @@ test("it has a state, a request and a message, which are never mixed up", async 
   assert.deepEqual(names(), ["started", "text", "completed"]);
 });
 
-test("a new message interrupts the old one and follows without waiting", async () => {
+test("a new message interrupts the old one and is sent without waiting", async () => {
   const { audio, lines, service, socket } = makeTalk({ rendered: () => 3 });
   const old = service.sendTextMessage("a story");
   socket.text(old.requestId, 0, "Once upon");
   const stops = audio.stops;
   const before = lines.length;
   const fresh = service.sendTextMessage("停止");
-  // All in one turn: no promise had its turn yet.
+  // All in one turn of the event loop: no promise callback has run yet.
   assert.equal(audio.stops, stops + 1);
   assert.deepEqual(
     socket.sent.slice(1).map(({ msg_type, payload }) => [msg_type, payload.request_id ?? payload.interrupt_request_id]),
@@ -60,7 +60,7 @@ test("a new message interrupts the old one and follows without waiting", async (
   assert.equal((await fresh.promise).text, "好的");
 });
 
-test("the order of an interrupt: silence, clean state, marked, sent", () => {
+test("an interrupt silences, resets the state, marks the message, and sends, in this order", () => {
   const { audio, client, service, socket } = makeTalk();
   const { requestId } = service.sendTextMessage("a");
   socket.text(requestId, 0, "x");
@@ -73,14 +73,14 @@ test("the order of an interrupt: silence, clean state, marked, sent", () => {
   assert.deepEqual(seen, ["silence true", "state false", "interrupted 0", "INTERRUPT"]);
 });
 
-test("with nothing running, stop sends nothing and says so", () => {
+test("a stop without an answer in progress sends nothing and logs that", () => {
   const { lines, service, socket } = makeTalk();
   assert.equal(service.interruptCurrentRequest(), null);
   assert.deepEqual(socket.sentOf("INTERRUPT"), []);
   assert.equal(lines.at(-1), "[MessageService] 没有正在进行的请求");
 });
 
-test("what was shown is counted in code points", () => {
+test("drawn text is counted in code points", () => {
   assert.equal(countCodePoints("a停\u{1f600}e\u0301"), 5);
   const { service, socket } = makeTalk();
   const { requestId } = service.sendTextMessage("a");
@@ -89,7 +89,7 @@ test("what was shown is counted in code points", () => {
   assert.equal(socket.sentOf("INTERRUPT")[0].delivered_text_chars, 2);
 });
 
-test("a reply that completed while the user pressed stop is complete", async () => {
+test("an answer that was complete before the stop arrived ends as complete", async () => {
   const { names, service, socket } = makeTalk();
   const sent = service.sendTextMessage("a");
   socket.text(sent.requestId, 0, "almost ");
@@ -105,13 +105,13 @@ test("a reply that completed while the user pressed stop is complete", async () 
   assert.deepEqual(names(), ["started", "text", "interrupted", "text", "completed"]);
 });
 
-test("an ack that says nothing of an answer does not stop what has ended by itself", async () => {
+test("an ack without a result for an answer does not change how the answer ended", async () => {
   for (const end of [
     (socket, id) => socket.end(id),
     (socket, id) => socket.error("INTERNAL_ERROR", { request_id: id }),
   ]) {
     for (const judge of [
-      ({ socket }, id) => socket.ack(id, "STOPPED", { results: undefined }), // another server's
+      ({ socket }, id) => socket.ack(id, "STOPPED", { results: undefined }), // as servers other than bargein ack
       ({ time }) => time.pass(ACK_TIMEOUT_MS),
       ({ socket }) => socket.lose(1006),
     ]) {
@@ -129,7 +129,7 @@ test("an ack that says nothing of an answer does not stop what has ended by itse
   }
 });
 
-test("a page whose parts fail sends its interrupt all the same", async (context) => {
+test("an interrupt is sent even if the page's own functions throw", async (context) => {
   const faults = collectFaults(context);
   const { audio, service, socket } = makeTalk({
     rendered: () => {
@@ -146,7 +146,7 @@ test("a page whose parts fail sends its interrupt all the same", async (context)
   assert.deepEqual(faults, ["silence", "count"]);
 });
 
-test("a late verdict does not touch the message that runs", async () => {
+test("a late ack does not touch the answer in progress", async () => {
   const { service, socket } = makeTalk();
   const old = service.sendTextMessage("a");
   const fresh = service.sendTextMessage("b");
@@ -193,7 +193,7 @@ test("an error, a lost connection and a server that stops fail the message", asy
   }
 });
 
-test("a connection that is lost after the stop is no news", async () => {
+test("losing the connection after a stop does not fail the answer", async () => {
   const { names, service, socket } = makeTalk();
   const sent = service.sendTextMessage("a");
   service.interruptCurrentRequest();
@@ -203,7 +203,7 @@ test("a connection that is lost after the stop is no news", async () => {
   assert.deepEqual(names(), ["started", "interrupted", "acknowledged"]);
 });
 
-test("a connection that is lost before the rest of a complete answer came is no news either", async () => {
+test("nor does losing it before the rest of a complete answer arrives", async () => {
   const { names, service, socket } = makeTalk();
   const sent = service.sendTextMessage("a");
   service.interruptCurrentRequest();
@@ -236,7 +236,7 @@ test("a signal interrupts its own message only", async () => {
   assert.equal(service.isReceivingResponse, false);
 });
 
-test("voice is played, and silenced by what comes next", async () => {
+test("speech is played, and silenced by the next message", async () => {
   const { audio, service, socket } = makeTalk();
   const { requestId } = service.sendTextMessage("a");
   socket.say("RESPONSE", { request_id: requestId, text_stream_seq: 0, content: { voice: "AAAA" } });
@@ -245,10 +245,10 @@ test("voice is played, and silenced by what comes next", async () => {
   await settled();
   const { stops } = audio;
   service.sendTextMessage("b");
-  assert.ok(audio.stops > stops); // speech outlasts text
+  assert.ok(audio.stops > stops); // speech may play after its text is complete
 });
 
-test("the model goes on once every call has its result", async () => {
+test("the model continues once every call has its result", async () => {
   const { service, socket, names } = makeTalk();
   const sent = service.sendTextMessage("a");
   for (const [seq, id] of ["call_1", "call_2"].entries()) {
@@ -272,7 +272,7 @@ test("the model goes on once every call has its result", async () => {
   assert.deepEqual(names(), ["started", "functioncall", "functioncall", "completed", "started", "text", "completed"]);
 });
 
-test("the result of a call that came late goes to the message that waits for it", async () => {
+test("the result of a late call goes to the message that waits for it", async () => {
   const { service, socket } = makeTalk();
   const sent = service.sendTextMessage("a");
   const call = (seq, id) => {
@@ -294,14 +294,14 @@ test("the result of a call that came late goes to the message that waits for it"
   assert.equal((await next.promise).state, "complete");
 });
 
-test("a result interrupts another answer, but not the one that it belongs to", async () => {
+test("a result interrupts another answer, but not the answer with its call", async () => {
   const { service, socket } = makeTalk();
   const sent = service.sendTextMessage("a");
   const function_call = { name: "f", parameters: {}, call_id: "call_1" };
   let message;
   service.on("functioncall", (event) => (message = event.message));
   socket.say("RESPONSE", { request_id: sent.requestId, text_stream_seq: 0, content: {}, function_call });
-  const next = service.sendFunctionResult(message, "call_1", 1); // before its last frame
+  const next = service.sendFunctionResult(message, "call_1", 1); // before its terminal frame
   assert.deepEqual(socket.sentOf("INTERRUPT"), []);
   socket.end(sent.requestId);
   await sent.promise;

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { splitSentences } from "../../gateway/web/announcer.js";
-import { consoleLog } from "../../gateway/web/log.js";
+import { consoleLog } from "../../gateway/web/client/log.js";
 import {
   defaults,
   isLocalHost,
@@ -19,7 +19,7 @@ import {
 import { StreamText } from "../../gateway/web/stream-text.js";
 import { Texts, pickLanguage } from "../../gateway/web/texts.js";
 
-// Text, drawn by frames.
+// Drawing of text
 
 class FakeElement {
   constructor() {
@@ -68,7 +68,7 @@ test("text is drawn once per frame, and counted in code points as it is drawn", 
   assert.deepEqual([element.textContent, text.drawnChars], ["停\u{1f600}!", 3]);
 });
 
-test("what is frozen draws nothing until it is finished", (context) => {
+test("a frozen text draws nothing until it is finished", (context) => {
   const { element, text, frame } = makeText(context);
   text.add("shown");
   frame();
@@ -84,7 +84,7 @@ test("what is frozen draws nothing until it is finished", (context) => {
   assert.equal(text.drawnChars, 17);
 });
 
-test("a flood is drawn piece by piece, and no character is cut in two", (context) => {
+test("a long text is drawn piece by piece, and no character is split", (context) => {
   const { element, text, frame } = makeText(context);
   const flood = `${"x".repeat(1_999)}\u{1f600}${"y".repeat(3_000)}`;
   text.add(flood);
@@ -97,7 +97,7 @@ test("a flood is drawn piece by piece, and no character is cut in two", (context
   assert.equal(text.drawnChars, 5_000);
 });
 
-test("a long text is in blocks that end with lines, and is the same text", (context) => {
+test("a long text is split into blocks at line breaks, and none of it is lost", (context) => {
   const { element, text } = makeText(context);
   const lines = Array.from({ length: 400 }, (_, number) => `line ${number}\n${number % 7 ? "" : "\n"}`);
   const whole = lines.join("");
@@ -126,16 +126,16 @@ test("it knows when the last piece was painted", (context) => {
   assert.deepEqual(seen, [7, 7]);
 });
 
-// Words.
+// Texts
 
-test("the language is the first that is spoken", () => {
+test("the language is the first preferred one that has texts", () => {
   assert.equal(pickLanguage(["fr", "zh-TW", "en"]), "zh");
   assert.equal(pickLanguage(["en-GB", "zh"]), "en");
   assert.equal(pickLanguage(["de"]), "en");
   assert.equal(pickLanguage([]), "en");
 });
 
-test("an error has words in both languages, and keeps the server's", () => {
+test("an error has a text in both languages, and keeps the server's detail", () => {
   const codes = "AUTH_FAILED SESSION_INVALID STREAM_SEQ_ERROR PAYLOAD_TOO_LARGE SERVER_BUSY MALFORMED_PAYLOAD " +
     "INTERNAL_ERROR REQUEST_TIMEOUT CONNECTION_LOST SERVER_SHUTDOWN SESSION_TIMEOUT NOT_CONNECTED BAD_URL";
   for (const language of ["en", "zh"]) {
@@ -152,7 +152,7 @@ test("an error has words in both languages, and keeps the server's", () => {
   assert.equal(new Texts("en").say("statusStoppedIn", { ms: "1.2" }), "stopped in 1.2 ms");
 });
 
-test("sentences are read as wholes", () => {
+test("sentences are announced as a whole", () => {
   assert.deepEqual(splitSentences("One. Two! Thr"), ["One. Two!", " Thr"]);
   assert.deepEqual(splitSentences("停在这里。然后"), ["停在这里。", "然后"]);
   assert.deepEqual(splitSentences("pi is 3.1415 and"), ["", "pi is 3.1415 and"]);
@@ -172,7 +172,7 @@ test("console lines follow their switch", () => {
   for (const host of ["example.com", "127.0.0.1.example.com", "localhost.example"]) assert.ok(!isLocalHost(host), host);
 });
 
-// Settings.
+// Settings
 
 function makeStorage(items = {}) {
   const map = new Map(Object.entries(items));
@@ -184,7 +184,7 @@ function makeStorage(items = {}) {
   };
 }
 
-test("settings are remembered, the key apart from them", () => {
+test("settings are stored, and the key apart from them", () => {
   const local = makeStorage();
   const session = makeStorage();
   const settings = { ...defaults(false), role: "guide", functions: "[]", speech: true };
@@ -197,7 +197,7 @@ test("settings are remembered, the key apart from them", () => {
   assert.equal(session.map.size, 0);
 });
 
-test("what is kept in another form is as if it were not there", () => {
+test("stored data of another form is ignored", () => {
   const base = defaults(false);
   for (const kept of ["", "{", "null", "7", '{"role": 7, "speech": "yes", "other": 1}', '{"functions": "{"}']) {
     assert.deepEqual(load(base, makeStorage({ "bargein.settings": kept })), base);
@@ -208,7 +208,7 @@ test("what is kept in another form is as if it were not there", () => {
   assert.equal(loadKey(broken), "");
 });
 
-test("an update names everything, so that what was emptied is taken away", () => {
+test("an update names all settings, so that emptied ones are cleared", () => {
   assert.deepEqual(sessionSettings(defaults(false)), {
     require_tts: false,
     system_prompt: {},
@@ -228,13 +228,13 @@ test("an update names everything, so that what was emptied is taken away", () =>
   });
 });
 
-test("functions are a list of JSON", () => {
+test("functions are a JSON list", () => {
   assert.deepEqual(parseFunctions(" \n"), []);
   assert.throws(() => parseFunctions("{"), SyntaxError);
   assert.throws(() => parseFunctions("{}"), TypeError);
 });
 
-test("the server is the one that served the page, or another", () => {
+test("the server is the one that served the page, unless another is set", () => {
   const settings = defaults(false);
   assert.equal(serverUrl(settings, "http://localhost:8000/?a=b#c"), "ws://localhost:8000/ws/agent/stream");
   assert.equal(serverUrl(settings, "https://x.example/chat/"), "wss://x.example/chat/ws/agent/stream");

@@ -1,10 +1,10 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { ACK_TIMEOUT_MS, RegistrationError, RequestError } from "../../gateway/web/websocket-client.js";
+import { ACK_TIMEOUT_MS, RegistrationError, RequestError } from "../../gateway/web/client/websocket-client.js";
 import { FakeSocket, collectFaults, makeStand, settled } from "./fakes.js";
 
-/** Ask, with everything that was handed on kept. */
+/** Send a request, and record everything that is delivered. */
 function ask(client, text = "hello", options = {}) {
   const got = { text: "", calls: [], voice: [] };
   const sent = client.sendTextRequest(text, {
@@ -20,9 +20,9 @@ function ask(client, text = "hello", options = {}) {
   return Object.assign(got, sent);
 }
 
-// The connection.
+// Connection
 
-test("it registers first, and echoes the session's id from then on", async () => {
+test("it registers first, and sends the session's id from then on", async () => {
   const { client, socket, connected } = makeStand({ isOpen: false });
   assert.equal(client.state.name, "connecting");
   assert.deepEqual(socket.sent, []);
@@ -49,7 +49,7 @@ test("a heartbeat is answered at once", () => {
   assert.equal(socket.sent.at(-1).msg_type, "HEARTBEAT_REPLY");
 });
 
-test("a registration that is refused is not tried again", async () => {
+test("a rejected registration is not repeated", async () => {
   const { client, connected, socket, sockets, time } = makeStand({ isOpen: false });
   socket.onopen({});
   socket.error("AUTH_FAILED");
@@ -62,7 +62,7 @@ test("a registration that is refused is not tried again", async () => {
   assert.equal(sockets.length, 2);
 });
 
-test("a server that is busy is asked again to take the registration", async () => {
+test("a registration is repeated if the server was busy", async () => {
   const { client, connected, sockets, time } = makeStand({ isOpen: false, random: () => 0 });
   for (const [attempt, pause] of [250, 500].entries()) {
     sockets[attempt].onopen({});
@@ -76,7 +76,7 @@ test("a server that is busy is asked again to take the registration", async () =
   assert.equal(client.state.name, "ready");
 });
 
-test("an address that is none is a refusal", async () => {
+test("an invalid address counts as refused", async () => {
   class Picky {
     constructor() {
       throw new SyntaxError("bad address");
@@ -87,7 +87,7 @@ test("an address that is none is a refusal", async () => {
   assert.equal(client.state.name, "refused");
 });
 
-test("a lost connection is made again, after pauses that grow, to a bound, by half of chance", () => {
+test("it reconnects after growing pauses with a limit, half of each random", () => {
   const pauses = [];
   for (const random of [() => 0, () => 0.999999]) {
     const { client, socket, sockets, states, time } = makeStand({ random });
@@ -107,7 +107,7 @@ test("a lost connection is made again, after pauses that grow, to a bound, by ha
   assert.deepEqual(pauses.slice(8), [500, 1000, 2000, 4000, 8000, 16000, 20000, 20000]);
 });
 
-test("a session that held begins the pauses anew, one that did not goes on with them", () => {
+test("a stable session resets the pauses, a short one does not", () => {
   const { socket, sockets, states, time } = makeStand({ random: () => 0 });
   socket.lose(1006);
   time.pass(250);
@@ -122,7 +122,7 @@ test("a session that held begins the pauses anew, one that did not goes on with 
   assert.equal(states.at(-1).retryInMs, 250);
 });
 
-test("the loss says why: restarting, expired, or lost", () => {
+test("the cause of a loss is restarting, expired, or lost", () => {
   for (const [code, reason, cause] of [
     [1012, "SERVER_SHUTDOWN", "restarting"],
     [1012, null, "restarting"],
@@ -138,7 +138,7 @@ test("the loss says why: restarting, expired, or lost", () => {
   }
 });
 
-test("what one server said before it closed says nothing about the next", () => {
+test("an announced shutdown applies to its own connection only", () => {
   const { client, socket, sockets, time } = makeStand();
   socket.say("SHUTDOWN", { reason: "SERVER_SHUTDOWN" });
   socket.lose(1012);
@@ -148,7 +148,7 @@ test("what one server said before it closed says nothing about the next", () => 
   assert.equal(client.state.cause, "lost");
 });
 
-test("an expired session registers anew at once", () => {
+test("an expired session is registered again at once", () => {
   const { client, socket, sockets, time } = makeStand();
   time.pass(6_000);
   socket.lose(1008);
@@ -170,7 +170,7 @@ test("SESSION_INVALID without a request is an expired session", () => {
   assert.equal(socket.isClosed, true);
 });
 
-test("what an old socket says is not heard", async () => {
+test("events of an old socket are ignored", async () => {
   const { client, socket, sockets, time } = makeStand();
   const { onmessage, onclose } = socket;
   socket.lose(1006);
@@ -184,7 +184,7 @@ test("what an old socket says is not heard", async () => {
   assert.equal(client.state.name, "ready");
 });
 
-test("a connection that says nothing for ten minutes is dead, one that speaks is not", () => {
+test("a connection that is silent for ten minutes is lost, another is not", () => {
   const { client, socket, time } = makeStand();
   time.pass(599_999);
   socket.say("HEARTBEAT", { remaining_seconds: 1 });
@@ -201,7 +201,7 @@ test("a server that does not register in time is tried again", () => {
   assert.equal(client.state.name, "waiting");
 });
 
-test("close says SHUTDOWN and stays offline", async () => {
+test("close sends SHUTDOWN and stays offline", async () => {
   const { client, socket, sockets, time } = makeStand();
   client.close("ws://other.test/");
   assert.equal(socket.sent.at(-1).msg_type, "SHUTDOWN");
@@ -212,7 +212,7 @@ test("close says SHUTDOWN and stays offline", async () => {
   assert.equal(sockets[1].url, "ws://other.test/");
 });
 
-test("the network's return ends a pause, and does nothing else", () => {
+test("retryNow ends a pause, and does nothing else", () => {
   const { client, socket, sockets } = makeStand();
   client.retryNow();
   assert.equal(sockets.length, 1);
@@ -223,7 +223,7 @@ test("the network's return ends a pause, and does nothing else", () => {
   assert.equal(sockets.length, 2);
 });
 
-test("warnings and errors without a request are told", () => {
+test("warnings and errors without a request are emitted", () => {
   const { client, socket } = makeStand();
   const told = [];
   client.on("warning", (warning) => told.push(warning));
@@ -236,7 +236,7 @@ test("warnings and errors without a request are told", () => {
   ]);
 });
 
-test("what is no frame is passed over", () => {
+test("a message that is not a frame is ignored", () => {
   const { client, socket } = makeStand();
   for (const data of ["", "{", "null", "[]", '{"msg_type": 7}', '{"msg_type": "RESPONSE"}', new Uint8Array(2)]) {
     socket.onmessage({ data });
@@ -245,9 +245,9 @@ test("what is no frame is passed over", () => {
   assert.equal(client.state.name, "ready");
 });
 
-// Requests.
+// Requests
 
-test("an answer is its pieces in order", async () => {
+test("an answer is the sum of its pieces, in order", async () => {
   const { client, socket } = makeStand();
   const got = ask(client, "tell me");
   assert.match(got.requestId, /^req_1740000000000_[0-9a-z]{9}$/);
@@ -271,7 +271,7 @@ test("an answer is its pieces in order", async () => {
   });
 });
 
-test("frames go by their request's id alone", async () => {
+test("frames are routed by their request_id alone", async () => {
   const { client, socket } = makeStand();
   const [one, two] = [ask(client), ask(client, "hello", { requestId: "req_2" })];
   socket.text("req_2", 0, "second");
@@ -285,7 +285,7 @@ test("frames go by their request's id alone", async () => {
   assert.equal(two.answer.outcome, "COMPLETED");
 });
 
-test("an id that is live is refused, and its request goes on", async () => {
+test("the id of a live request is rejected, and that request continues", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   assert.throws(() => ask(client, "again", { requestId: got.requestId }), RangeError);
@@ -293,7 +293,7 @@ test("an id that is live is refused, and its request goes on", async () => {
   assert.equal((await got.promise).outcome, "COMPLETED");
 });
 
-test("a function call is handed on, and its result sent", async () => {
+test("a function call is delivered, and its result sent", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   const call = { name: "open_map", parameters: { hall: 3 }, call_id: "call_1" };
@@ -319,7 +319,7 @@ test("an update of the session goes with the request", () => {
   assert.deepEqual(socket.sentOf("REQUEST")[0].update_session, { require_tts: true });
 });
 
-test("an error ends its request only, with the server's words", async () => {
+test("an error ends its own request only, with the server's detail", async () => {
   const { client, socket } = makeStand();
   const [one, two] = [ask(client), ask(client, "b", { requestId: "req_2" })];
   socket.error("REQUEST_TIMEOUT", { request_id: one.requestId, error_detail: "no token in 30 s" });
@@ -341,13 +341,13 @@ test("a lost connection ends every request, and none is sent without one", async
   assert.equal(socket.sentOf("REQUEST").length, 1);
 });
 
-test("half of a surrogate pair is not put on the wire", () => {
+test("half of a surrogate pair is not sent", () => {
   const { client, socket } = makeStand();
   ask(client, "cut \ud83d here, whole \u{1f600} there");
   assert.equal(socket.sentOf("REQUEST")[0].content.text, "cut \ufffd here, whole \u{1f600} there");
 });
 
-test("a handler's fault does not stop the frames", async (context) => {
+test("a handler that throws does not stop later frames", async (context) => {
   const faults = collectFaults(context);
   const { client, socket } = makeStand();
   const got = ask(client, "x", {
@@ -362,9 +362,9 @@ test("a handler's fault does not stop the frames", async (context) => {
   assert.deepEqual(faults, ["mine"]);
 });
 
-// Interrupts.
+// Interrupts
 
-test("an interrupt says what and why, and its ack settles it", async () => {
+test("an interrupt names target and reason, and its ack settles it", async () => {
   const { client, lines, socket, time } = makeStand();
   const got = ask(client);
   socket.text(got.requestId, 0, "shown");
@@ -389,7 +389,7 @@ test("an interrupt says what and why, and its ack settles it", async () => {
   ]);
 });
 
-test("late frames of an interrupted request are dropped with its ack", async () => {
+test("held frames of an interrupted request are dropped at its ack", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   client.sendInterrupt(got.requestId);
@@ -401,7 +401,7 @@ test("late frames of an interrupted request are dropped with its ack", async () 
   assert.equal(got.answer.text, "");
 });
 
-test("an answer that had ended before ends as complete, with all of its text", async () => {
+test("an answer that ended before the interrupt is complete, with all its text", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   socket.text(got.requestId, 0, "one ");
@@ -420,7 +420,7 @@ test("an answer that had ended before ends as complete, with all of its text", a
   assert.equal(got.answer.text, "one two three");
 });
 
-test("an ack may overtake the rest of an answer that had ended", async () => {
+test("an ack may overtake the rest of an answer that ended before", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   client.sendInterrupt(got.requestId);
@@ -434,7 +434,7 @@ test("an ack may overtake the rest of an answer that had ended", async () => {
   assert.equal(got.answer.text, "one two");
 });
 
-test("sound that was silenced does not come back with the text", async () => {
+test("held sound is not played with the held text", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   client.sendInterrupt(got.requestId);
@@ -446,7 +446,7 @@ test("sound that was silenced does not come back with the text", async () => {
   assert.deepEqual(got.voice, []);
 });
 
-test("an answer that had failed before ends as failed", async () => {
+test("an answer that failed before the interrupt ends as failed", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   client.sendInterrupt(got.requestId);
@@ -475,7 +475,7 @@ test("without an ack in time the terminal frame decides", async () => {
   assert.equal(stopped.text, "");
 });
 
-test("a server whose acks have no results is judged by its terminal frame", async () => {
+test("if an ack has no results, the terminal frame decides", async () => {
   const { client, socket } = makeStand();
   const [done, stopped] = [ask(client), ask(client, "b", { requestId: "req_2" })];
   for (const { requestId } of [done, stopped]) {
@@ -509,7 +509,7 @@ test("two interrupts of one request get an ack each, in their order", async () =
   assert.equal((await got.promise).interruptReason, "USER_STOP");
 });
 
-test("acks of different requests are told apart by their ids", async () => {
+test("acks are matched to their interrupts by the request's id", async () => {
   const { client, socket } = makeStand();
   const [one, two] = [ask(client), ask(client, "b", { requestId: "req_2" })];
   const acks = [client.sendInterrupt(one.requestId), client.sendInterrupt("req_2")];
@@ -520,7 +520,7 @@ test("acks of different requests are told apart by their ids", async () => {
   assert.deepEqual((await Promise.all(acks)).map(({ requestId }) => requestId), [one.requestId, "req_2"]);
 });
 
-test("an answer that ends between an interrupt of all and its ack waits for it", async () => {
+test("an answer that ends between an interrupt of all and its ack waits for the ack", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);
   void client.sendInterrupt(null);
@@ -532,7 +532,7 @@ test("an answer that ends between an interrupt of all and its ack waits for it",
   assert.equal((await got.promise).text, "all");
 });
 
-test("an interrupt of all is matched by its missing id, and stops all", async () => {
+test("the ack of an interrupt of all has no id, and all are stopped", async () => {
   const { client, socket } = makeStand();
   const [one, two] = [ask(client), ask(client, "b", { requestId: "req_2" })];
   const interrupt = client.sendInterrupt(null);
@@ -569,7 +569,7 @@ test("aborting is an interrupt, and rejects at once", async () => {
   assert.equal(got.text, "");
 });
 
-test("what was aborted is heard of no more, even if it had been complete", async () => {
+test("nothing more is delivered of an aborted request, even if it was complete", async () => {
   const { client, socket } = makeStand();
   const controller = new AbortController();
   const got = ask(client, "a", { signal: controller.signal });
@@ -582,7 +582,7 @@ test("what was aborted is heard of no more, even if it had been complete", async
   assert.equal(got.text, "");
 });
 
-test("a signal that is aborted before sends nothing, after the end does nothing", async () => {
+test("a signal aborted before sends nothing; aborted after the end, it does nothing", async () => {
   const { client, socket } = makeStand();
   const before = ask(client, "a", { signal: AbortSignal.abort() });
   await settled();
@@ -597,7 +597,7 @@ test("a signal that is aborted before sends nothing, after the end does nothing"
   assert.deepEqual(socket.sentOf("INTERRUPT"), []);
 });
 
-test("nothing is left behind by many requests", async () => {
+test("many requests leave nothing behind", async () => {
   const { client, socket, time } = makeStand();
   for (let round = 0; round < 50; round += 1) {
     const got = ask(client, "x", { requestId: `req_${round}` });
@@ -607,7 +607,7 @@ test("nothing is left behind by many requests", async () => {
   }
   await settled();
   assert.equal(client._live.size, 0);
-  assert.equal(client._waiters.length, 0);
-  assert.equal(time.timers.size, 1); // for a connection that falls silent
+  assert.equal(client._interrupts.length, 0);
+  assert.equal(time.timers.size, 1); // the timeout for a silent connection
   assert.equal(FakeSocket.all.length, 1);
 });

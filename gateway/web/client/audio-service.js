@@ -1,23 +1,24 @@
 /**
- * Plays speech as it comes: 16 kHz 16-bit little-endian mono PCM, through Web Audio.
+ * Plays speech while it arrives: 16 kHz 16-bit little-endian mono PCM, through Web Audio.
  *
- * Each piece is a source that starts on the sample after the one before. All sources of one speech go
- * through one gain node, and to silence them is to cut that node off: Web Audio takes that up with the
- * next 128 samples, whatever was queued.
+ * Each piece is a source that starts on the sample after the previous one. All sources of one speech
+ * go through one gain node. Disconnecting that node silences them: Web Audio applies it with the next
+ * 128 samples, however much was queued.
  */
 
 import { Emitter } from "./events.js";
 
+/** Of all sound, in Hz. */
 export const SAMPLE_RATE = 16_000;
 
-/** Played after a gap, or at the beginning: so much later, lest the next piece be late as well. */
+/** Delay of the first piece, and of the first after a gap, so that the next one arrives in time. */
 const LEAD_SECONDS = 0.02;
 
-/** @typedef {{playing: boolean}} AudioEvents `playing`: whether anything is to be heard. */
+/** @typedef {{playing: boolean}} AudioEvents `playing`: whether sound is playing or queued. */
 
 /**
  * @typedef {object} AudioServiceOptions
- * @property {() => AudioContext} [createContext] called at the first sound, or `unlock()`.
+ * @property {(() => AudioContext) | undefined} [createContext] Called at the first sound or `unlock()`.
  */
 
 /** @extends {Emitter<AudioEvents>} */
@@ -25,35 +26,36 @@ export class AudioService extends Emitter {
   /** @param {AudioServiceOptions} [options] */
   constructor(options = {}) {
     super();
-    // At the rate of the sound, no piece is resampled by itself, which would be heard at its edges.
+    // With the sound's own rate, pieces are not resampled one by one, which would click at their edges.
+    /** @private */
     this._createContext =
       options.createContext ?? (() => new AudioContext({ sampleRate: SAMPLE_RATE }));
-    /** @type {AudioContext | null} */
+    /** @private @type {AudioContext | null} */
     this._context = null;
-    /** @type {GainNode | null} */
+    /** @private @type {GainNode | null} */
     this._output = null;
-    /** @type {GainNode | null} what the sources of the present speech go through. */
+    /** The node for all sources of the current speech. @private @type {GainNode | null} */
     this._speech = null;
-    /** @type {Set<AudioBufferSourceNode>} */
+    /** @private @type {Set<AudioBufferSourceNode>} */
     this._sources = new Set();
-    /** When the last of them ends, in samples of the context's time. @type {number | null} */
+    /** End of the last source, in samples of the context's time. @private @type {number | null} */
     this._endsAt = null;
-    /** @type {number | null} the first byte of a sample whose second has not come. */
+    /** First byte of a sample whose second byte has not arrived. @private @type {number | null} */
     this._half = null;
   }
 
-  /** True while something is to be heard. */
+  /** Whether sound is playing or queued. */
   get isPlaying() {
     return this._sources.size > 0;
   }
 
-  /** @returns {AudioContext} */
+  /** @returns {AudioContext} Created at first use. */
   get context() {
     return this._open().context;
   }
 
   /**
-   * Everything that is heard goes through here: for a volume, or an analyser.
+   * All sound goes through this node. Use it for a volume control or an analyser.
    *
    * @returns {GainNode}
    */
@@ -62,7 +64,7 @@ export class AudioService extends Emitter {
   }
 
   /**
-   * Let the context run. Browsers allow that from a click or a key only.
+   * Start the audio context. Browsers allow this only in the handler of a click or a key.
    *
    * @returns {Promise<void>}
    */
@@ -71,10 +73,10 @@ export class AudioService extends Emitter {
   }
 
   /**
-   * Play after what is queued.
+   * Play a piece of speech after everything that is queued.
    *
-   * @param {string | ArrayBuffer | Uint8Array | Int16Array} pcm base64, bytes or samples. A sample
-   *   may be cut in two by the end of a piece.
+   * @param {string | ArrayBuffer | Uint8Array | Int16Array} pcm Base64, bytes or samples. A piece may
+   *   end in the middle of a sample.
    */
   play(pcm) {
     const samples = this._samples(bytesOf(pcm));
@@ -91,7 +93,7 @@ export class AudioService extends Emitter {
     source.buffer = buffer;
     source.connect(this._speech);
     source.onended = () => this._ended(source);
-    // In whole samples: fractions would add up, and be interpolated.
+    // In whole samples: fractions would add up, and would be interpolated.
     const soonest = Math.ceil(context.currentTime * SAMPLE_RATE);
     const endsAt = this._endsAt ?? -1;
     const startsAt = endsAt >= soonest ? endsAt : soonest + LEAD_SECONDS * SAMPLE_RATE;
@@ -101,7 +103,7 @@ export class AudioService extends Emitter {
     if (this._sources.size === 1) this.emit("playing", true);
   }
 
-  /** Be silent now, and forget what was queued. */
+  /** Silence all sound now, and drop what is queued. */
   stopAllPlayback() {
     this._speech?.disconnect();
     this._speech = null;
@@ -116,7 +118,7 @@ export class AudioService extends Emitter {
     if (sources.length > 0) this.emit("playing", false);
   }
 
-  /** @returns {{context: AudioContext, output: GainNode}} */
+  /** @private @returns {{context: AudioContext, output: GainNode}} */
   _open() {
     if (!this._context || !this._output) {
       this._context = this._createContext();
@@ -126,13 +128,14 @@ export class AudioService extends Emitter {
     return { context: this._context, output: this._output };
   }
 
-  /** @param {AudioBufferSourceNode} source */
+  /** @private @param {AudioBufferSourceNode} source */
   _ended(source) {
     source.disconnect();
     if (this._sources.delete(source) && this._sources.size === 0) this.emit("playing", false);
   }
 
   /**
+   * @private
    * @param {Uint8Array} bytes
    * @returns {Float32Array<ArrayBuffer>}
    */

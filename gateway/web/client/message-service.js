@@ -1,10 +1,10 @@
 /**
- * One conversation as a user sees it: messages, of which at most one is being answered.
+ * One conversation as the user sees it: a list of messages, with at most one answer in progress.
  *
- * It gives each answer a message (`msg_…`) and knows which request (`req_…`) fills it. Interrupting
- * waits for nothing: sound stops, the state is clean, the message is `interrupted`, INTERRUPT is on
- * its way; a new question follows in the same turn of the event loop. What the ack says later goes to
- * the old message only.
+ * Each answer is a message (`msg_…`), filled by one request (`req_…`). Interrupting is synchronous: in
+ * one call the sound stops, the state is reset, the message becomes `interrupted`, and INTERRUPT is
+ * sent. A new question can be sent in the same turn of the event loop. What the ack reports later
+ * changes the old message only.
  *
  * No DOM: a page listens to `MessageEvents` and draws.
  */
@@ -14,35 +14,35 @@ import { newId } from "./ids.js";
 import { SILENT } from "./log.js";
 import { RequestError, SYSTEM_CLOCK } from "./websocket-client.js";
 
-/** @typedef {import("./websocket-client.js").Answer} Answer */
-/** @typedef {import("./websocket-client.js").FunctionCall} FunctionCall */
-/** @typedef {import("./websocket-client.js").InterruptAck} InterruptAck */
-/** @typedef {import("./websocket-client.js").InterruptReason} InterruptReason */
-/** @typedef {import("./websocket-client.js").SentRequest} SentRequest */
-/** @typedef {import("./websocket-client.js").SessionSettings} SessionSettings */
+/** @import { Log } from "./log.js" */
+/** @import { Answer, Clock, FunctionCall, InterruptAck, InterruptReason } from "./websocket-client.js" */
+/** @import { RequestOptions, SentRequest, SessionSettings } from "./websocket-client.js" */
+/** @import { WebSocketClient } from "./websocket-client.js" */
 
 /**
- * @typedef {object} Message an answer.
+ * @typedef {object} Message An answer.
  * @property {string} messageId `msg_…`
  * @property {string} requestId `req_…`
- * @property {"streaming" | "complete" | "interrupted" | "failed"} state `interrupted`: by this user;
- *   what the server broke off has failed.
- * @property {string} text all of it that has come, shown or not.
+ * @property {"streaming" | "complete" | "interrupted" | "failed"} state `interrupted`: by this
+ *   user. An answer that the server ended early is `failed`.
+ * @property {string} text All text received so far, drawn or not.
  * @property {FunctionCall[]} functionCalls
- * @property {string | null} continuation request that goes on from its calls.
+ * @property {string | null} continuation Id of the request that continues with the results of its
+ *   function calls.
  * @property {InterruptReason | null} interruptReason
- * @property {number | null} streamClosedMs with `interrupted`, once the ack is there: from reading
- *   the INTERRUPT to the provider's stream being closed, measured by the gateway.
- * @property {number | null} roundTripMs with it: from sending it to its ack, measured here.
- * @property {string | null} finishReason with `complete`: the provider's.
- * @property {Failure | null} failure with `failed`.
+ * @property {number | null} streamClosedMs Set by the ack of an interrupt: time from reading INTERRUPT
+ *   to closing the provider's stream, measured by the gateway.
+ * @property {number | null} roundTripMs Set by the ack of an interrupt: time from sending INTERRUPT to
+ *   receiving the ack, measured here.
+ * @property {string | null} finishReason Set when `complete`; from the provider.
+ * @property {Failure | null} failure Set when `failed`.
  */
 
 /**
  * @typedef {object} Failure
- * @property {string} code the protocol's, or `CONNECTION_LOST`, or, where the server ended it, its
- *   reason: `SERVER_SHUTDOWN`, `SESSION_TIMEOUT`, ….
- * @property {string} detail the server's words; may be empty.
+ * @property {string} code An error code of the protocol, or `CONNECTION_LOST`, or, if the server ended
+ *   the answer, its reason: `SERVER_SHUTDOWN`, `SESSION_TIMEOUT`, …
+ * @property {string} detail In the server's words; may be empty.
  * @property {boolean} retryable
  */
 
@@ -56,37 +56,44 @@ import { RequestError, SYSTEM_CLOCK } from "./websocket-client.js";
  *   completed: {message: Message},
  *   failed: {message: Message},
  *   state: {isReceivingResponse: boolean},
- * }} MessageEvents `interrupted` comes at the user's word; then, after the ack, `acknowledged`, or
- *   `text` (as much as was kept) and `completed`, where the answer had been complete before.
+ * }} MessageEvents `interrupted` is emitted when the user interrupts. After the ack follows
+ *   `acknowledged`; or, if the answer had been complete before the interrupt, `text` with the held
+ *   text, and `completed`.
  */
 
 /**
- * @typedef {object} Player what `AudioService` does.
- * @property {(voice: string) => void} play base64 of PCM.
+ * @typedef {object} Player The part of `AudioService` that is used here.
+ * @property {(voice: string) => void} play Receives base64 of PCM.
  * @property {() => void} stopAllPlayback
  */
 
 /**
  * @typedef {object} MessageServiceOptions
- * @property {Player} [audio]
- * @property {(message: Message) => number} [countRendered] how many Unicode code points of a message
- *   are on the screen; without it, all that has come. Where it throws, the server counts what it sent.
- * @property {import("./log.js").Log} [log]
- * @property {import("./websocket-client.js").Clock} [clock]
- * @property {() => number} [random]
+ * @property {Player | undefined} [audio] Plays speech. Without it, speech is ignored.
+ * @property {((message: Message) => number) | undefined} [countRendered] Returns how many Unicode code
+ *   points of a message are on the screen. Default: all that were received. If it throws, the server
+ *   counts what it sent.
+ * @property {Log | undefined} [log]
+ * @property {Clock | undefined} [clock]
+ * @property {(() => number) | undefined} [random] Returns a number in [0, 1).
+ */
+
+/**
+ * @typedef {object} MessageOptions
+ * @property {SessionSettings | undefined} [update] Changes the session, for this and later messages.
+ * @property {AbortSignal | undefined} [signal] Aborting it interrupts the answer.
  */
 
 /**
  * @typedef {object} SentMessage
- * @property {string} messageId of the answer.
+ * @property {string} messageId Of the answer.
  * @property {string} requestId
- * @property {Promise<Message>} promise resolves when the answer has ended, in whatever way; never
- *   rejects.
+ * @property {Promise<Message>} promise Resolves when the answer has ended, in any way. Never rejects.
  */
 
 /**
  * @param {string} text
- * @returns {number} Unicode code points, which is what the protocol counts.
+ * @returns {number} Unicode code points, the unit in which the protocol counts text.
  */
 export function countCodePoints(text) {
   let count = 0;
@@ -97,61 +104,72 @@ export function countCodePoints(text) {
 /** @extends {Emitter<MessageEvents>} */
 export class MessageService extends Emitter {
   /**
-   * @param {import("./websocket-client.js").WebSocketClient} client
+   * @param {WebSocketClient} client
    * @param {MessageServiceOptions} [options]
    */
   constructor(client, options = {}) {
     super();
+    /** @private */
     this._client = client;
+    /** @private */
     this._audio = options.audio;
+    /** @private */
     this._countRendered = options.countRendered ?? (({ text }) => countCodePoints(text));
+    /** @private */
     this._log = options.log ?? SILENT;
+    /** @private */
     this._clock = options.clock ?? SYSTEM_CLOCK;
+    /** @private */
     this._random = options.random ?? Math.random;
-    /** @type {Message | null} */
+    /** @private @type {Message | null} */
     this._current = null;
-    /** @type {WeakMap<Message, Set<string>>} of each message the calls that have their result. */
+    /**
+     * Per message, the ids of the calls that have a result.
+     *
+     * @private
+     * @type {WeakMap<Message, Set<string>>}
+     */
     this._answered = new WeakMap();
   }
 
-  /** True from the question to the end of its answer, or its interruption. */
+  /** True from sending a question until its answer ends or is interrupted. */
   get isReceivingResponse() {
     return this._current !== null;
   }
 
-  /** @returns {string | null} `req_…` */
+  /** @returns {string | null} `req_…`; null when no answer is in progress. */
   get currentRequestId() {
     return this._current?.requestId ?? null;
   }
 
-  /** @returns {string | null} `msg_…` */
+  /** @returns {string | null} `msg_…`; null when no answer is in progress. */
   get currentMessageId() {
     return this._current?.messageId ?? null;
   }
 
   /**
-   * Ask. An answer that still streams is interrupted first, without waiting for anything.
+   * Send a question. An answer in progress is interrupted first, without waiting for its ack.
    *
    * @param {string} text
-   * @param {{update?: SessionSettings, signal?: AbortSignal}} [options] `signal` interrupts.
+   * @param {MessageOptions} [options]
    * @returns {SentMessage}
-   * @throws {RequestError} `NOT_CONNECTED`: nothing was sent, nothing was interrupted.
+   * @throws {RequestError} `NOT_CONNECTED`: nothing was sent or interrupted.
    */
   sendTextMessage(text, { update, signal } = {}) {
     this._check();
     signal?.throwIfAborted();
-    this._makeWay();
+    this._interruptOther();
     return this._begin(
-      (options) => this._client.sendTextRequest(text, { ...options, ...(update && { update }) }),
+      (options) => this._client.sendTextRequest(text, { ...options, update }),
       signal,
     );
   }
 
   /**
-   * Stop the answer that streams.
+   * Stop the answer in progress, and all sound.
    *
    * @param {InterruptReason} [reason]
-   * @returns {Promise<InterruptAck> | null} null when nothing runs: nothing was sent.
+   * @returns {Promise<InterruptAck> | null} null if no answer was in progress; then nothing is sent.
    */
   interruptCurrentRequest(reason = "USER_STOP") {
     guarded(() => this._audio?.stopAllPlayback());
@@ -178,20 +196,21 @@ export class MessageService extends Emitter {
   }
 
   /**
-   * Say what a function returned that an answer called. With the result of its last call the model
-   * goes on, in a message of its own.
+   * Send the result of a function call. After the result of the last call, the model continues in a
+   * new message.
    *
-   * @param {Message} message the answer with the call.
+   * @param {Message} message The answer with the call.
    * @param {string} callId
-   * @param {unknown} result any JSON.
-   * @returns {SentMessage | null} null while other calls of the answer wait for their result, or
-   *   where the message that goes on from them has waited for this one.
+   * @param {unknown} result Any value that JSON can represent.
+   * @returns {SentMessage | null} The new message. null while other calls of the answer have no
+   *   result, and if the new message exists already and was waiting for this result.
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
    */
   sendFunctionResult(message, callId, result) {
     this._check();
     const answered = this._answered.get(message) ?? new Set();
-    // A call may come when the results of those before it were sent, and the model waits for it.
+    // A call can arrive after the results of all earlier calls were sent. Then the request that
+    // continues from them is already waiting for this result.
     const { continuation } = message;
     const isAwaited =
       continuation !== null && continuation === this.currentRequestId && !answered.has(callId);
@@ -201,8 +220,8 @@ export class MessageService extends Emitter {
       this._client.sendFunctionResult(callId, result);
       return null;
     }
-    // The answer that it goes on from may still have its last frame to come.
-    if (this._current !== message) this._makeWay();
+    // The answer with the call may still wait for its last frame. It is not interrupted.
+    if (this._current !== message) this._interruptOther();
     const sent = this._begin((options) =>
       this._client.continueWithResult(callId, result, options),
     );
@@ -210,21 +229,24 @@ export class MessageService extends Emitter {
     return sent;
   }
 
+  /** @private */
   _check() {
     if (!this._client.isReady) throw this._client.notConnected();
   }
 
-  _makeWay() {
+  /** @private */
+  _interruptOther() {
     if (this._current !== null) {
       this._log.info("[MessageService] 检测到新输入，打断当前响应");
       void this.interruptCurrentRequest("USER_NEW_INPUT");
     } else {
-      guarded(() => this._audio?.stopAllPlayback()); // speech outlasts text
+      guarded(() => this._audio?.stopAllPlayback()); // speech may still play after its text is complete
     }
   }
 
   /**
-   * @param {(options: import("./websocket-client.js").RequestOptions) => SentRequest} send
+   * @private
+   * @param {(options: RequestOptions) => SentRequest} send
    * @param {AbortSignal} [signal]
    * @returns {SentMessage}
    */
@@ -275,7 +297,7 @@ export class MessageService extends Emitter {
     return { messageId, requestId, promise: ended };
   }
 
-  /** @param {Message | null} message */
+  /** @private @param {Message | null} message */
   _setCurrent(message) {
     const was = this.isReceivingResponse;
     this._current = message;
@@ -284,12 +306,13 @@ export class MessageService extends Emitter {
     }
   }
 
-  /** @param {Message} message */
+  /** @private @param {Message} message */
   _release(message) {
     if (this._current === message) this._setCurrent(null);
   }
 
   /**
+   * @private
    * @param {Message} message
    * @param {Answer} answer
    */
@@ -306,13 +329,14 @@ export class MessageService extends Emitter {
   }
 
   /**
+   * @private
    * @param {Message} message
    * @param {unknown} error
    */
   _failed(message, error) {
     this._release(message);
     if (error instanceof RequestError) {
-      // The user has turned away from it, and was told so: what failed later is no news.
+      // The user has interrupted this answer and has seen that; losing it now changes nothing.
       if (message.state === "interrupted" && error.code === "CONNECTION_LOST") return;
       this._fail(message, error.code, error.detail, error.retryable);
     } else {
@@ -321,6 +345,7 @@ export class MessageService extends Emitter {
   }
 
   /**
+   * @private
    * @param {Message} message
    * @param {string} code
    * @param {string} detail
@@ -333,12 +358,13 @@ export class MessageService extends Emitter {
   }
 
   /**
+   * @private
    * @param {Message} message
    * @param {InterruptAck} ack
    */
   _acknowledge(message, ack) {
     const result = ack.results.find((one) => one.request_id === message.requestId);
-    // Its end says it all: it is on its way, or was there before an ack that says nothing of it.
+    // ALREADY_DONE: `completed` or `failed` follows. Not `interrupted`: one of them came before the ack.
     if (result?.outcome === "ALREADY_DONE" || message.state !== "interrupted") return;
     message.streamClosedMs = result?.stream_closed_ms ?? null;
     message.roundTripMs = ack.roundTripMs;

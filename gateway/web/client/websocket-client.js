@@ -1,46 +1,53 @@
 /**
- * One session with a bargein gateway over one WebSocket, registered anew when it is lost.
+ * One session with a bargein gateway over one WebSocket. It reconnects when the connection is lost.
  *
- * It knows requests by their id and nothing of messages, pages or sound. What runs, by time:
+ * This module knows requests by their id. Messages, pages and sound are the business of other modules.
+ * In order of time:
  *
- *     connect()           a socket, REGISTER, REGISTER_ACK: `ready`
- *     sendTextRequest()   REQUEST; its frames go to its handlers, by `request_id` only
- *     sendInterrupt()     INTERRUPT; from here on frames of its targets are kept, not handed on
- *     INTERRUPT_ACK       they had ended before (ALREADY_DONE): what was kept is handed on after all;
- *                         else it is dropped. Without an ack in time the terminal frame decides.
- *     a lost connection   ends every request; a new session begins after a pause
+ *     connect()           opens a socket and sends REGISTER; REGISTER_ACK makes the state `ready`
+ *     sendTextRequest()   sends REQUEST; frames with its `request_id` go to its handlers
+ *     sendInterrupt()     sends INTERRUPT; from now on the frames of its targets are held back
+ *     INTERRUPT_ACK       ALREADY_DONE: the request had ended before, so the held frames are delivered;
+ *                         any other outcome: they are dropped. If no ack comes in time, the terminal
+ *                         frame decides.
+ *     connection lost     every live request fails; a new session is registered after a pause
  *
- * No DOM, and nothing of the browser's but what can be handed in: see `ClientOptions`.
+ * No DOM. Everything that it takes from the browser can be replaced: see `ClientOptions`.
  */
 
 import { Emitter, guarded } from "./events.js";
 import { newId } from "./ids.js";
 import { SILENT } from "./log.js";
 
-export const VERSION = "1.0";
+/** @import { Log } from "./log.js" */
 
-/** How long the ack of an INTERRUPT is waited for, in milliseconds: what existing clients wait. */
+const PROTOCOL_VERSION = "1.0";
+
+/** How long to wait for an INTERRUPT_ACK, in milliseconds. Existing clients wait as long. */
 export const ACK_TIMEOUT_MS = 15_000;
 
-/** The gateway says HEARTBEAT every 30 s; a connection that says nothing for this long is dead. */
+/**
+ * A connection that receives nothing for this long is treated as lost, in milliseconds. The gateway
+ * sends HEARTBEAT every 30 s.
+ */
 export const SILENCE_TIMEOUT_MS = 600_000;
 
-/** From opening the socket to REGISTER_ACK. */
+/** Limit on the time from opening the socket to REGISTER_ACK, in milliseconds. */
 export const REGISTER_TIMEOUT_MS = 15_000;
 
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 20_000;
 
-/** A session that held for this long was none of a row of failures. */
+/** A session that lasted this long resets the count of failed attempts. */
 const STABLE_MS = 5_000;
 
-/** The close code with which RFC 6455's registry says it. */
+/** Close code "try again later", from the registry of RFC 6455. */
 const TRY_AGAIN_LATER = 1013;
 
-/** Half of a surrogate pair, as is left where a text was cut: JSON could not carry it as UTF-8. */
+/** Half of a surrogate pair, left where a text was cut. It has no encoding in UTF-8. */
 const LONE_SURROGATES = /\p{Surrogate}/gu;
 
-// Types: the wire.
+// Types of the wire
 
 /**
  * @typedef {{type: "API_KEY", api_key: string}
@@ -56,15 +63,15 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  */
 
 /**
- * @typedef {object} FunctionDefinition a function that the model may call.
+ * @typedef {object} FunctionDefinition A function that the model may call.
  * @property {string} name
  * @property {string} [description]
- * @property {Record<string, any> | FunctionParameter[]} [parameters] a JSON Schema of type object,
- *   or the parameters one by one.
+ * @property {Record<string, any> | FunctionParameter[]} [parameters] A JSON Schema of type object,
+ *   or a list of parameters.
  */
 
 /**
- * @typedef {object} SessionSettings what REGISTER says, and a REQUEST may change.
+ * @typedef {object} SessionSettings What REGISTER sets and a REQUEST can change.
  * @property {boolean} [require_tts]
  * @property {boolean} [enable_srs]
  * @property {FunctionDefinition[]} [function_calling]
@@ -77,7 +84,7 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  *   auth: Auth,
  *   platform?: "WEB" | "APP" | "MINI_PROGRAM" | "TV",
  *   on_new_request?: "interrupt" | "parallel" | "reject",
- * }} Registration the payload of REGISTER.
+ * }} Registration The payload of REGISTER.
  */
 
 /** @typedef {"USER_NEW_INPUT" | "USER_STOP" | "USER_VOICE_INPUT" | "CLIENT_ERROR"} InterruptReason */
@@ -86,7 +93,7 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  * @typedef {object} FunctionCall
  * @property {string} name
  * @property {Record<string, any>} parameters
- * @property {string} [call_id] for `sendFunctionResult`; every bargein gateway sends it.
+ * @property {string} [call_id] The argument for `sendFunctionResult`. Every bargein gateway sends it.
  */
 
 /**
@@ -103,65 +110,75 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  * @property {"STOPPED" | "ALREADY_DONE" | "UNKNOWN" | "TIMED_OUT"} outcome
  * @property {number} delivered_text_chars
  * @property {number | null} stream_closed_ms
- * @property {"yes" | "no" | "unknown"} [stops_on_close] whether the provider stops to generate then.
+ * @property {"yes" | "no" | "unknown"} [stops_on_close] Whether the provider stops generating when
+ *   its connection is closed.
  */
 
-// Types: the library.
+// Types of the library
 
 /**
- * @typedef {object} InterruptAck what became of an INTERRUPT.
- * @property {string | null} requestId its target; null is all.
- * @property {"SUCCESS" | "PARTIAL" | "FAILED" | "NO_ACK"} status `NO_ACK`: none came in time, or
- *   the connection was gone.
- * @property {InterruptResult[]} results one for each target; empty from other servers.
- * @property {number | null} roundTripMs from sending it to its ack.
+ * @typedef {object} InterruptAck The result of an INTERRUPT.
+ * @property {string | null} requestId The target; null means all live requests.
+ * @property {"SUCCESS" | "PARTIAL" | "FAILED" | "NO_ACK"} status `NO_ACK`: no ack came in time, or
+ *   the connection was lost.
+ * @property {InterruptResult[]} results One for each target. Servers other than bargein send none.
+ * @property {number | null} roundTripMs From sending INTERRUPT to receiving its ack.
  */
 
 /**
- * @typedef {object} Answer how a request ended that did not fail.
+ * @typedef {object} Answer How a request ended, if it did not fail.
  * @property {string} requestId
  * @property {"COMPLETED" | "INTERRUPTED"} outcome
  * @property {string | null} interruptReason
- * @property {string | null} finishReason the provider's: `stop`, `length`, `content_filter`, …
+ * @property {string | null} finishReason From the provider: `stop`, `length`, `content_filter`, …
  * @property {Usage | null} usage
- * @property {string} text all of it that was handed on.
+ * @property {string} text All text that was delivered to `onText`.
  * @property {FunctionCall[]} functionCalls
  */
 
 /**
- * @typedef {object} Handlers called in the order of the frames, never for an interrupted request.
- * @property {(text: string) => void} [onText] a piece of the answer.
- * @property {(call: FunctionCall) => void} [onFunctionCall]
- * @property {(voice: string) => void} [onVoice] base64 of 16 kHz 16-bit mono PCM.
+ * @typedef {object} Handlers Called in the order of the frames. Not called after an interrupt, unless
+ *   the answer had been complete before it.
+ * @property {((text: string) => void) | undefined} [onText] Receives a piece of the answer.
+ * @property {((call: FunctionCall) => void) | undefined} [onFunctionCall]
+ * @property {((voice: string) => void) | undefined} [onVoice] Receives base64 of 16 kHz 16-bit mono
+ *   PCM.
  */
 
 /**
  * @typedef {Handlers & {
- *   requestId?: string,
- *   update?: SessionSettings,
- *   signal?: AbortSignal,
- * }} RequestOptions `update` changes the session, for this request and those after it. Aborting
+ *   requestId?: string | undefined,
+ *   update?: SessionSettings | undefined,
+ *   signal?: AbortSignal | undefined,
+ * }} RequestOptions `update` changes the session, for this request and all later ones. Aborting
  *   `signal` sends INTERRUPT and rejects the promise with the signal's reason, as `fetch` does.
+ */
+
+/**
+ * @typedef {object} InterruptOptions
+ * @property {number | undefined} [deliveredTextChars] How many Unicode code points of the answer the
+ *   user has seen. Without it, the server counts what it sent.
  */
 
 /** @typedef {{requestId: string, promise: Promise<Answer>}} SentRequest */
 
 /**
- * @typedef {object} ServerError an ERROR frame.
+ * @typedef {object} ServerError An ERROR frame.
  * @property {string} code
- * @property {string} message what the code means.
- * @property {string} detail what happened.
+ * @property {string} message What the code means.
+ * @property {string} detail What happened.
  * @property {boolean} retryable
  */
 
 /**
  * @typedef {object} ConnectionState
- * @property {"offline" | "connecting" | "ready" | "waiting" | "refused"} name `waiting`: for the
- *   next attempt; `refused`: the server did not take the registration, nor would it the same again.
- * @property {"none" | "lost" | "restarting" | "expired"} cause of the last loss.
- * @property {number} retryInMs with `waiting`.
- * @property {ServerError | null} error with `refused`.
- * @property {boolean} isAgain true when there was a session before.
+ * @property {"offline" | "connecting" | "ready" | "waiting" | "refused"} name `waiting`: until the
+ *   next attempt to connect. `refused`: the server rejected the registration; it is not repeated until
+ *   `connect()` is called.
+ * @property {"none" | "lost" | "restarting" | "expired"} cause Why the last connection ended.
+ * @property {number} retryInMs Time until the next attempt; 0 in states other than `waiting`.
+ * @property {ServerError | null} error The reason for `refused`; null in other states.
+ * @property {boolean} isAgain Whether this client had a session before.
  */
 
 /**
@@ -171,11 +188,11 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  *   error: ServerError,
  *   ack: InterruptAck,
  *   frame: {direction: "in" | "out", msgType: string, payload: Record<string, any>},
- * }} ClientEvents `error` is one that belongs to no request.
+ * }} ClientEvents `error` carries an ERROR frame without a `request_id`.
  */
 
 /**
- * @typedef {object} Socket the part of a browser's WebSocket that is used.
+ * @typedef {object} Socket The part of the browser's WebSocket that the client uses.
  * @property {(data: string) => void} send
  * @property {(code?: number, reason?: string) => void} close
  * @property {((event: any) => void) | null} onopen
@@ -186,30 +203,30 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
 
 /**
  * @typedef {object} Clock
- * @property {() => number} now milliseconds since the epoch.
- * @property {() => number} monotonic milliseconds since whenever.
+ * @property {() => number} now Milliseconds since the epoch.
+ * @property {() => number} monotonic Milliseconds since any fixed point.
  * @property {(callback: () => void, ms: number) => unknown} setTimeout
  * @property {(timer: any) => void} clearTimeout
  */
 
 /**
  * @typedef {object} ClientOptions
- * @property {string} url as `wss://chat.example.com/ws/agent/stream`.
- * @property {() => Registration} registration asked at every registration.
- * @property {new (url: string) => Socket} [WebSocket]
- * @property {Clock} [clock]
- * @property {() => number} [random] in [0, 1).
- * @property {import("./log.js").Log} [log]
- * @property {number} [ackTimeoutMs]
- * @property {number} [silenceTimeoutMs]
+ * @property {string} url For example `wss://chat.example.com/ws/agent/stream`.
+ * @property {() => Registration} registration Called before each REGISTER.
+ * @property {(new (url: string) => Socket) | undefined} [WebSocket] Default: the global one.
+ * @property {Clock | undefined} [clock]
+ * @property {(() => number) | undefined} [random] Returns a number in [0, 1).
+ * @property {Log | undefined} [log]
+ * @property {number | undefined} [ackTimeoutMs]
+ * @property {number | undefined} [silenceTimeoutMs]
  */
 
-/** Why a request failed. */
+/** A request failed. */
 export class RequestError extends Error {
   /**
    * @param {string} requestId
-   * @param {ServerError} error `code` is the protocol's, or `NOT_CONNECTED` (nothing was sent) or
-   *   `CONNECTION_LOST`.
+   * @param {ServerError} error `code` is a code of the protocol, or `NOT_CONNECTED` (nothing was
+   *   sent), or `CONNECTION_LOST`.
    */
   constructor(requestId, error) {
     super(`${error.code}: ${error.detail || error.message}`);
@@ -221,7 +238,7 @@ export class RequestError extends Error {
   }
 }
 
-/** The server did not take the registration. */
+/** The server rejected the registration. */
 export class RegistrationError extends Error {
   /** @param {ServerError} error */
   constructor(error) {
@@ -240,8 +257,8 @@ export const SYSTEM_CLOCK = {
   clearTimeout: (timer) => clearTimeout(timer),
 };
 
-/** One request, from REQUEST to its end. */
-class Live {
+/** A request that has not ended. */
+class LiveRequest {
   /**
    * @param {string} requestId
    * @param {Handlers} handlers
@@ -255,8 +272,8 @@ class Live {
     /** @type {InterruptReason | null} */
     this.stopReason = null;
     this.isSilenced = false;
-    /** Frames since it was interrupted. @type {{type: string, payload: any}[]} */
-    this.kept = [];
+    /** Frames received after the interrupt. @type {{type: string, payload: any}[]} */
+    this.heldFrames = [];
     /** @type {() => void} */
     this.forgetSignal = () => undefined;
     /** @type {(answer: Answer) => void} */
@@ -271,21 +288,21 @@ class Live {
   }
 
   /** @returns {{type: string, payload: any} | undefined} */
-  get keptTerminal() {
-    return this.kept.find(({ type, payload }) => isTerminal(type, payload));
+  get heldTerminal() {
+    return this.heldFrames.find(({ type, payload }) => isTerminal(type, payload));
   }
 }
 
-/** An INTERRUPT whose ack is to come. */
-class Waiter {
+/** An INTERRUPT that is waiting for its ack. */
+class PendingInterrupt {
   /**
-   * @param {string | null} requestId
-   * @param {number} sentAt monotonic.
+   * @param {string | null} requestId The target; null means all live requests.
+   * @param {number} sentAt On the monotonic clock.
    */
   constructor(requestId, sentAt) {
     this.requestId = requestId;
     this.sentAt = sentAt;
-    /** @type {string[]} what it stopped, as far as this client knows. */
+    /** Ids of the live requests that it stopped. @type {string[]} */
     this.targets = [];
     /** @type {unknown} */
     this.timer = undefined;
@@ -299,51 +316,61 @@ export class WebSocketClient extends Emitter {
   /** @param {ClientOptions} options */
   constructor(options) {
     super();
+    /** The gateway's address. `close(url)` changes it. */
     this.url = options.url;
-    this._registration = options.registration;
-    this._WebSocket = options.WebSocket ?? /** @type {any} */ (globalThis).WebSocket;
-    this._clock = options.clock ?? SYSTEM_CLOCK;
-    this._random = options.random ?? Math.random;
-    this._log = options.log ?? SILENT;
-    this._ackTimeoutMs = options.ackTimeoutMs ?? ACK_TIMEOUT_MS;
-    this._silenceTimeoutMs = options.silenceTimeoutMs ?? SILENCE_TIMEOUT_MS;
-
     /** @type {ConnectionState} */
     this.state = { name: "offline", cause: "none", retryInMs: 0, error: null, isAgain: false };
-    /** @type {string | null} */
+    /** From REGISTER_ACK; null without a session. @type {string | null} */
     this.sessionId = null;
-    /** @type {Socket | null} */
+
+    /** @private */
+    this._registration = options.registration;
+    /** @private */
+    this._WebSocket = options.WebSocket ?? /** @type {any} */ (globalThis).WebSocket;
+    /** @private */
+    this._clock = options.clock ?? SYSTEM_CLOCK;
+    /** @private */
+    this._random = options.random ?? Math.random;
+    /** @private */
+    this._log = options.log ?? SILENT;
+    /** @private */
+    this._ackTimeoutMs = options.ackTimeoutMs ?? ACK_TIMEOUT_MS;
+    /** @private */
+    this._silenceTimeoutMs = options.silenceTimeoutMs ?? SILENCE_TIMEOUT_MS;
+    /** @private @type {Socket | null} */
     this._socket = null;
+    /** @private */
     this._failures = 0;
+    /** @private */
     this._readyAt = 0;
+    /** @private */
     this._hadSession = false;
-    this._isClosing = false;
-    /** @type {ConnectionState["cause"]} what the server said before it closed. */
+    /** What the server announced before it closed. @private @type {ConnectionState["cause"]} */
     this._announced = "none";
-    /** @type {unknown} */
+    /** @private @type {unknown} */
     this._timer = undefined;
-    /** @type {unknown} */
+    /** @private @type {unknown} */
     this._silenceTimer = undefined;
-    /** @type {Map<string, Live>} */
+    /** @private @type {Map<string, LiveRequest>} */
     this._live = new Map();
-    /** @type {Waiter[]} in the order in which they were sent. */
-    this._waiters = [];
-    /** @type {{resolve: () => void, reject: (error: Error) => void}[]} */
+    /** In the order in which they were sent. @private @type {PendingInterrupt[]} */
+    this._interrupts = [];
+    /** @private @type {{resolve: () => void, reject: (error: Error) => void}[]} */
     this._connecting = [];
   }
 
+  /** Whether a session is registered, so that requests can be sent. */
   get isReady() {
     return this.state.name === "ready";
   }
 
-  // The connection.
+  // Connection
 
   /**
-   * Connect and register; afterwards, whenever the connection is lost, again. Does nothing while
-   * that is under way.
+   * Connect and register, and do so again whenever the connection is lost.
    *
-   * @returns {Promise<void>} resolves when a session stands. Rejects with `RegistrationError` when
-   *   the server does not take the registration, with `Error` after `close()`.
+   * @returns {Promise<void>} Resolves when a session is registered. Rejects with `RegistrationError`
+   *   if the server rejects the registration, and with `Error` after `close()`.
    */
   connect() {
     if (this.isReady) return Promise.resolve();
@@ -356,26 +383,27 @@ export class WebSocketClient extends Emitter {
     return promise;
   }
 
-  /** Do not wait for the next attempt: the network is said to be there again. */
+  /** Try now instead of waiting for the next attempt, for example when the network is back. */
   retryNow() {
     if (this.state.name === "waiting") this._open();
   }
 
   /**
-   * End the session in order, and stay offline.
+   * End the session and stay offline.
    *
-   * @param {string} [url] of another server, for the next `connect()`.
+   * @param {string} [url] Address of another server, for the next `connect()`.
    */
   close(url) {
     if (this.isReady) this._send("SHUTDOWN", { reason: "CLIENT_CLOSED" });
-    this._drop("none");
+    this._disconnect("none");
     this.url = url ?? this.url;
-    this._enter({ name: "offline", cause: "none" });
+    this._setState({ name: "offline", cause: "none" });
     this._failConnecting(new Error("closed"));
   }
 
+  /** @private */
   _open() {
-    this._drop(this.state.cause);
+    this._disconnect(this.state.cause);
     /** @type {Socket} */
     let socket;
     try {
@@ -387,37 +415,38 @@ export class WebSocketClient extends Emitter {
     }
     this._socket = socket;
     this._announced = "none";
-    // What an older socket still has to say is nobody's business any more.
+    // Events of a socket that has been replaced are ignored.
     socket.onopen = () => socket === this._socket && this._register();
     socket.onmessage = (event) => socket === this._socket && this._receive(event.data);
     socket.onclose = (event) => socket === this._socket && this._lost(event.code);
-    socket.onerror = null; // `close` always follows
+    socket.onerror = null; // a `close` event always follows
     this._timer = this._clock.setTimeout(() => this._lost(1006), REGISTER_TIMEOUT_MS);
-    this._enter({ name: "connecting", cause: this.state.cause });
+    this._setState({ name: "connecting", cause: this.state.cause });
   }
 
+  /** @private */
   _register() {
     this._send("REGISTER", { platform: "WEB", ...this._registration() });
   }
 
-  /** @param {Record<string, any>} payload of REGISTER_ACK. */
+  /** @private @param {Record<string, any>} payload Of REGISTER_ACK. */
   _registered(payload) {
     this._clock.clearTimeout(this._timer);
     this.sessionId = payload.session_id;
     this._readyAt = this._clock.monotonic();
-    this._enter({ name: "ready", cause: this.state.cause });
+    this._setState({ name: "ready", cause: this.state.cause });
     this._hadSession = true;
     for (const { resolve } of this._connecting.splice(0)) resolve();
   }
 
-  /** @param {ServerError} error */
+  /** @private @param {ServerError} error */
   _refused(error) {
-    this._drop("none");
-    this._enter({ name: "refused", cause: "none", error });
+    this._disconnect("none");
+    this._setState({ name: "refused", cause: "none", error });
     this._failConnecting(new RegistrationError(error));
   }
 
-  /** @param {number} code of the close frame. */
+  /** @private @param {number} code Of the close frame. */
   _lost(code) {
     const wasReady = this.isReady;
     if (wasReady && this._clock.monotonic() - this._readyAt >= STABLE_MS) this._failures = 0;
@@ -434,37 +463,43 @@ export class WebSocketClient extends Emitter {
                 ? "lost"
                 : this.state.cause;
     this._log.debug(`[WebSocket] 连接断开: ${code}`);
-    this._drop(cause);
-    // A session that is over is no fault of the network: the first attempt is made at once.
+    this._disconnect(cause);
+    // The server ended the session and the network is fine: the first attempt needs no pause.
     const pause = cause === "expired" && this._failures === 0 ? 0 : this._pause();
     this._failures += 1;
-    this._enter({ name: "waiting", cause, retryInMs: pause });
+    this._setState({ name: "waiting", cause, retryInMs: pause });
     this._timer = this._clock.setTimeout(() => this._open(), pause);
   }
 
-  /** Half of it is chance, lest all clients of a server that restarts come back at once. */
+  /**
+   * Half of the pause is random, so that the clients of a restarted server do not all return at once.
+   *
+   * @private
+   * @returns {number} Milliseconds.
+   */
   _pause() {
     const longest = Math.min(LONGEST_PAUSE_MS, FIRST_PAUSE_MS * 2 ** this._failures);
     return Math.round(longest * (0.5 + this._random() / 2));
   }
 
   /**
-   * Let go of the socket and of everything that lived on it.
+   * Close the socket and end everything that depended on it.
    *
+   * @private
    * @param {ConnectionState["cause"]} cause
    */
-  _drop(cause) {
+  _disconnect(cause) {
     this._clock.clearTimeout(this._timer);
     this._clock.clearTimeout(this._silenceTimer);
     const socket = this._socket;
     this._socket = null;
     this.sessionId = null;
-    this.state = { ...this.state, name: "offline", cause }; // what follows is told by `_enter`
+    this.state = { ...this.state, name: "offline", cause }; // the caller emits the next state
     if (socket) {
       socket.onopen = socket.onmessage = socket.onclose = null;
       socket.close(1000);
     }
-    for (const waiter of this._waiters.splice(0)) this._noAck(waiter);
+    for (const interrupt of this._interrupts.splice(0)) this._noAck(interrupt);
     for (const live of [...this._live.values()]) {
       this._fail(live, {
         code: "CONNECTION_LOST",
@@ -475,8 +510,8 @@ export class WebSocketClient extends Emitter {
     }
   }
 
-  /** @param {Partial<ConnectionState> & {name: ConnectionState["name"]}} state */
-  _enter(state) {
+  /** @private @param {Partial<ConnectionState> & {name: ConnectionState["name"]}} state */
+  _setState(state) {
     this.state = {
       cause: "none",
       retryInMs: 0,
@@ -488,21 +523,21 @@ export class WebSocketClient extends Emitter {
     this.emit("state", this.state);
   }
 
-  /** @param {Error} error */
+  /** @private @param {Error} error */
   _failConnecting(error) {
     for (const { reject } of this._connecting.splice(0)) reject(error);
   }
 
-  // Requests.
+  // Requests
 
   /**
-   * Ask. An empty text only updates the session.
+   * Send a REQUEST. An empty text only updates the session.
    *
    * @param {string} text
    * @param {RequestOptions} [options]
-   * @returns {SentRequest} its promise resolves when the answer is complete or interrupted, and
-   *   rejects with `RequestError` when it failed.
-   * @throws {RangeError} `options.requestId` is that of a live request.
+   * @returns {SentRequest} Its promise resolves when the answer is complete or interrupted, and
+   *   rejects with `RequestError` if it failed.
+   * @throws {RangeError} `options.requestId` belongs to a live request.
    */
   sendTextRequest(text, options = {}) {
     /** @type {Record<string, any>} */
@@ -517,10 +552,10 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
-   * Say what a function of the model's returned, while other calls of that answer wait for theirs.
+   * Send the result of a function call while other calls of that answer still wait for theirs.
    *
    * @param {string} callId
-   * @param {unknown} result any JSON.
+   * @param {unknown} result Any value that JSON can represent.
    * @returns {void}
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
    */
@@ -530,35 +565,34 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
-   * Say what the last (or only) function that an answer called has returned, and let the model go on.
+   * Send the result of the last (or only) function call of an answer, and let the model continue.
    *
    * @param {string} callId
-   * @param {unknown} result any JSON.
+   * @param {unknown} result Any value that JSON can represent.
    * @param {Omit<RequestOptions, "update">} [options]
-   * @returns {SentRequest} as of `sendTextRequest`.
+   * @returns {SentRequest} Like that of `sendTextRequest`.
    */
   continueWithResult(callId, result, options = {}) {
     return this._request("FUNCTION_RESULT", { call_id: callId, result }, options);
   }
 
   /**
-   * Stop one request, or all. From here on nothing of it is handed on, unless the ack says that it
-   * had ended before.
+   * Stop one request, or all of them. From now on nothing of it is delivered, unless the ack reports
+   * that it had ended before.
    *
-   * @param {string | null} requestId null is every live one.
+   * @param {string | null} requestId null stops every live request.
    * @param {InterruptReason} [reason]
-   * @param {{deliveredTextChars?: number}} [options] how many Unicode code points of the answer the
-   *   user really saw; without it, the server counts what it sent.
-   * @returns {Promise<InterruptAck>} never rejects.
+   * @param {InterruptOptions} [options]
+   * @returns {Promise<InterruptAck>} Never rejects.
    */
   sendInterrupt(requestId, reason = "USER_STOP", { deliveredTextChars } = {}) {
-    const waiter = new Waiter(requestId, this._clock.monotonic());
+    const interrupt = new PendingInterrupt(requestId, this._clock.monotonic());
     /** @type {Promise<InterruptAck>} */
     const promise = new Promise((resolve) => {
-      waiter.resolve = resolve;
+      interrupt.resolve = resolve;
     });
     if (!this.isReady) {
-      this._noAck(waiter);
+      this._noAck(interrupt);
       return promise;
     }
     const targets = requestId === null ? [...this._live.keys()] : [requestId];
@@ -567,17 +601,17 @@ export class WebSocketClient extends Emitter {
       if (live && live.stopReason === null) {
         live.stopReason = reason;
         live.isSilenced = true;
-        waiter.targets.push(target);
+        interrupt.targets.push(target);
       }
     }
     /** @type {Record<string, any>} */
     const payload = { interrupt_request_id: requestId, reason };
     if (deliveredTextChars !== undefined) payload.delivered_text_chars = deliveredTextChars;
-    this._waiters.push(waiter);
-    waiter.timer = this._clock.setTimeout(() => {
-      this._waiters.splice(this._waiters.indexOf(waiter), 1);
+    this._interrupts.push(interrupt);
+    interrupt.timer = this._clock.setTimeout(() => {
+      this._interrupts.splice(this._interrupts.indexOf(interrupt), 1);
       this._log.debug(`[WebSocket] 打断确认超时: ${requestId ?? "*"}`);
-      this._noAck(waiter);
+      this._noAck(interrupt);
     }, this._ackTimeoutMs);
     this._log.info(`[WebSocket] 发送打断请求: ${requestId ?? "*"}`);
     this._send("INTERRUPT", payload);
@@ -585,6 +619,7 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
+   * @private
    * @param {string} msgType
    * @param {Record<string, any>} payload
    * @param {RequestOptions} options
@@ -593,7 +628,7 @@ export class WebSocketClient extends Emitter {
   _request(msgType, payload, options) {
     const requestId = options.requestId ?? newId("req", this._clock.now(), this._random);
     if (this._live.has(requestId)) throw new RangeError(`request ${requestId} is live`);
-    const live = new Live(requestId, options);
+    const live = new LiveRequest(requestId, options);
     const { signal } = options;
     if (signal?.aborted) {
       live.reject(signal.reason);
@@ -604,7 +639,7 @@ export class WebSocketClient extends Emitter {
       if (signal) {
         const abort = () => {
           live.reject(signal.reason);
-          live.handlers = {}; // whoever was told that it is over hears no more of it
+          live.handlers = {}; // the promise is rejected: no later frame is delivered
           void this.sendInterrupt(requestId, "USER_STOP");
         };
         signal.addEventListener("abort", abort);
@@ -617,7 +652,7 @@ export class WebSocketClient extends Emitter {
 
   /**
    * @param {string} [requestId]
-   * @returns {RequestError} what a request gets that cannot be sent.
+   * @returns {RequestError} The error of a request that cannot be sent.
    */
   notConnected(requestId = "") {
     const detail = this.state.name;
@@ -625,15 +660,16 @@ export class WebSocketClient extends Emitter {
     return new RequestError(requestId, { code: "NOT_CONNECTED", message, detail, retryable: true });
   }
 
-  // Frames.
+  // Frames
 
   /**
+   * @private
    * @param {string} msgType
    * @param {Record<string, any>} payload
    */
   _send(msgType, payload) {
     const frame = {
-      version: VERSION,
+      version: PROTOCOL_VERSION,
       msg_type: msgType,
       session_id: this.sessionId,
       payload,
@@ -647,7 +683,7 @@ export class WebSocketClient extends Emitter {
     this.emit("frame", { direction: "out", msgType, payload });
   }
 
-  /** @param {unknown} data of a WebSocket message. */
+  /** @private @param {unknown} data Of a WebSocket message. */
   _receive(data) {
     this._clock.clearTimeout(this._silenceTimer);
     this._silenceTimer = this._clock.setTimeout(() => this._lost(1006), this._silenceTimeoutMs);
@@ -689,13 +725,13 @@ export class WebSocketClient extends Emitter {
       case "SHUTDOWN":
         this._announced = payload.reason === "session timeout" ? "expired" : "restarting";
         break;
-      default: // SESSION_INFO and HEALTH_CHECK_ACK are for whoever listens to `frame`
+      default: // SESSION_INFO and HEALTH_CHECK_ACK: only listeners of `frame` get them
         break;
     }
     this.emit("frame", { direction: "in", msgType: type, payload });
   }
 
-  /** @param {Record<string, any>} payload of ERROR. */
+  /** @private @param {Record<string, any>} payload Of ERROR. */
   _error(payload) {
     if (typeof payload.request_id === "string") {
       this._route("ERROR", payload);
@@ -703,7 +739,7 @@ export class WebSocketClient extends Emitter {
     }
     const error = serverError(payload);
     if (this.state.name === "connecting") {
-      // One that drains, or is full, takes the same later on; a wrong key does not become right.
+      // A server that drains or is full may accept the same registration later; a wrong key stays wrong.
       if (error.retryable && error.code !== "AUTH_FAILED") this._lost(TRY_AGAIN_LATER);
       else this._refused(error);
       return;
@@ -716,26 +752,28 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
+   * @private
    * @param {string} type
    * @param {Record<string, any>} payload
    */
   _route(type, payload) {
     const live = this._live.get(payload.request_id);
-    if (!live) return; // ended, or never ours
-    if (live.stopReason !== null) live.kept.push({ type, payload });
-    else this._handOn(live, type, payload);
-    // Only the ack of an INTERRUPT says that nothing more will come, and where that was lost, the end.
-    if (isTerminal(type, payload) && live.stopReason !== null && !this._isAwaited(live)) {
-      this._decide(live, null);
+    if (!live) return; // ended before, or unknown
+    if (live.stopReason !== null) live.heldFrames.push({ type, payload });
+    else this._deliver(live, type, payload);
+    // The ack settles an interrupted request. If no ack is expected any more, the terminal frame does.
+    if (isTerminal(type, payload) && live.stopReason !== null && !this._hasPendingInterrupt(live)) {
+      this._settle(live, null);
     }
   }
 
   /**
-   * @param {Live} live
+   * @private
+   * @param {LiveRequest} live
    * @param {string} type
    * @param {Record<string, any>} payload
    */
-  _handOn(live, type, payload) {
+  _deliver(live, type, payload) {
     if (type === "ERROR") {
       this._fail(live, serverError(payload));
       return;
@@ -750,7 +788,7 @@ export class WebSocketClient extends Emitter {
       live.functionCalls.push(payload.function_call);
       guarded(() => handlers.onFunctionCall?.(payload.function_call));
     }
-    // Sound that was late stays away: the user has silenced it.
+    // Held sound is not played: the user has silenced it.
     if (typeof voice === "string" && voice !== "" && !live.isSilenced) {
       guarded(() => handlers.onVoice?.(voice));
     }
@@ -764,65 +802,68 @@ export class WebSocketClient extends Emitter {
     }
   }
 
-  /** @param {Record<string, any>} payload of INTERRUPT_ACK. */
+  /** @private @param {Record<string, any>} payload Of INTERRUPT_ACK. */
   _acked(payload) {
     const target = payload.interrupt_request_id || null;
-    const index = this._waiters.findIndex((waiter) => waiter.requestId === target);
-    const [waiter] = index < 0 ? [] : this._waiters.splice(index, 1);
+    const index = this._interrupts.findIndex((interrupt) => interrupt.requestId === target);
+    const [interrupt] = index < 0 ? [] : this._interrupts.splice(index, 1);
     this._log.debug(`[WebSocket] 收到打断确认: ${target ?? "*"}`);
-    if (!waiter) return; // after its time
-    this._clock.clearTimeout(waiter.timer);
+    if (!interrupt) return; // it came after the timeout
+    this._clock.clearTimeout(interrupt.timer);
     /** @type {InterruptAck} */
     const ack = {
-      requestId: waiter.requestId,
+      requestId: interrupt.requestId,
       status: payload.status,
       results: payload.results ?? [],
-      roundTripMs: this._clock.monotonic() - waiter.sentAt,
+      roundTripMs: this._clock.monotonic() - interrupt.sentAt,
     };
-    // First what it was about, so that whoever waits for the ack finds everything in its place.
-    for (const live of this._stopping(waiter)) {
+    // The targets first, so that code that awaits the ack sees them settled.
+    for (const live of this._targetsOf(interrupt)) {
       const result = ack.results.find((one) => one.request_id === live.requestId);
-      if (result || live.keptTerminal) this._decide(live, result?.outcome ?? null);
+      if (result || live.heldTerminal) this._settle(live, result?.outcome ?? null);
     }
-    waiter.resolve(ack);
+    interrupt.resolve(ack);
     this.emit("ack", ack);
   }
 
-  /** @param {Waiter} waiter */
-  _noAck(waiter) {
-    this._clock.clearTimeout(waiter.timer);
-    for (const live of this._stopping(waiter)) this._decide(live, null);
+  /** @private @param {PendingInterrupt} interrupt */
+  _noAck(interrupt) {
+    this._clock.clearTimeout(interrupt.timer);
+    for (const live of this._targetsOf(interrupt)) this._settle(live, null);
     /** @type {InterruptAck} */
-    const ack = { requestId: waiter.requestId, status: "NO_ACK", results: [], roundTripMs: null };
-    waiter.resolve(ack);
+    const ack = { requestId: interrupt.requestId, status: "NO_ACK", results: [], roundTripMs: null };
+    interrupt.resolve(ack);
     this.emit("ack", ack);
   }
 
   /**
-   * @param {Waiter} waiter
-   * @returns {Live[]} what it stopped and has not ended.
+   * @private
+   * @param {PendingInterrupt} interrupt
+   * @returns {LiveRequest[]} The requests that it stopped and that have not ended.
    */
-  _stopping(waiter) {
-    return waiter.targets.flatMap((target) => this._live.get(target) ?? []);
+  _targetsOf(interrupt) {
+    return interrupt.targets.flatMap((target) => this._live.get(target) ?? []);
   }
 
-  /** @param {Live} live */
-  _isAwaited(live) {
-    return this._waiters.some((waiter) => waiter.targets.includes(live.requestId));
+  /** @private @param {LiveRequest} live */
+  _hasPendingInterrupt(live) {
+    return this._interrupts.some((interrupt) => interrupt.targets.includes(live.requestId));
   }
 
   /**
-   * End an interrupted request: with what was kept, if it had ended by itself; else without.
+   * End an interrupted request. If it had ended before the interrupt, the held frames are delivered;
+   * otherwise they are dropped.
    *
-   * @param {Live} live
-   * @param {InterruptResult["outcome"] | null} outcome null: not known.
+   * @private
+   * @param {LiveRequest} live
+   * @param {InterruptResult["outcome"] | null} outcome null: unknown.
    */
-  _decide(live, outcome) {
-    const terminal = live.keptTerminal;
+  _settle(live, outcome) {
+    const terminal = live.heldTerminal;
     const hadEnded = terminal !== undefined && !terminal.payload.interrupted;
     if (outcome === "ALREADY_DONE" || (outcome === null && hadEnded)) {
-      live.stopReason = null; // an ack goes ahead of what is queued: more may be on its way
-      for (const { type, payload } of live.kept.splice(0)) this._handOn(live, type, payload);
+      live.stopReason = null; // the ack overtakes queued data: more frames may follow
+      for (const { type, payload } of live.heldFrames.splice(0)) this._deliver(live, type, payload);
       return;
     }
     this._end(live, {
@@ -834,7 +875,8 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
-   * @param {Live} live
+   * @private
+   * @param {LiveRequest} live
    * @param {Omit<Answer, "requestId" | "text" | "functionCalls">} ending
    */
   _end(live, ending) {
@@ -844,7 +886,8 @@ export class WebSocketClient extends Emitter {
   }
 
   /**
-   * @param {Live} live
+   * @private
+   * @param {LiveRequest} live
    * @param {ServerError} error
    */
   _fail(live, error) {
@@ -852,7 +895,7 @@ export class WebSocketClient extends Emitter {
     live.reject(new RequestError(live.requestId, error));
   }
 
-  /** @param {Live} live */
+  /** @private @param {LiveRequest} live */
   _forget(live) {
     this._live.delete(live.requestId);
     live.forgetSignal();
@@ -864,12 +907,12 @@ export class WebSocketClient extends Emitter {
  * @param {Record<string, any>} payload
  */
 function isTerminal(type, payload) {
-  // A RESPONSE without a place in the text is the last one for existing clients, too.
+  // Existing clients take a RESPONSE without `text_stream_seq` for the last one, too.
   return type === "ERROR" || (payload.text_stream_seq ?? -1) === -1;
 }
 
 /**
- * @param {Record<string, any>} payload of ERROR.
+ * @param {Record<string, any>} payload Of ERROR.
  * @returns {ServerError}
  */
 function serverError(payload) {

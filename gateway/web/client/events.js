@@ -1,19 +1,21 @@
 /**
- * Listeners by the name of an event, with the type of what each event carries.
+ * Calls listeners by the name of an event.
  *
- * @template {Record<string, any>} Events
+ * @template {Record<string, any>} Events Type of the value that each event carries, by its name.
  */
 export class Emitter {
   constructor() {
-    /** @type {Map<keyof Events, Set<(event: any) => void>>} */
+    /** @private @type {Map<keyof Events, Set<(event: any) => void>>} */
     this._listeners = new Map();
   }
 
   /**
+   * Call a listener at each event of this name.
+   *
    * @template {keyof Events} Name
    * @param {Name} name
    * @param {(event: Events[Name]) => void} listener
-   * @returns {() => void} takes the listener away again.
+   * @returns {() => void} Removes the listener.
    */
   on(name, listener) {
     const listeners = this._listeners.get(name) ?? new Set();
@@ -22,6 +24,8 @@ export class Emitter {
   }
 
   /**
+   * Call the listeners of an event.
+   *
    * @template {keyof Events} Name
    * @param {Name} name
    * @param {Events[Name]} event
@@ -32,7 +36,7 @@ export class Emitter {
 }
 
 /**
- * Call what is not ours: its fault is reported as an uncaught one, and does not stop the frames.
+ * Call a user's function. If it throws, the error is reported as uncaught, and the caller continues.
  *
  * @param {() => void} callback
  */
