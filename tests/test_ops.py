@@ -226,7 +226,7 @@ def test_who_says_nothing_for_long_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.02)
+    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.02)
     with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as sock:
         sock.sendall(said)
         while sock.recv(4096):
@@ -236,7 +236,7 @@ def test_who_says_nothing_for_long_is_dropped(
 
 
 def test_a_scraper_may_be_silent_for_longer(served: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.2)
+    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.2)
     connection = HTTPConnection("127.0.0.1", served.port, timeout=LIMIT)
     connection.request("GET", "/metrics")
     connection.getresponse().read()
@@ -262,7 +262,7 @@ def test_only_scrapers_keep_their_connections(served: Ops, path: str) -> None:
 def test_idle_connections_do_not_hold_the_port_shut(
     served: Ops, path: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.3)
+    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.3)
     with contextlib.ExitStack() as idle:
         for _ in range(ops._MAX_CONNECTIONS):
             sock = socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT)
