@@ -123,7 +123,7 @@ def reload(gateway: Gateway, running: Config, given: ConfigSources) -> None:
     if not gateway.is_serving:
         _log.error("Not reloaded", fault="the gateway is starting or stopping")
         return
-    need_restart = given.need_restart(running)
+    need_restart = given.restart_keys(running)
     try:
         settings = Settings.of(given)
         if "llm_url" not in need_restart:
