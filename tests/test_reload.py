@@ -1,4 +1,4 @@
-"""SIGHUP: the keys, the certificates and all else of the providers, taken up while requests run."""
+"""SIGHUP: new keys, certificates and provider settings apply while requests run."""
 
 from __future__ import annotations
 
@@ -180,10 +180,10 @@ def test_what_is_broken_changes_nothing_and_is_named(stand: Stand, broken: str) 
     assert {line["level"] for line in lines} == {"error"}
     assert len(lines) == (2 if broken == "setting" else 1)
     words = {
-        "key": "characters that no key has",
+        "key": "characters that no API key has",
         "key_gone": "is not the path of a file",
-        "toml": "is not TOML",
-        "setting": "is it llm_model?",
+        "toml": "is not valid TOML",
+        "setting": "did you mean llm_model?",
         "certificates": "holds no certificates",
     }
     assert words[broken] in lines[0]["fault"]
@@ -207,7 +207,7 @@ def test_what_needs_a_restart_is_named_and_the_rest_is_taken_up(stand: Stand) ->
         assert restart["event"] == "Settings need a restart"
         assert restart["level"] == "warning"
         assert restart["settings"] == ["llm_breaker_failures", "session_timeout"]
-        words = "a running gateway takes up only its providers, and what its auth_file says"
+        words = "a reload applies only provider settings and the contents of auth_file"
         assert restart["reason"] == words
         assert reloaded["event"] == "Reloaded"
     assert stand.complete() == NEW
@@ -276,7 +276,7 @@ def test_the_demo_provider_takes_another_role_but_no_other_takes_its_place(
             wait_until(lambda: "need a restart" in daemon.log, "it says that it cannot")
             line = json.loads(daemon.log.splitlines()[-1])
             assert line["settings"] == ["llm_url", "llm_model"]
-            assert line["reason"].startswith("llm_url is new, and the demo provider")
+            assert line["reason"].startswith("llm_url was added: the demo provider")
             answer = client.request("Still here")
             client.wait_terminal(answer)
             assert "Still here" in client.text_of(answer)
@@ -290,7 +290,7 @@ def test_nor_does_it_take_the_place_of_another(stand: Stand) -> None:
     [line] = stand.hang_up()
     assert line["event"] == "Settings need a restart"
     assert "llm_url" in line["settings"]
-    assert line["reason"].startswith("llm_url is gone, and the demo provider")
+    assert line["reason"].startswith("llm_url was removed: the demo provider")
     assert stand.complete() == OLD
 
 
