@@ -147,7 +147,7 @@ def test_an_unknown_account_costs_the_same_each_time(scrypts: list[dict[str, Any
     assert len({cost["p"] for cost in scrypts}) == 1
 
 
-def test_nobody_gets_in_by_the_hash_that_an_unknown_account_is_compared_with() -> None:
+def test_an_unknown_account_never_matches_the_hash_it_is_compared_with() -> None:
     # It is alice's, and this is her password.
     assert not Credentials(accounts={"alice": HASH}).is_password("mallory", PASSWORD)
 
@@ -335,7 +335,7 @@ def test_all_faults_of_a_file_are_named() -> None:
     assert all(line.startswith(begin) for line, begin in zip(lines, beginnings, strict=True))
 
 
-def test_two_accounts_may_have_one_password_since_nobody_can_see_it() -> None:
+def test_two_accounts_may_have_the_same_password() -> None:
     assert set(parse(f"[accounts]\na = '{HASH}'\nb = '{HASH}'").accounts) == {"a", "b"}
 
 
@@ -403,7 +403,7 @@ def test_each_fault_of_the_file_is_a_fault_of_the_settings_and_names_the_file(
 ) -> None:
     auth_file.write_text("[api_keys]\na = 1\nb = 2\n")
     lines = setting_faults(auth_file=str(auth_file), host="0.0.0.0", llm_total_timeout="-1")
-    assert len(lines) == 3  # and that of the host is none, who wanted a file
+    assert len(lines) == 3  # the host is no error: an auth file was given
     assert [line.partition(" is ")[0] for line in lines[1:]] == [
         f"{auth_file}: api_keys.a",
         f"{auth_file}: api_keys.b",

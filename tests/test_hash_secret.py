@@ -165,7 +165,7 @@ run in the background of a shell, which has it ignored."""
 
 
 class Terminal:
-    """The command at a terminal, and somebody who types."""
+    """The command at a terminal, and the keyboard."""
 
     def __init__(self, *arguments: str, prints_here: bool = False) -> None:
         self._typist, terminal = os.openpty()
@@ -205,7 +205,7 @@ class Terminal:
         os.close(self._typist)
 
     def _read(self, seconds: float) -> bool:
-        """Read once; False when nothing came in this time, or nobody has it open any more."""
+        """Read once; False if nothing came in this time, or the terminal is closed."""
         if not select.select([self._typist], [], [], seconds)[0]:
             return False
         try:

@@ -42,5 +42,5 @@ def test_ready_or_why_not(reason: str | None, expected: HealthAnswer) -> None:
 
 
 @pytest.mark.parametrize("path", ["/", "/health/", "/healthz", "/livez/x", "/metrics", ""])
-def test_any_other_path_is_somebody_elses_to_answer(path: str) -> None:
+def test_any_other_path_gets_no_answer(path: str) -> None:
     assert health_answer(path, must_not_be_called, must_not_be_called) is None

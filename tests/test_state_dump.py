@@ -57,7 +57,7 @@ def places() -> dict[str, int]:
 def test_a_signal_writes_it_in_lines_that_a_person_can_read(
     provider: ProviderProcess, level: str
 ) -> None:
-    answer = "an answer that is nobody's business"
+    answer = "an answer that is private"
     script = provider.fresh(scripts.idle_mid_stream([answer]), "a-question-that-is-private")
     arguments = [*provider_arguments(provider), "--log-level", level, "--log-format", "text"]
     with (
@@ -160,7 +160,7 @@ def test_an_actor_that_fails_to_describe_itself_is_in_it_and_so_are_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> dict[str, Any]:
-        raise RuntimeError("a text that nobody may read")
+        raise RuntimeError("a private text")
 
     given = Given()
     given.register()
@@ -173,7 +173,7 @@ def test_an_actor_that_fails_to_describe_itself_is_in_it_and_so_are_the_others(
     assert request["failed_to_describe"] == "RuntimeError"
     [ref] = pykka.ActorRegistry.get_by_class(RequestActor)
     assert request["actor"] == ref.actor_urn
-    assert "nobody may read" not in repr(logs)
+    assert "private text" not in repr(logs)
     events = [log["event"] for log in logs]
     assert events.index("Request state") < events.index("Session state") < events.index("Greenlets")
 
