@@ -1,22 +1,22 @@
-"""The daemon around the gateway: signals, reloads, systemd, open files, and what is printed."""
+"""Runs the gateway as a daemon: signals, reload, and the lines it prints."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import math
 import os
 import signal
 import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import gevent
 import gevent.event
 
-from actors.state_dump import keep_in_state_dump, log_state_dump
+from actors.state_dump import log_state_dump, track_greenlets
 from gateway.app import Gateway, bargein_version
+from gateway.process import notify_systemd, raise_open_file_limit
 from gateway.settings.options import Config
 from gateway.settings.settings import Settings, SettingsError
 from gateway.settings.sources import ConfigSources
@@ -26,211 +26,212 @@ from metrics.logs import get_logger
 
 _GC_THRESHOLDS = (10_000, 20, 50)
 
-_NOTIFY_SECONDS = 1.0
-
-_MORE_FILES = 256
-"""Open files beyond one for each client and each live request: the operator's port, logs, the
-interpreter's own, and connections to providers that are kept for the next request."""
+_StopSignal: TypeAlias = "gevent.event.AsyncResult[signal.Signals | None]"
+"""Set once, to the signal that stops the daemon, or to None where the gateway gives up."""
 
 _log = get_logger("SYS")
 
 
+# Running -----------------------------------------------------------------------------------------
+
+
 def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
-    """Run the daemon until it is told to stop.
+    """Run the daemon until a signal stops it.
 
     Args:
-        settings: everything that can be set.
-        on_hangup: called at a SIGHUP.
+        settings: all settings.
+        on_hangup: called on SIGHUP.
 
     Returns:
-        The exit code: 0 after a signal, 1 when it could not start or go on.
+        The exit code: 0 after a signal, 1 if it could not start or had to give up.
     """
-    stop = _stopped_by_signals()
-    # Where a person reads both, the printed lines say it already.
-    tell = _log.debug if os.isatty(1) and os.isatty(2) else _log.info
+    # Startup: signals first, so that none is lost.
+    stop = _handle_stop_signals()
+    gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_state_dump)
-    _allow_files(settings)
-    gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
     if hasattr(signal, "SIGHUP"):
         gevent.signal_handler(signal.SIGHUP, on_hangup, gateway)
-    where = f"{settings.server.host}:{settings.server.port}"
+    raise_open_file_limit(settings)
     try:
         gateway.start()
     except OSError as error:
-        print(f"error: cannot listen on {error.filename or where}: {_why(error)}", file=sys.stderr)
-        return 1
-    provider, fallback = gateway.provider, settings.fallback
-    tell(
-        "Started",
-        version=bargein_version(),
-        host=settings.server.host,
-        port=gateway.server.port,
-        provider=provider.name,
-        model=provider.model,
-        is_demo=settings.provider is None,
-        fallback=fallback.name if fallback else None,
-        metrics=gateway.ops.url if gateway.ops else None,
-    )
-    host = settings.server.host
-    host = f"[{host}]" if ":" in host else host
-    demo = " (embedded demo provider)" if settings.provider is None else ""
-    say(f"bargein {bargein_version()}")
-    say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
-    say(f"provider {_shown(provider)}{demo}, model {provider.model}")
-    if gateway.ops is not None:
-        say(f"metrics on {gateway.ops.url}")
-    if fallback is not None:
-        say(f"fallback {_shown(fallback)}, model {fallback.model}")
-    if settings.credentials is not None:
-        keys, accounts = len(settings.credentials.api_keys), len(settings.credentials.accounts)
-        say(f"clients need one of the API keys ({keys}) or accounts ({accounts}) that are known")
-    # What stands now lives as long as the process: the collector need not look at it again and
-    # again while it holds everybody up. Requests leave no cycles behind, so it may come rarely.
-    gc.collect()
-    keep_in_state_dump()
-    gc.freeze()
-    gc.set_threshold(*_GC_THRESHOLDS)
-    notify("READY=1")
-    by = stop.get()
-    tell("Stopping", signal=by and by.name)
-    notify("STOPPING=1")
-    if by is not None:
+        where = error.filename or f"{settings.server.host}:{settings.server.port}"
+        return _cannot_listen(where, error)
+    # On a terminal that shows both, the log would only repeat the printed lines.
+    log = _log.debug if os.isatty(1) and os.isatty(2) else _log.info
+    log("Started", **_started_fields(gateway))
+    _print_banner(gateway)
+    _tune_garbage_collector()
+    notify_systemd("READY=1")
+
+    # Serving: everything happens in other greenlets.
+    stopped_by = stop.get()
+
+    # Shutdown: sessions finish or are told to go, then everything is closed.
+    log("Stopping", signal=stopped_by and stopped_by.name)
+    notify_systemd("STOPPING=1")
+    if stopped_by is not None:
         gateway.drain()
     gateway.stop()
-    code = 1 if by is None else 0
+    code = 1 if stopped_by is None else 0
     _log.info("Stopped", exit_code=code, **gateway.lifetime())
     return code
 
 
-def _why(error: OSError) -> str:
-    """What the system says, without the address, which gevent and Python put behind it."""
-    # The codes of getaddrinfo are none of the system's; on Linux they are negative.
-    code = 0 if isinstance(error, socket.gaierror) else error.errno or 0
-    if code > 0:
-        return os.strerror(code)
-    return (error.strerror or str(error)).partition(": (")[0].partition(" (while ")[0]
-
-
-def reload(gateway: Gateway, running: Config, given: ConfigSources) -> None:
-    """Let a gateway take up what was given now, as far as it can; the log says how that went.
+def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
+    """Run the demo provider alone until a signal stops it.
 
     Args:
-        gateway: one that runs, or nothing changes.
-        running: what was given when it started.
-        given: what is given now. Where that has faults, nothing changes.
+        host: address to listen on.
+        port: TCP port; 0 takes a free one.
+        tokens_per_second: pace of its answers.
+
+    Returns:
+        The exit code: 0 after a signal, 1 if it could not start.
     """
-    if not gateway.is_serving:
-        _log.error("Not reloaded", fault="the gateway is starting or stopping")
-        return
-    need_restart = given.need_restart(running)
-    try:
-        settings = Settings.of(given)
-        if "llm_url" not in need_restart:
-            gateway.reload(settings)
-    except SettingsError as error:
-        for fault in error.faults:
-            _log.error("Not reloaded", fault=fault)
-        return
-    except (OSError, ValueError) as error:  # a file that was right a moment ago
-        _log.error("Not reloaded", fault=f"a provider cannot be used ({type(error).__name__})")
-        return
-    credentials = settings.credentials
-    if credentials is not None and gateway.reload_credentials(credentials):
-        keys, accounts = len(credentials.api_keys), len(credentials.accounts)
-        _log.info("Credentials reloaded", api_keys=keys, accounts=accounts)
-    if need_restart:
-        reason = "a running gateway takes up only its providers, and what its auth_file says"
-        if "llm_url" in need_restart and settings.provider is None:
-            reason = "llm_url is gone, and the demo provider starts only with the process"
-        elif "llm_url" in need_restart:
-            reason = "llm_url is new, and the demo provider, now in use, ends only with the process"
-        _log.warning("Settings need a restart", settings=need_restart, reason=reason)
-    if "llm_url" not in need_restart:
-        provider, fallback = gateway.provider, settings.fallback
-        _log.info(
-            "Reloaded",
-            provider=provider.name,
-            model=provider.model,
-            fallback=fallback.name if fallback else None,
-        )
-
-
-def _allow_files(settings: Settings) -> None:
-    """Each connection is an open file, and what a shell allows (1024, often) is soon used up."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-
-    def count(limit: int) -> float:
-        return math.inf if limit == resource.RLIM_INFINITY else limit
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    connections, requests = settings.server.max_connections, settings.session.max_requests
-    has_limits = connections > 0 and requests > 0
-    # One for a request's connection; the demo provider has the other end of it.
-    per_request = 2 if settings.provider is None else 1
-    wanted = connections + requests * per_request + _MORE_FILES if has_limits else count(hard)
-    allowed = min(wanted, count(hard))
-    if allowed < wanted:
-        _log.warning("Open files are fewer than clients may be", limit=hard, wanted=wanted)
-    if allowed > count(soft):
-        try:
-            new = hard if allowed == count(hard) else int(allowed)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (new, hard))
-        except (OSError, ValueError) as error:  # macOS has one more limit, which it does not tell
-            _log.warning("Open files stay few", limit=soft, wanted=wanted, error=str(error))
-
-
-def _shown(provider: Provider) -> str:
-    return provider.base_url.partition("?")[0]  # some have the key in the query
-
-
-def notify(state: str) -> None:
-    """Tell systemd, where it is there (sd_notify(3))."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path or not hasattr(socket, "AF_UNIX"):
-        return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(_NOTIFY_SECONDS)  # its queue may be full, and it may read no more
-        sock.connect("\0" + path[1:] if path.startswith("@") else path)
-        sock.send(state.encode())
-
-
-def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
-    """Run the demo provider until it is told to stop; returns the exit code, as `serve` does."""
-    stop = _stopped_by_signals()
+    stop = _handle_stop_signals()
     try:
         with demo.DemoProvider(host, port, tokens_per_second) as provider:
             say(f"listening on {provider.base_url}")
             stop.get()
             return 0
     except OSError as error:
-        print(f"error: cannot listen on {host}:{port}: {_why(error)}", file=sys.stderr)
-        return 1
+        return _cannot_listen(f"{host}:{port}", error)
 
 
-def _stopped_by_signals() -> gevent.event.AsyncResult[signal.Signals | None]:
-    """What a first SIGINT or SIGTERM is set in; a second one ends the process."""
-    stop: gevent.event.AsyncResult[signal.Signals | None] = gevent.event.AsyncResult()
+def _handle_stop_signals() -> _StopSignal:
+    """Handle SIGINT and SIGTERM: the first one is returned, a second one ends the process."""
+    stop: _StopSignal = gevent.event.AsyncResult()
 
     def on_signal(number: int) -> None:
-        if stop.ready():  # at once, whatever is going on
+        if stop.ready():
             os._exit(128 + number)
-        by = signal.Signals(number)
-        stop.set(by)
-        say(f"stopping ({by.name}; once more stops at once)")
+        received = signal.Signals(number)
+        stop.set(received)
+        say(f"stopping ({received.name}; a second signal stops at once)")
 
     for name in ("SIGINT", "SIGTERM"):
-        if hasattr(signal, name):  # not every platform has every signal
+        if hasattr(signal, name):  # not on every platform
             number = getattr(signal, name)
             gevent.signal_handler(number, on_signal, number)
     return stop
 
 
+def _tune_garbage_collector() -> None:
+    """Spare the event loop collections: each one pauses everything.
+
+    All objects of the startup live as long as the process, so the collector need not visit them
+    again. Requests leave no reference cycles behind, so it need not run often.
+    """
+    gc.collect()
+    track_greenlets()
+    gc.freeze()
+    gc.set_threshold(*_GC_THRESHOLDS)
+
+
+# Reloading ---------------------------------------------------------------------------------------
+
+
+def reload(gateway: Gateway, running: Config, sources: ConfigSources) -> None:
+    """Apply new settings to a running gateway, as far as possible. The log has the result.
+
+    Args:
+        gateway: the gateway; nothing changes while it starts or stops.
+        running: the settings that it was started with.
+        sources: the settings now; if they have errors, nothing changes.
+    """
+    if not gateway.is_serving:
+        _log.error("Not reloaded", fault="the gateway is starting or stopping")
+        return
+    restart_keys = sources.restart_keys(running)
+    can_reload_providers = "llm_url" not in restart_keys
+    try:
+        settings = Settings.of(sources)
+        if can_reload_providers:
+            gateway.reload(settings)
+    except SettingsError as error:
+        for fault in error.faults:
+            _log.error("Not reloaded", fault=fault)
+        return
+    except (OSError, ValueError) as error:  # a file changed after the check
+        # The error's own text may contain a secret.
+        _log.error("Not reloaded", fault=f"a provider cannot be used ({type(error).__name__})")
+        return
+    credentials = settings.credentials
+    if credentials is not None and gateway.reload_credentials(credentials):
+        keys, accounts = len(credentials.api_keys), len(credentials.accounts)
+        _log.info("Credentials reloaded", api_keys=keys, accounts=accounts)
+    if restart_keys:
+        reason = "a reload applies only provider settings and the contents of auth_file"
+        if not can_reload_providers and settings.provider is None:
+            reason = "llm_url was removed: the demo provider starts only with the process"
+        elif not can_reload_providers:
+            reason = "llm_url was added: the demo provider, now in use, stops only with the process"
+        _log.warning("Settings need a restart", settings=restart_keys, reason=reason)
+    if can_reload_providers:
+        _log.info("Reloaded", **_provider_fields(gateway.provider, settings.fallback))
+
+
+# Log fields and printed lines --------------------------------------------------------------------
+
+
+def _started_fields(gateway: Gateway) -> dict[str, object]:
+    settings = gateway.settings
+    return {
+        "version": bargein_version(),
+        "host": settings.server.host,
+        "port": gateway.server.port,
+        "is_demo": settings.provider is None,
+        "metrics": gateway.ops.url if gateway.ops else None,
+        **_provider_fields(gateway.provider, settings.fallback),
+    }
+
+
+def _provider_fields(provider: Provider, fallback: Provider | None) -> dict[str, object]:
+    return {
+        "provider": provider.name,
+        "model": provider.model,
+        "fallback": fallback.name if fallback else None,
+    }
+
+
+def _print_banner(gateway: Gateway) -> None:
+    settings, provider = gateway.settings, gateway.provider
+    host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
+    demo_note = " (embedded demo provider)" if settings.provider is None else ""
+    say(f"bargein {bargein_version()}")
+    say(f"listening on ws://{host}:{gateway.server.port}/ws/agent/stream")
+    say(f"provider {_shown_url(provider)}{demo_note}, model {provider.model}")
+    if gateway.ops is not None:
+        say(f"metrics on {gateway.ops.url}")
+    if settings.fallback is not None:
+        say(f"fallback {_shown_url(settings.fallback)}, model {settings.fallback.model}")
+    if settings.credentials is not None:
+        keys, accounts = len(settings.credentials.api_keys), len(settings.credentials.accounts)
+        say(f"clients need one of the API keys ({keys}) or accounts ({accounts}) that are known")
+
+
+def _shown_url(provider: Provider) -> str:
+    return provider.base_url.partition("?")[0]  # some providers take the key in the query
+
+
+def _cannot_listen(where: str, error: OSError) -> int:
+    print(f"error: cannot listen on {where}: {_reason(error)}", file=sys.stderr)
+    return 1
+
+
+def _reason(error: OSError) -> str:
+    """The system's words for an error, without the address that gevent and Python add to them."""
+    # The codes of getaddrinfo are not errno's; on Linux they are negative.
+    code = 0 if isinstance(error, socket.gaierror) else error.errno or 0
+    if code > 0:
+        return os.strerror(code)
+    return (error.strerror or str(error)).partition(": (")[0].partition(" (while ")[0]
+
+
 def say(line: str) -> None:
-    """Print a line, if anybody still reads standard output."""
+    """Print a line; give up standard output if its reader is gone."""
     try:
         print(line, flush=True)
     except OSError:
@@ -238,6 +239,9 @@ def say(line: str) -> None:
 
 
 def leave_standard_output() -> None:
-    # What is left in its buffer would fail once more when the interpreter ends, with code 120.
+    """Redirect standard output to nowhere, after a write to it failed.
+
+    Otherwise Python writes its buffer again when it ends, fails again, and exits with code 120.
+    """
     with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())

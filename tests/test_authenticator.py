@@ -1,4 +1,4 @@
-"""Who registers is asked for credentials: over a real WebSocket, between fakes, after a SIGHUP."""
+"""Clients register with credentials: over a real WebSocket, between fakes, after a SIGHUP."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from actors.session.messages import ConnectionLost
 from actors.session.session import SessionActor
 from actors.words import ErrorCode
 from gateway.access import authenticator
-from gateway.access.authenticator import MOST_WAITING, Authenticator
+from gateway.access.authenticator import MAX_WAITING, Authenticator
 from gateway.access.credentials import Credentials, PasswordHash, hash_api_key
 from gateway.app import Gateway
 from gateway.wire.attachment import Applicant
@@ -457,14 +457,14 @@ def test_no_more_passwords_wait_than_may(native: NativeThread, checker: Authenti
     right = AccountAuth("alice", PASSWORD)
     first = ask(checker, right)
     native.wait_for(1)
-    gone = [ask(checker, right) for _ in range(MOST_WAITING - 1)]
+    gone = [ask(checker, right) for _ in range(MAX_WAITING - 1)]
     for given in gone:
         given.tell(ConnectionLost("gone"))
     last = ask(checker, right)
     refused = ask(checker, right)
     error = refused.outbox.wait_for("ERROR")
     assert (error["error_code"], error["retryable"]) == ("SERVER_BUSY", True)
-    assert "passwords wait" in error["error_detail"]
+    assert error["error_detail"].startswith("too many passwords are waiting to be checked")
     wait_until(lambda: refused.outbox.closed is not None, "it is closed")
     assert refused.outbox.closed == (1013, "registration refused")
     # A key is looked up all the same.
@@ -612,9 +612,9 @@ def test_a_faulty_file_changes_nothing_and_is_named(stand: Stand, broken: str) -
             good = f'new = "{hash_api_key(OTHER_KEY)}"'
             stand.auth_file.write_text(f'[api_keys]\n{good}\nbad = "{OTHER_KEY}"')
     words = {
-        "gone": "is no file",
-        "toml": "this is not TOML",
-        "empty": "nobody could register",
+        "gone": "is not a file",
+        "toml": "not valid TOML",
+        "empty": "no client could register",
         "half": "api_keys.bad is not a hash",
     }
     [line] = [line for line in stand.hang_up("Not reloaded") if line["component"] == "SYS"]
@@ -693,7 +693,7 @@ def test_faults_of_the_file_end_a_command_with_a_line_each(tmp_path: Path, comma
     assert KEY not in done.stderr
 
 
-def test_a_daemon_that_asks_for_credentials_may_listen_beyond_loopback_and_says_so(
+def test_a_daemon_with_an_auth_file_may_listen_beyond_loopback_and_says_so(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "auth.toml"

@@ -1,4 +1,4 @@
-"""Who may register: the file that says so, and what is found in it."""
+"""Who may register: the file of credentials, API keys, passwords and their hashes."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def test_a_key_that_could_be_guessed_is_refused() -> None:
 
 @pytest.mark.parametrize("char", [" ", "\t", "\x00", "\x7f", "é", "键"])
 def test_a_key_is_of_characters_that_keys_have(char: str) -> None:
-    with pytest.raises(ValueError, match="characters that no key has") as caught:
+    with pytest.raises(
+        ValueError, match="may contain only visible ASCII characters, and no spaces"
+    ) as caught:
         check_api_key(KEY + char)
     assert KEY not in str(caught.value)
 
@@ -145,7 +147,7 @@ def test_an_unknown_account_costs_the_same_each_time(scrypts: list[dict[str, Any
     assert len({cost["p"] for cost in scrypts}) == 1
 
 
-def test_nobody_gets_in_by_the_hash_that_an_unknown_account_is_compared_with() -> None:
+def test_an_unknown_account_never_matches_the_hash_it_is_compared_with() -> None:
     # It is alice's, and this is her password.
     assert not Credentials(accounts={"alice": HASH}).is_password("mallory", PASSWORD)
 
@@ -240,8 +242,8 @@ def test_a_hash_cannot_be_one_that_is_guessed_quickly(cost: tuple[int, int, int]
         f"{'0' * 33}:{HASH.digest.hex()}",
     ],
 )
-def test_a_hash_that_was_cut_is_none(end: str) -> None:
-    with pytest.raises(ValueError, match="was cut"):
+def test_an_incomplete_hash_is_refused(end: str) -> None:
+    with pytest.raises(ValueError, match="is an incomplete hash, or has extra characters"):
         PasswordHash.parse(f"scrypt:16384:8:1:{end}")
 
 
@@ -261,32 +263,59 @@ def faults_of(text: str) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", "nobody could register"),
-        ("[api_keys]\n[accounts]", "nobody could register"),
-        ("[api_keys", "this is not TOML: "),
-        ("[api_keys]\nkiosk = sha256:00", "this is not TOML: "),
-        (f"{GOOD}[acounts]", "there is no acounts in such a file, only [api_keys] and [accounts]"),
-        (f"{'k' * 200} = 1\n{GOOD}", "there is no such long name in such a file"),
-        (f'kiosk = "{hash_api_key(KEY)}"', "there is no kiosk in such a file"),
-        ("api_keys = 'sha256:00'", "api_keys is not a table: it begins with a line [api_keys]"),
-        (f"[api_keys]\nkiosk = '{KEY}'", "api_keys.kiosk is not a hash as run.py hash-secret --"),
+        ("", "no client could register: the file has no API key and no account"),
+        (
+            "[api_keys]\n[accounts]",
+            "no client could register: the file has no API key and no account",
+        ),
+        ("[api_keys", "not valid TOML: "),
+        ("[api_keys]\nkiosk = sha256:00", "not valid TOML: "),
+        (
+            f"{GOOD}[acounts]",
+            "unknown entry acounts: only the tables [api_keys] and [accounts] are",
+        ),
+        (f"{'k' * 200} = 1\n{GOOD}", "unknown entry (too long to show): only the tables"),
+        (f'kiosk = "{hash_api_key(KEY)}"', "unknown entry kiosk: only the tables"),
+        ("api_keys = 'sha256:00'", "api_keys is not a table: start it with the line [api_keys]"),
+        (
+            f"[api_keys]\nkiosk = '{KEY}'",
+            "api_keys.kiosk is not a hash made by hash-secret --api-key (sha256:…)",
+        ),
         (f"[api_keys]\nkiosk = '{hash_api_key(KEY)}0'", "api_keys.kiosk is not a hash"),
         (f"[api_keys]\nkiosk = ' {hash_api_key(KEY)}'", "api_keys.kiosk is not a hash"),
-        (f"[api_keys]\nkiosk = '{HASH}'", "api_keys.kiosk is the hash of a password"),
-        ("[api_keys]\nkiosk = 5", "api_keys.kiosk is not a hash, which is a text in quotes"),
-        ("[api_keys]\nkiosk.one = ''", "api_keys.kiosk is a table: has a name a dot"),
-        ("[api_keys]\n'' = ''", "api_keys: the name of number 1 has not 1 to 32 characters"),
-        (f"[api_keys]\n{KEY + KEY} = 'kiosk'", "api_keys: the name of number 1 has not 1 to 32"),
-        ('[api_keys]\n"a\\nb" = "x"', "api_keys: 'a\\nb' has characters that no name has"),
-        ('[api_keys]\n"a " = "x"', "api_keys: 'a ' has characters that no name has"),
+        (
+            f"[api_keys]\nkiosk = '{HASH}'",
+            "api_keys.kiosk is the hash of a password: move it to [accounts]",
+        ),
+        ("[api_keys]\nkiosk = 5", "api_keys.kiosk is not a hash: write it as a string in quotes"),
+        (
+            "[api_keys]\nkiosk.one = ''",
+            "api_keys.kiosk is a table: put a name with a dot in quotes",
+        ),
+        ("[api_keys]\n'' = ''", "api_keys: the name of entry 1 must have 1 to 32 characters"),
+        (f"[api_keys]\n{KEY + KEY} = 'kiosk'", "api_keys: the name of entry 1 must have 1 to 32"),
+        (
+            '[api_keys]\n"a\\nb" = "x"',
+            "api_keys: 'a\\nb' must be printable, without spaces at its ends",
+        ),
+        (
+            '[api_keys]\n"a " = "x"',
+            "api_keys: 'a ' must be printable, without spaces at its ends",
+        ),
         (
             f"{GOOD}[api_keys.more]",
             "api_keys.more is a table",
         ),
-        (f"[accounts]\nalice = '{PASSWORD}'", "accounts.alice is not a hash as run.py hash-secret"),
-        (f"[accounts]\nalice = '{hash_api_key(KEY)}'", "accounts.alice is the hash of an API key"),
-        (f"[accounts]\n'a b' = '{HASH}0'", "accounts.'a b' is a hash that was cut"),
-        (f"[accounts]\n{'a' * 129} = '{HASH}'", "accounts: the name of number 1 has not 1 to 128"),
+        (
+            f"[accounts]\nalice = '{PASSWORD}'",
+            "accounts.alice is not a hash made by hash-secret (scrypt:…)",
+        ),
+        (
+            f"[accounts]\nalice = '{hash_api_key(KEY)}'",
+            "accounts.alice is the hash of an API key: move it to [api_keys]",
+        ),
+        (f"[accounts]\n'a b' = '{HASH}0'", "accounts.'a b' is an incomplete hash"),
+        (f"[accounts]\n{'a' * 129} = '{HASH}'", "accounts: the name of entry 1 must have 1 to 128"),
         (f"[accounts]\na = '{costing(2**30, 8, 1)}'", "accounts.a has a cost that is too high"),
         (
             GOOD.replace("[accounts]", f'second = "{hash_api_key(KEY)}"\n[accounts]'),
@@ -301,12 +330,12 @@ def test_a_fault_of_the_file_is_one_line_that_names_its_place(text: str, fault: 
 
 def test_all_faults_of_a_file_are_named() -> None:
     lines = faults_of(f"x = 1\n[api_keys]\na = 1\nb = 'b'\n[accounts]\nc = '{PASSWORD}'")
-    beginnings = ["there is no x in", "api_keys.a is", "api_keys.b is", "accounts.c is"]
+    beginnings = ["unknown entry x: only", "api_keys.a is", "api_keys.b is", "accounts.c is"]
     assert len(lines) == len(beginnings)
     assert all(line.startswith(begin) for line, begin in zip(lines, beginnings, strict=True))
 
 
-def test_two_accounts_may_have_one_password_since_nobody_can_see_it() -> None:
+def test_two_accounts_may_have_the_same_password() -> None:
     assert set(parse(f"[accounts]\na = '{HASH}'\nb = '{HASH}'").accounts) == {"a", "b"}
 
 
@@ -355,8 +384,8 @@ def test_with_such_a_file_it_may_listen_beyond_loopback(auth_file: Path) -> None
 
 def test_without_one_it_needs_either_to_listen_beyond_loopback() -> None:
     assert setting_faults(host="0.0.0.0") == [
-        "--host 0.0.0.0 needs --auth-file, or --insecure-no-auth: it is not loopback, and anybody "
-        "who can reach it could spend your key"
+        "--host 0.0.0.0 needs --auth-file or --insecure-no-auth: it is not a loopback address, and "
+        "anyone who can reach it could use your API key"
     ]
     assert of(host="0.0.0.0", insecure_no_auth=True).credentials is None
 
@@ -364,8 +393,8 @@ def test_without_one_it_needs_either_to_listen_beyond_loopback() -> None:
 def test_it_is_not_both_open_and_closed(auth_file: Path) -> None:
     (line,) = setting_faults(auth_file=str(auth_file), insecure_no_auth=True)
     assert line == (
-        "--insecure-no-auth lets anybody in, and --auth-file only those that it names: take one of "
-        "them away"
+        "--insecure-no-auth accepts every client, --auth-file only those in the file: remove one "
+        "of them"
     )
 
 
@@ -374,14 +403,14 @@ def test_each_fault_of_the_file_is_a_fault_of_the_settings_and_names_the_file(
 ) -> None:
     auth_file.write_text("[api_keys]\na = 1\nb = 2\n")
     lines = setting_faults(auth_file=str(auth_file), host="0.0.0.0", llm_total_timeout="-1")
-    assert len(lines) == 3  # and that of the host is none, who wanted a file
+    assert len(lines) == 3  # the host is no error: an auth file was given
     assert [line.partition(" is ")[0] for line in lines[1:]] == [
         f"{auth_file}: api_keys.a",
         f"{auth_file}: api_keys.b",
     ]
 
 
-def test_a_file_from_windows_may_begin_with_its_mark(auth_file: Path) -> None:
+def test_a_file_may_begin_with_a_byte_order_mark(auth_file: Path) -> None:
     auth_file.write_text(GOOD, encoding="utf-8-sig")
     assert of(auth_file=str(auth_file)).credentials == parse(GOOD)
 
@@ -389,9 +418,9 @@ def test_a_file_from_windows_may_begin_with_its_mark(auth_file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "is no file"),
+        (None, "is not a file"),
         (b"\xff", "is not UTF-8 (byte 0)"),
-        (b"#" * (1024 * 1024 + 1), "is over 1048576 bytes long"),
+        (b"#" * (1024 * 1024 + 1), "is larger than 1048576 bytes"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_fault(
@@ -405,10 +434,10 @@ def test_a_file_that_cannot_be_read_is_one_fault(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no named pipes here")
-def test_a_pipe_that_nobody_writes_to_keeps_nobody_waiting(tmp_path: Path) -> None:
+def test_a_named_pipe_is_refused_and_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (line,) = setting_faults(auth_file=str(tmp_path / "pipe"))
-    assert line.endswith("is no file")
+    assert line.endswith("is not a file")
 
 
 def test_one_that_may_not_be_read_is_a_fault(

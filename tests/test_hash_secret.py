@@ -1,4 +1,4 @@
-"""`run.py hash-secret`, as a process: with a pipe, and at a terminal."""
+"""The command `hash-secret` as a process: with a pipe, and at a terminal."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_spaces_are_a_part_of_a_password() -> None:
     assert PasswordHash.parse(line).matches(f" {PASSWORD} ")
 
 
-def test_a_key_that_there_is_already_becomes_a_line_for_the_file() -> None:
+def test_an_existing_key_becomes_a_line_for_the_file() -> None:
     done = piped(KEY + "\n", "--api-key")
     assert (done.returncode, done.stdout.decode(), done.stderr) == (
         0,
@@ -87,18 +87,18 @@ def test_a_new_key_is_printed_once_and_then_its_hash() -> None:
 @pytest.mark.parametrize(
     ("given", "arguments", "words"),
     [
-        ("", [], "nothing was given"),
-        ("\n", [], "nothing was given"),
-        ("", ["--api-key"], "nothing was given"),
+        ("", [], "no secret was given"),
+        ("\n", [], "no secret was given"),
+        ("", ["--api-key"], "no secret was given"),
         ("short\n", [], "8 to 1024 characters"),
         ("with a\ttab in it\n", [], "control characters"),
         (b"\xff\xfe\xfd\xfc\xfb\xfa\xf9\xf8\n", [], "standard input is not UTF-8"),
         (KEY[:19] + "\n", ["--api-key"], "shorter than 20 characters"),
-        (KEY + " \n", ["--api-key"], "characters that no key has"),
+        (KEY + " \n", ["--api-key"], "only visible ASCII characters"),
         ("x" * 100_000, [], "8 to 1024 characters"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_a_line(
+def test_an_unusable_secret_is_refused_in_one_line(
     given: str | bytes, arguments: list[str], words: str
 ) -> None:
     assert words in refusal(piped(given, *arguments))
@@ -165,7 +165,7 @@ run in the background of a shell, which has it ignored."""
 
 
 class Terminal:
-    """The command at a terminal, and somebody who types."""
+    """The command at a terminal, and the keyboard."""
 
     def __init__(self, *arguments: str, prints_here: bool = False) -> None:
         self._typist, terminal = os.openpty()
@@ -205,7 +205,7 @@ class Terminal:
         os.close(self._typist)
 
     def _read(self, seconds: float) -> bool:
-        """Read once; False when nothing came in this time, or nobody has it open any more."""
+        """Read once; False if nothing came in this time, or the terminal is closed."""
         if not select.select([self._typist], [], [], seconds)[0]:
             return False
         try:
@@ -252,14 +252,14 @@ def test_a_key_is_asked_for_likewise(at_terminal: Any) -> None:
     assert KEY not in terminal.shown
 
 
-def test_what_was_not_typed_the_same_twice_is_refused(at_terminal: Any) -> None:
+def test_two_different_entries_are_refused(at_terminal: Any) -> None:
     terminal = at_terminal()
     terminal.wait_for("Password: ")
     terminal.type(PASSWORD + "\n")
     terminal.wait_for("once more: ")
     terminal.type(PASSWORD + "!\n")
     assert terminal.end() == (2, [])
-    assert terminal.shown.splitlines()[-1] == "error: that was not the same twice"
+    assert terminal.shown.splitlines()[-1] == "error: the two entries do not match"
 
 
 def test_people_are_told_where_a_hash_belongs(at_terminal: Any) -> None:
@@ -274,13 +274,13 @@ def test_people_are_told_where_a_hash_belongs(at_terminal: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "code", "words"),
     [
-        ("\n", 2, "error: nothing was given: it is asked for, or read from standard input"),
-        ("\x04", 2, "error: nothing was given"),
+        ("\n", 2, "error: no secret was given: type it, or pass it on standard input"),
+        ("\x04", 2, "error: no secret was given"),
         ("\x03", 130, "error: interrupted"),
     ],
     ids=["nothing", "end", "interrupt"],
 )
-def test_who_does_not_want_to_say_it_gets_a_line(
+def test_entering_nothing_or_leaving_is_one_line(
     at_terminal: Any, keys: str, code: int, words: str
 ) -> None:
     terminal = at_terminal()

@@ -1,4 +1,4 @@
-"""The operator's port, the loop's lag, and that neither is in anybody's way."""
+"""The operator's port and the meter of the loop's lag, and that neither delays other work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;
 
 
 class Ops:
-    """An ops server on a free port, and what it is told."""
+    """An ops server on a free port, with a health that the test sets."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -100,14 +100,14 @@ def test_asked_for_openmetrics_it_has_exemplars_and_one_end(served: Ops) -> None
 
 
 @pytest.mark.parametrize("headers", [{}, OPENMETRICS])
-def test_zipped_it_is_the_same(served: Ops, headers: dict[str, str]) -> None:
+def test_gzipped_it_is_the_same(served: Ops, headers: dict[str, str]) -> None:
     _, plain = served.ask("/metrics", headers=headers)
     response, body = served.ask("/metrics", headers={**headers, "Accept-Encoding": "gzip"})
     assert response.headers["Content-Encoding"] == "gzip"
     assert gzip.decompress(body) == plain
 
 
-def test_it_says_where_it_is(served: Ops) -> None:
+def test_it_knows_its_url(served: Ops) -> None:
     assert served.server.url == f"http://127.0.0.1:{served.port}/metrics"
     on_ipv6 = OpsServer("::1", 0, served.registry, dict, lambda: None)
     on_ipv6.start()
@@ -141,7 +141,7 @@ class _Slow(Collector):
         yield GaugeMetricFamily(self._name, "-", value=1)
 
 
-def test_what_comes_in_while_it_is_scraped_need_not_wait_for_the_end(served: Ops) -> None:
+def test_other_sockets_are_served_during_a_scrape(served: Ops) -> None:
     ours, theirs = gevent.socket.socketpair()
     was_read, read_in_time = gevent.event.Event(), []
 
@@ -204,7 +204,7 @@ def test_anything_else_is_refused(served: Ops, method: str, path: str, status: i
     assert served.ask(path, method=method)[0].status == status
 
 
-def test_what_fails_is_told_and_the_next_answer_comes(
+def test_a_failure_is_a_500_and_the_next_request_is_answered(
     served: Ops, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> dict[str, object]:
@@ -220,13 +220,13 @@ def test_what_fails_is_told_and_the_next_answer_comes(
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: "])
-def test_who_says_nothing_for_long_is_dropped(
+def test_a_connection_without_a_request_is_dropped(
     served: Ops,
     said: bytes,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.02)
+    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.02)
     with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as sock:
         sock.sendall(said)
         while sock.recv(4096):
@@ -235,13 +235,13 @@ def test_who_says_nothing_for_long_is_dropped(
     assert served.ask("/livez")[0].status == 200
 
 
-def test_a_scraper_may_be_silent_for_longer(served: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.2)
+def test_a_scraper_may_be_idle_for_longer(served: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.2)
     connection = HTTPConnection("127.0.0.1", served.port, timeout=LIMIT)
     connection.request("GET", "/metrics")
     connection.getresponse().read()
     local = connection.sock.getsockname()
-    # Whoever comes later and asks nothing is let go: so long was the scraper silent.
+    # A connection that comes later and asks nothing is dropped: the scraper was idle for longer.
     with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as unasked:
         assert unasked.recv(1) == b""
     connection.request("GET", "/metrics")
@@ -259,10 +259,10 @@ def test_only_scrapers_keep_their_connections(served: Ops, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", [None, "/livez", "/metrics"])
-def test_idle_connections_do_not_hold_the_port_shut(
+def test_idle_connections_do_not_block_the_port(
     served: Ops, path: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_UNASKED_SECONDS", 0.3)
+    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.3)
     with contextlib.ExitStack() as idle:
         for _ in range(ops._MAX_CONNECTIONS):
             sock = socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT)
@@ -279,11 +279,11 @@ def test_a_port_that_is_taken_is_an_error(served: Ops) -> None:
     second = OpsServer("127.0.0.1", served.port, served.registry, dict, lambda: None)
     with pytest.raises(OSError, match="in use"):
         second.start()
-    second.stop()  # which whoever starts it does, whatever came of it
+    second.stop()  # must not raise after a failed start
     assert served.ask("/livez")[0].status == 200
 
 
-def test_when_it_has_stopped_nobody_answers(served: Ops) -> None:
+def test_after_a_stop_connections_are_refused(served: Ops) -> None:
     served.server.stop()
     with pytest.raises(ConnectionRefusedError):
         served.ask("/livez")
@@ -349,7 +349,7 @@ def test_a_stalled_loop_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     gevent.sleep(0)
     until = time.monotonic() + 0.2
     while time.monotonic() < until:
-        pass  # nobody else gets a turn
+        pass  # no other greenlet can run
     wait_until(lambda: _at_least(metrics, 0.1), "the stall is in the histogram")
     meter.stop()
 

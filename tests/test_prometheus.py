@@ -1,4 +1,4 @@
-"""A real Prometheus server scrapes daemons that are talked to, and is asked what it saw."""
+"""A real Prometheus server scrapes daemons with live clients; the tests query what it stored."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ POLL_SECONDS = 0.1
 CLIENTS, INTERRUPTS = 6, 10
 
 SLACK_SECONDS = 0.025
-"""Between what a process does and its look at the clock it may lose the core: the client can have
-the ack before the gateway knows that it was sent."""
+"""A process may lose the core before it reads the clock: the client can have the ack before the
+gateway knows that it was sent."""
 
 _T = TypeVar("_T")
 
@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 class Prometheus:
-    """A running server. Its configuration is ours, but for where to look, and how often."""
+    """A running server with our configuration, except for targets and intervals."""
 
     def __init__(self, folder: Path, targets: Sequence[str]) -> None:
         self._port = free_port()
@@ -89,7 +89,7 @@ class Prometheus:
         return answer["data"]
 
     def query(self, expression: str) -> list[tuple[dict[str, str], float]]:
-        """Every series of a query's result, its labels and value."""
+        """Every series of a query's result: labels and value."""
         data = self.get("query", query=expression)
         assert data["resultType"] == "vector"
         return [(one["metric"], float(one["value"][1])) for one in data["result"]]
@@ -101,7 +101,7 @@ class Prometheus:
         return found[0][1] if found else float("nan")
 
     def wait(self, look: Callable[[], _T | None], what: str) -> _T:
-        """Look until there is something to see: news come with the next scrape."""
+        """Poll until `look` returns something: data arrive with the next scrape."""
         deadline = time.monotonic() + LIMIT
         while True:
             with contextlib.suppress(ConnectionRefusedError, json.JSONDecodeError):  # it starts

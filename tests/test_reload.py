@@ -1,4 +1,4 @@
-"""SIGHUP: the keys, the certificates and all else of the providers, taken up while requests run."""
+"""SIGHUP: new keys, certificates and provider settings apply while requests run."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_the_model_and_a_fallback_come_along(stand: Stand) -> None:
 
 
 @pytest.mark.parametrize("broken", ["key", "key_gone", "toml", "setting", "certificates"])
-def test_what_is_broken_changes_nothing_and_is_named(stand: Stand, broken: str) -> None:
+def test_an_error_changes_nothing_and_is_named(stand: Stand, broken: str) -> None:
     match broken:
         case "key":
             stand.key_file.write_text(f"{NEW} {NEW}")
@@ -180,10 +180,10 @@ def test_what_is_broken_changes_nothing_and_is_named(stand: Stand, broken: str) 
     assert {line["level"] for line in lines} == {"error"}
     assert len(lines) == (2 if broken == "setting" else 1)
     words = {
-        "key": "characters that no key has",
+        "key": "characters that no API key has",
         "key_gone": "is not the path of a file",
-        "toml": "is not TOML",
-        "setting": "is it llm_model?",
+        "toml": "is not valid TOML",
+        "setting": "did you mean llm_model?",
         "certificates": "holds no certificates",
     }
     assert words[broken] in lines[0]["fault"]
@@ -199,7 +199,7 @@ def test_what_is_broken_changes_nothing_and_is_named(stand: Stand, broken: str) 
     assert stand.complete() == NEW
 
 
-def test_what_needs_a_restart_is_named_and_the_rest_is_taken_up(stand: Stand) -> None:
+def test_settings_that_need_a_restart_are_named_and_the_rest_applies(stand: Stand) -> None:
     stand.key_file.write_text(NEW)
     stand.write(session_timeout=60, llm_breaker_failures=7)
     for _ in range(2):  # it needs one as long as there was none
@@ -207,7 +207,7 @@ def test_what_needs_a_restart_is_named_and_the_rest_is_taken_up(stand: Stand) ->
         assert restart["event"] == "Settings need a restart"
         assert restart["level"] == "warning"
         assert restart["settings"] == ["llm_breaker_failures", "session_timeout"]
-        words = "a running gateway takes up only its providers, and what its auth_file says"
+        words = "a reload applies only provider settings and the contents of auth_file"
         assert restart["reason"] == words
         assert reloaded["event"] == "Reloaded"
     assert stand.complete() == NEW
@@ -218,7 +218,7 @@ def test_what_needs_a_restart_is_named_and_the_rest_is_taken_up(stand: Stand) ->
 
 def test_certificates_are_replaced(tmp_path: Path, provider: ProviderProcess) -> None:
     ca_file = tmp_path / "ca.pem"
-    trustme.CA().cert_pem.write_to_path(str(ca_file))  # somebody else's
+    trustme.CA().cert_pem.write_to_path(str(ca_file))  # another authority
     script = provider.fresh(scripts.answer(["Hello"]))
     arguments = ["--llm-url", provider.tls_base_url, "--llm-model", "m", "--llm-retries", "0"]
     with (
@@ -255,7 +255,7 @@ def test_certificates_are_read_once_until_they_are_replaced(
         assert read == [str(ca_file)] * times
 
 
-def test_the_demo_provider_takes_another_role_but_no_other_takes_its_place(
+def test_the_demo_provider_changes_its_scenario_but_cannot_be_replaced(
     tmp_path: Path, provider: ProviderProcess
 ) -> None:
     config = tmp_path / "bargein.toml"
@@ -276,21 +276,21 @@ def test_the_demo_provider_takes_another_role_but_no_other_takes_its_place(
             wait_until(lambda: "need a restart" in daemon.log, "it says that it cannot")
             line = json.loads(daemon.log.splitlines()[-1])
             assert line["settings"] == ["llm_url", "llm_model"]
-            assert line["reason"].startswith("llm_url is new, and the demo provider")
+            assert line["reason"].startswith("llm_url was added: the demo provider")
             answer = client.request("Still here")
             client.wait_terminal(answer)
             assert "Still here" in client.text_of(answer)
         assert daemon.log.count("Reloaded") == 1
 
 
-def test_nor_does_it_take_the_place_of_another(stand: Stand) -> None:
+def test_the_demo_provider_cannot_replace_another(stand: Stand) -> None:
     stand.key_file.write_text(NEW)
     stand.settings = {}
     stand.write()
     [line] = stand.hang_up()
     assert line["event"] == "Settings need a restart"
     assert "llm_url" in line["settings"]
-    assert line["reason"].startswith("llm_url is gone, and the demo provider")
+    assert line["reason"].startswith("llm_url was removed: the demo provider")
     assert stand.complete() == OLD
 
 
@@ -304,7 +304,7 @@ def test_while_it_drains_it_reloads_nothing(stand: Stand) -> None:
     assert "stopping" in line["fault"]
 
 
-def test_what_breaks_at_the_last_moment_is_logged_and_changes_nothing(
+def test_an_error_after_the_check_is_logged_and_changes_nothing(
     gateway: Gateway, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -462,7 +462,7 @@ def test_nothing_is_left_of_the_old_ones(provider: ProviderProcess) -> None:
 
 
 @pytest.mark.parametrize("which", ["first", "fallback"])
-def test_one_that_cannot_be_used_changes_nothing(
+def test_a_provider_that_cannot_be_used_changes_nothing(
     provider: ProviderProcess, which: str, tmp_path: Path
 ) -> None:
     old = Old(provider)

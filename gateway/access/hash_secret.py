@@ -1,5 +1,7 @@
-"""`run.py hash-secret`: makes the hashes for a file of credentials, without any secret in a command
-line, where everybody could read it."""
+"""The command `hash-secret`: makes the hashes for the `--auth-file`.
+
+A secret is never an argument: other users of the machine can read command lines.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +18,40 @@ from gateway.access.credentials import (
     new_api_key,
 )
 
-_MOST_LINE_BYTES = 64 * 1024
+_MAX_LINE_BYTES = 64 * 1024
 
 
-class _NotGivenError(Exception):
-    """There is no secret; the message says why."""
+class _NoSecretError(Exception):
+    """No secret was given, or it cannot be read; the message says why."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the flags of this command."""
+    """Add the flags of this command to its parser."""
     parser.description = (
-        "Prints the hash of a password, for [accounts] in the file of --auth-file. It is asked for "
-        "twice at a terminal, and else is the first line of standard input."
+        "Print the hash of a password, for [accounts] in the file of --auth-file. At a terminal "
+        "you type the password twice; otherwise it is the first line of standard input."
     )
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--api-key",
         action="store_true",
-        help="hash an API key that there is already, for [api_keys]",
+        help="hash an existing API key instead, for [api_keys]",
     )
     kind.add_argument(
         "--new-api-key",
         action="store_true",
-        help="make an API key that nobody can guess, and print it, this once, and then its hash",
+        help="make a random API key; print the key, which is stored nowhere, and then its hash",
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit code: 0, 2 for a secret that cannot be used, 130 for
-    Ctrl-C. A hash is on standard output, everything else on standard error.
+    """Run the command. Keys and hashes go to standard output, all other text to standard error.
+
+    Returns:
+        The exit code: 0, 2 for a secret that cannot be used, 130 for Ctrl-C.
 
     Raises:
-        OSError: the secret cannot be read, or what is to be printed written.
+        OSError: reading the secret or printing failed.
     """
     try:
         if args.new_api_key:
@@ -66,51 +70,51 @@ def main(args: argparse.Namespace) -> int:
             print(PasswordHash.of(password), flush=True)
             _advise("This hash is for", "accounts")
     except KeyboardInterrupt:
-        return _refuse("interrupted", 130)
-    except (_NotGivenError, ValueError) as error:
-        return _refuse(str(error), 2)
+        return _fail("interrupted", 130)
+    except (_NoSecretError, ValueError) as error:
+        return _fail(str(error), 2)
     return 0
 
 
 def _read(what: str) -> str:
-    """The secret that is given, in whichever way.
+    """Read the secret: typed twice at a terminal, or else one line of standard input.
 
     Raises:
-        _NotGivenError: none is.
-        OSError: it cannot be read.
+        _NoSecretError: there is none, or it cannot be used.
+        OSError: reading failed.
     """
     if not sys.stdin.isatty():
-        line = sys.stdin.buffer.readline(_MOST_LINE_BYTES)
+        line = sys.stdin.buffer.readline(_MAX_LINE_BYTES)
         try:
             secret = line.decode().removesuffix("\n").removesuffix("\r")
         except UnicodeDecodeError:
-            raise _NotGivenError("standard input is not UTF-8") from None
+            raise _NoSecretError("standard input is not UTF-8") from None
     else:
         secret = _ask(f"{what}: ")
         if secret and _ask(f"{what}, once more: ") != secret:
-            raise _NotGivenError("that was not the same twice")
+            raise _NoSecretError("the two entries do not match")
     if not secret:
-        raise _NotGivenError("nothing was given: it is asked for, or read from standard input")
+        raise _NoSecretError("no secret was given: type it, or pass it on standard input")
     return secret
 
 
 def _ask(prompt: str) -> str:
     with warnings.catch_warnings():
-        # It would rather show what is typed than not ask.
+        # getpass falls back to showing what is typed, with a warning: make that an error.
         warnings.simplefilter("error", getpass.GetPassWarning)
         try:
             secret = getpass.getpass(prompt)
             secret.encode()
         except KeyboardInterrupt:
-            print(file=sys.stderr)  # the line of the prompt ends here
+            print(file=sys.stderr)  # ends the line of the prompt
             raise
         except EOFError:
             print(file=sys.stderr)
-            raise _NotGivenError("nothing was given") from None
-        except UnicodeEncodeError:  # its bytes were no text
-            raise _NotGivenError("what was typed is not UTF-8") from None
+            raise _NoSecretError("no secret was given") from None
+        except UnicodeEncodeError:  # surrogates stand for bytes that are not UTF-8
+            raise _NoSecretError("the typed text is not UTF-8") from None
         except getpass.GetPassWarning:
-            raise _NotGivenError("this terminal would show what is typed") from None
+            raise _NoSecretError("this terminal cannot hide what is typed") from None
     return secret
 
 
@@ -119,6 +123,6 @@ def _advise(words: str, table: str) -> None:
         print(f'{words} the file of --auth-file: name = "…" below [{table}]', file=sys.stderr)
 
 
-def _refuse(words: str, code: int) -> int:
-    print(f"error: {words}", file=sys.stderr)
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
     return code

@@ -1,7 +1,7 @@
-"""The operator's port: what Prometheus scrapes, and whether the gateway lives and is ready.
+"""The operator's port: metrics for Prometheus, and health checks.
 
-Everything here gives way to the gateway's own work: a page of metrics takes 2 ms to write, so it is
-written in slices, a family of metrics at a time.
+A page of metrics takes 2 ms to write. It is written in slices, one metric family at a time, so that
+an interrupt never waits for a whole scrape.
 """
 
 from __future__ import annotations
@@ -10,49 +10,52 @@ import logging
 import socket
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
 from typing import Any
 
 import gevent.pool
 import gevent.pywsgi
-import msgspec
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 from prometheus_client.registry import Collector
 
 from actors.loop.slices import in_slices
+from gateway.server.health import PLAIN_TEXT, health_answer
 from gateway.server.listening import Listening
 from metrics.logs import get_logger
 
 _MAX_CONNECTIONS = 64
-"""A scraper or two, and health checks. More are left to the kernel's queue."""
+"""Enough for a few scrapers and health checks. More wait in the kernel's queue."""
 
-_UNASKED_SECONDS = 5.0
-"""How long a connection may say nothing that has not asked for metrics yet."""
+_FIRST_REQUEST_SECONDS = 5.0
+"""Drop a connection that has sent no request within this time."""
 
-_SILENCE_SECONDS = 120.0
-"""How long one may that has. Prometheus keeps its own open between two scrapes, which are a minute
-apart by default; no others are kept, and these only while half of the places are free."""
+_KEEP_ALIVE_SECONDS = 120.0
+"""Drop a scraper's connection that is idle for this long. Prometheus scrapes once a minute by
+default and keeps its connection open in between."""
 
 _STOP_SECONDS = 0.1
-"""A page takes some milliseconds; connections that are kept have nothing to wait for."""
+"""Time for a page in progress when the server stops: a page takes some milliseconds."""
 
 _END_OF_OPENMETRICS = b"# EOF\n"
-_TEXT = "text/plain; charset=utf-8"
 
 _log = get_logger("SYS")
 
 _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
+_Response = tuple[HTTPStatus, list[tuple[str, str]], bytes]
+"""Status, headers, body."""
+
 
 class OpsServer:
-    """`/metrics`, `/health`, `/livez` and `/readyz`, on a port that is not for the public.
+    """Serves `/metrics`, `/health`, `/livez` and `/readyz`, on a port that is not public.
 
     Args:
         host: address to listen on.
         port: TCP port; 0 takes a free one.
-        registry: whose metrics are shown. Collectors may wait: they run in the scrape's greenlet.
-        health: the fields of `/health`.
-        unready: why no new clients may come; None when they may.
+        registry: the metrics to show. A collector may block: it runs in the scrape's greenlet.
+        health: returns the fields of `/health`.
+        unready: returns why new clients should go elsewhere, or None.
     """
 
     def __init__(
@@ -67,14 +70,14 @@ class OpsServer:
         self._registry = registry
         self._health = health
         self._unready = unready
-        self._places = gevent.pool.Pool(_MAX_CONNECTIONS)
+        self._connections = gevent.pool.Pool(_MAX_CONNECTIONS)
         self._server = _Server(
             (host, port),
             self._answer,
             log=None,
             error_log=logging.getLogger(__name__),
             handler_class=_Handler,
-            spawn=self._places,
+            spawn=self._connections,
         )
 
     @property
@@ -86,68 +89,65 @@ class OpsServer:
 
     @property
     def url(self) -> str:
-        """Where Prometheus finds the metrics."""
+        """The URL of the metrics."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self.port}/metrics"
 
     def start(self) -> None:
-        """Listen.
+        """Start listening.
 
         Raises:
-            OSError: the address cannot be had.
+            OSError: the address is not available.
         """
         self._server.start()
 
     def stop(self) -> None:
-        """Stop listening, and end what is being answered."""
+        """Stop listening, and close what is still open."""
         self._server.stop(timeout=_STOP_SECONDS)
 
     def _answer(self, environ: dict[str, Any], start_response: _StartResponse) -> list[bytes]:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         try:
-            if method not in ("GET", "HEAD"):
-                status, headers, body = "405 Method Not Allowed", _text(), b"only GET is served\n"
-                headers.append(("Allow", "GET, HEAD"))
-            else:
-                status, headers, body = self._get(path, environ)
+            status, headers, body = self._respond(method, path, environ)
         except Exception as error:
             _log.error("Ops request failed", path=path, error=repr(error))
-            status, headers, body = "500 Internal Server Error", _text(), b"failed, see the log\n"
+            status, headers, body = _text(
+                HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error: see the gateway's log\n"
+            )
         headers += [("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
-        if path != "/metrics" or self._places.free_count() < _MAX_CONNECTIONS // 2:
+        if path != "/metrics" or self._connections.free_count() < _MAX_CONNECTIONS // 2:
+            # Only scrapers keep their connections, while half of the places are free.
             headers.append(("Connection", "close"))
-        start_response(status, headers)
+        start_response(f"{status.value} {status.phrase}", headers)
         return [b"" if method == "HEAD" else body]
 
-    def _get(self, path: str, environ: dict[str, Any]) -> tuple[str, list[tuple[str, str]], bytes]:
-        match path:
-            case "/metrics":
-                return self._metrics(environ)
-            case "/livez":
-                return "200 OK", _text(), b"ok\n"
-            case "/readyz":
-                why = self._unready()
-                if why is None:
-                    return "200 OK", _text(), b"ok\n"
-                return "503 Service Unavailable", _text(), f"not ready: {why}\n".encode()
-            case "/health":
-                body = msgspec.json.encode(self._health())
-                return "200 OK", [("Content-Type", "application/json")], body
-        return "404 Not Found", _text(), b"here are /metrics, /health, /livez and /readyz\n"
+    def _respond(self, method: str, path: str, environ: dict[str, Any]) -> _Response:
+        if method not in ("GET", "HEAD"):
+            status, headers, body = _text(
+                HTTPStatus.METHOD_NOT_ALLOWED, b"only GET and HEAD are supported\n"
+            )
+            return status, [*headers, ("Allow", "GET, HEAD")], body
+        if path == "/metrics":
+            return self._metrics(environ)
+        answer = health_answer(path, self._health, self._unready)
+        if answer is not None:
+            return answer.status, [("Content-Type", answer.content_type)], answer.body
+        paths = b"not found: this port serves /metrics, /health, /livez and /readyz\n"
+        return _text(HTTPStatus.NOT_FOUND, paths)
 
-    def _metrics(self, environ: dict[str, Any]) -> tuple[str, list[tuple[str, str]], bytes]:
+    def _metrics(self, environ: dict[str, Any]) -> _Response:
         encode, content_type = choose_encoder(environ.get("HTTP_ACCEPT", ""))
         headers = [("Content-Type", content_type), ("Vary", "Accept, Accept-Encoding")]
-        pages = in_slices(encode(_Family(family)) for family in self._registry.collect())
-        parts = _joined(pages, is_openmetrics="openmetrics" in content_type)
+        pages = in_slices(encode(_OneFamily(family)) for family in self._registry.collect())
+        parts = _join(pages, is_openmetrics="openmetrics" in content_type)
         if gzip_accepted(environ.get("HTTP_ACCEPT_ENCODING", "")):
             headers.append(("Content-Encoding", "gzip"))
-            parts = _gzipped(parts)
-        return "200 OK", headers, b"".join(parts)
+            parts = _gzip(parts)
+        return HTTPStatus.OK, headers, b"".join(parts)
 
 
-class _Family(Collector):
-    """One family of metrics, as a registry of its own."""
+class _OneFamily(Collector):
+    """A metric family as a registry of its own, so that it can be encoded alone."""
 
     def __init__(self, family: Metric) -> None:
         self._family = family
@@ -161,38 +161,39 @@ class _Server(Listening, gevent.pywsgi.WSGIServer):
 
 
 class _Handler(gevent.pywsgi.WSGIHandler):
-    """One connection. A peer that says nothing for long is dropped."""
+    """One connection, with limits on how long it may be idle."""
 
     def handle(self) -> None:
-        self.socket.settimeout(_UNASKED_SECONDS)
-        # Head and body are two writes: the second would wait 40 ms for the peer's ACK of the first.
+        self.socket.settimeout(_FIRST_REQUEST_SECONDS)
+        # Headers and body are two writes: Nagle's algorithm would hold back the second for 40 ms.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().handle()
 
     def handle_one_response(self) -> None:
-        self.socket.settimeout(_SILENCE_SECONDS)  # it has asked, and is closed if not for metrics
+        # From the first request on. Only /metrics keeps its connection open.
+        self.socket.settimeout(_KEEP_ALIVE_SECONDS)
         super().handle_one_response()
 
     def _handle_client_error(self, ex: Exception) -> Any:
         if not isinstance(ex, ValueError):
-            ex = ValueError(str(ex) or type(ex).__name__)  # else it prints a traceback
+            ex = ValueError(str(ex) or type(ex).__name__)  # anything else prints a traceback
         return super()._handle_client_error(ex)  # type: ignore[misc]
 
 
-def _joined(pages: Iterable[bytes], *, is_openmetrics: bool) -> Iterator[bytes]:
-    """One page of several: it has one end, where there is one."""
+def _join(pages: Iterable[bytes], *, is_openmetrics: bool) -> Iterator[bytes]:
+    """Make one page of the families' pages; OpenMetrics ends with one end mark."""
     for page in pages:
         yield page.removesuffix(_END_OF_OPENMETRICS) if is_openmetrics else page
     if is_openmetrics:
         yield _END_OF_OPENMETRICS
 
 
-def _gzipped(parts: Iterable[bytes]) -> Iterator[bytes]:
-    gzip = zlib.compressobj(level=1, wbits=31)  # 31: with gzip's own head and end
+def _gzip(parts: Iterable[bytes]) -> Iterator[bytes]:
+    compressor = zlib.compressobj(level=1, wbits=31)  # 31: with gzip's header and trailer
     for part in parts:
-        yield gzip.compress(part)
-    yield gzip.flush()
+        yield compressor.compress(part)
+    yield compressor.flush()
 
 
-def _text() -> list[tuple[str, str]]:
-    return [("Content-Type", _TEXT)]
+def _text(status: HTTPStatus, body: bytes) -> _Response:
+    return status, [("Content-Type", PLAIN_TEXT)], body

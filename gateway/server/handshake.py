@@ -12,11 +12,11 @@ import ipaddress
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-import msgspec
 from websockets.datastructures import Headers, MultipleValuesError
 from websockets.http11 import Request, Response
 
 from gateway.server import pages
+from gateway.server.health import PLAIN_TEXT, health_answer
 from gateway.wire.frames import PATH
 
 
@@ -71,24 +71,15 @@ def answer(
         return refused
     if (page := pages.answer(path, request.headers)) is not None:
         return page
-    match path:
-        case "/health":
-            body = msgspec.json.encode(health()).decode()
-            return respond(http.HTTPStatus.OK, body, "application/json")
-        case "/livez":
-            return respond(http.HTTPStatus.OK, "ok\n")
-        case "/readyz":
-            why = unready()
-            if why is None:
-                return respond(http.HTTPStatus.OK, "ok\n")
-            return respond(http.HTTPStatus.SERVICE_UNAVAILABLE, f"not ready: {why}\n")
-        case _:
-            text = f"nothing at {path[:100]!r}; the WebSocket is at {PATH}\n"
-            return respond(http.HTTPStatus.NOT_FOUND, text)
+    answered = health_answer(path, health, unready)
+    if answered is not None:
+        return respond(answered.status, answered.body.decode(), answered.content_type)
+    text = f"nothing at {path[:100]!r}; the WebSocket is at {PATH}\n"
+    return respond(http.HTTPStatus.NOT_FOUND, text)
 
 
 def respond(
-    status: http.HTTPStatus, body: str, content_type: str = "text/plain; charset=utf-8"
+    status: http.HTTPStatus, body: str, content_type: str = PLAIN_TEXT
 ) -> Response:
     """A response, after which the connection closes."""
     data = body.encode()

@@ -1,4 +1,4 @@
-"""The picture of what is alive, as SIGUSR1 draws it for a person."""
+"""The state dump, as SIGUSR1 writes it to the log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from actors.actor import tell
 from actors.loop.lanes import lanes
 from actors.request import RequestActor
-from actors.state_dump import keep_in_state_dump, log_state_dump, state_dump
+from actors.state_dump import log_state_dump, state_dump, track_greenlets
 from gateway.wire.frames import Request, RequestContent
 from tests.fakes import LIMIT, FakeSource
 from tests.harness import scripts
@@ -36,7 +36,7 @@ NEEDS_SIGUSR1 = pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no SI
 
 
 def states(kind: str) -> list[dict[str, Any]]:
-    """What the picture has of the actors of a kind."""
+    """What the dump says of the actors of one kind."""
     return [fields for event, fields in state_dump() if event == f"{kind} state"]
 
 
@@ -49,15 +49,15 @@ def places() -> dict[str, int]:
     }
 
 
-# By hand -----------------------------------------------------------------------------------------
+# By signal ---------------------------------------------------------------------------------------
 
 
 @NEEDS_SIGUSR1
 @pytest.mark.parametrize("level", ["info", "error"])
-def test_a_signal_draws_it_in_lines_that_a_person_can_read(
+def test_a_signal_writes_it_in_lines_that_a_person_can_read(
     provider: ProviderProcess, level: str
 ) -> None:
-    answer = "an answer that is nobody's business"
+    answer = "an answer that is private"
     script = provider.fresh(scripts.idle_mid_stream([answer]), "a-question-that-is-private")
     arguments = [*provider_arguments(provider), "--log-level", level, "--log-format", "text"]
     with (
@@ -70,8 +70,8 @@ def test_a_signal_draws_it_in_lines_that_a_person_can_read(
         second.wait_text(ids[1])
         before = len(daemon.log.splitlines())
         daemon.signal(signal.SIGUSR1)
-        # Of the greenlets come last those of which there is one; these were there from the start.
-        wait_until(lambda: "_reap_for_ever" in daemon.log, "there is a picture")
+        # Greenlets with a place of their own come last; these two exist from the start.
+        wait_until(lambda: "_reap_for_ever" in daemon.log, "there is a dump")
         wait_until(lambda: "_check_for_ever" in daemon.log, "there is all of it")
         lines = daemon.log.splitlines()[before:]
         first.interrupt(ids[0])
@@ -79,30 +79,30 @@ def test_a_signal_draws_it_in_lines_that_a_person_can_read(
         log = daemon.log
     for secret in (KEY, script, answer):
         assert secret not in log
-    drawn: dict[str, list[dict[str, Any]]] = {}
+    dumped: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         match = TEXT_LINE.fullmatch(line)
         assert match, line
         event = line.split("] ", 2)[2].split(" | ")[0]
-        drawn.setdefault(event, []).append(json.loads(match["fields"]))
+        dumped.setdefault(event, []).append(json.loads(match["fields"]))
         assert "[SYS] [INFO]" in line
-    requests = {fields["request_id"]: fields for fields in drawn["Request state"]}
+    requests = {fields["request_id"]: fields for fields in dumped["Request state"]}
     assert requests.keys() == set(ids)
     for fields in requests.values():
         assert fields["state"] == "streaming"
         assert fields["told_to_stop"] is False
         assert 0 <= fields["seconds_without_progress"] <= fields["seconds"] < LIMIT
-    sessions = {fields["session_id"]: fields for fields in drawn["Session state"]}
+    sessions = {fields["session_id"]: fields for fields in dumped["Session state"]}
     assert sessions.keys() == {first.session_id, second.session_id}
     assert sessions[first.session_id]["live"] == [ids[0]]
     assert sessions[first.session_id]["takes_requests"] is True
     assert 3500 < sessions[first.session_id]["remaining_seconds"] <= 3600
-    [supervisor] = drawn["Supervisor state"]
+    [supervisor] = dumped["Supervisor state"]
     assert (supervisor["sessions"], supervisor["requests"]) == (2, 2)
-    waiting = {fields["waiting_in"]: fields["count"] for fields in drawn["Greenlets"]}
+    waiting = {fields["waiting_in"]: fields["count"] for fields in dumped["Greenlets"]}
     for begin, end, count in [
         ("Generation._run, at ", ".py:", 2),
-        ("Server._serve, at _Connection._read (gateway/server/server.py:", ")", 2),
+        ("Server._serve, at Connection._read (gateway/server/connection.py:", ")", 2),
         ("Supervision._reap_for_ever, at ", "(actors/supervisor.py:", 1),
     ]:
         found = [waiting[place] for place in waiting if place.startswith(begin) and end in place]
@@ -114,8 +114,7 @@ def test_a_signal_draws_it_in_lines_that_a_person_can_read(
 
 def test_a_session_shows_what_it_waits_for() -> None:
     given = Given()
-    [state] = states("Session")
-    assert state["session_id"] is None  # not registered yet
+    assert states("Session") == []  # not registered yet
     given.register()
     content = RequestContent(voice_mode="BINARY")
     given.tell(given.frame(Request("v", "VOICE", content, stream_flag=True, stream_seq=0)))
@@ -144,23 +143,23 @@ def test_an_actor_that_has_ended_is_not_in_it() -> None:
     assert [state["session_id"] for state in states("Session")] == [given.session_id]
 
 
-def test_an_actor_that_ends_while_it_is_drawn_is_not_in_it() -> None:
+def test_an_actor_that_ends_meanwhile_is_not_in_it() -> None:
     both = [Given(), Given()]
     for given in both:
         given.register()
-    drawing = state_dump()
-    _, first = next(drawing)
+    dump = state_dump()
+    _, first = next(dump)
     for given in both:
         if given.session_id != first["session_id"]:
             given.ref.stop(timeout=LIMIT)
-    assert [event for event, _ in drawing if event == "Session state"] == []
+    assert [event for event, _ in dump if event == "Session state"] == []
 
 
-def test_an_actor_that_cannot_describe_itself_is_in_it_and_spoils_nothing(
+def test_an_actor_that_fails_to_describe_itself_is_in_it_and_so_are_the_others(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(*_: object) -> dict[str, Any]:
-        raise RuntimeError("a text that nobody may read")
+        raise RuntimeError("a private text")
 
     given = Given()
     given.register()
@@ -173,12 +172,12 @@ def test_an_actor_that_cannot_describe_itself_is_in_it_and_spoils_nothing(
     assert request["failed_to_describe"] == "RuntimeError"
     [ref] = pykka.ActorRegistry.get_by_class(RequestActor)
     assert request["actor"] == ref.actor_urn
-    assert "nobody may read" not in repr(logs)
+    assert "private text" not in repr(logs)
     events = [log["event"] for log in logs]
     assert events.index("Request state") < events.index("Session state") < events.index("Greenlets")
 
 
-def test_an_object_that_is_gone_spoils_nothing() -> None:
+def test_a_weak_proxy_whose_object_is_gone_is_skipped() -> None:
     class Gone:
         pass
 
@@ -201,15 +200,15 @@ def test_greenlets_are_counted_by_where_they_wait_and_those_that_have_ended_are_
     assert count == 3
     line = a_greenlet_of_this_test.__code__.co_firstlineno + 1
     name = a_greenlet_of_this_test.__name__
-    assert place == f"{name}, at {name} (tests/test_picture.py:{line})"
+    assert place == f"{name}, at {name} (tests/test_state_dump.py:{line})"
     gevent.killall(greenlets)
     assert not any("a_greenlet_of_this_test" in place for place in places())
 
 
-def test_what_the_collector_has_forgotten_is_in_it_as_long_as_it_lives() -> None:
+def test_a_greenlet_that_the_collector_froze_is_in_it_while_it_lives() -> None:
     greenlet = gevent.spawn(a_greenlet_of_this_test)
     gevent.sleep(0)
-    keep_in_state_dump()
+    track_greenlets()
     gc.freeze()
     try:
         assert any("a_greenlet_of_this_test" in place for place in places())
@@ -245,7 +244,7 @@ class Others:
         return max(after - before for before, after in itertools.pairwise(times))
 
 
-def test_two_hundred_sessions_do_not_hold_everybody_up() -> None:
+def test_a_dump_of_two_hundred_sessions_does_not_block_the_loop() -> None:
     supervisor = GivenSupervisor()
     source = FakeSource()
     given = [Given(source, tell_supervisor=supervisor.supervision.tell) for _ in range(200)]
@@ -263,7 +262,7 @@ def test_two_hundred_sessions_do_not_hold_everybody_up() -> None:
     assert held_up < 0.25
 
 
-def test_others_have_a_turn_while_greenlets_are_looked_at() -> None:
+def test_other_greenlets_run_while_greenlets_are_counted() -> None:
     greenlets = [gevent.spawn(a_greenlet_of_this_test) for _ in range(2000)]
     gevent.sleep(0)
     with Others() as others:
@@ -273,7 +272,7 @@ def test_others_have_a_turn_while_greenlets_are_looked_at() -> None:
     gevent.killall(greenlets)
 
 
-def test_others_have_a_turn_while_lines_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_greenlets_run_while_lines_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [("Session state", {"number": number}) for number in range(2000)]
     monkeypatch.setattr("actors.state_dump.state_dump", lambda: iter(lines))
     lanes().wait_turn()  # lines of the tests before are written later
