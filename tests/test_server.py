@@ -711,8 +711,9 @@ def test_a_client_that_answers_pings_stays(
 def test_a_connection_that_never_shakes_hands_is_dropped(
     make_gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch, ping_interval: float
 ) -> None:
-    monkeypatch.setattr(gateway.server, "_HANDSHAKE_SECONDS", 0.1)
-    monkeypatch.setattr(gateway.server, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("gateway.server.connection._HANDSHAKE_SECONDS", 0.1)
+    monkeypatch.setattr("gateway.server.connection.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("gateway.server.server.CLOSE_SECONDS", 0.1)  # how often it looks
     running = make_gateway(server=ServerSettings(ping_interval=ping_interval, ping_timeout=0))
     with socket.create_connection(("127.0.0.1", running.server.port), timeout=5) as sock:
         sock.sendall(b"GET /health HTTP/1.1\r\n")
@@ -723,7 +724,8 @@ def test_a_connection_that_never_shakes_hands_is_dropped(
 def test_a_client_that_does_not_answer_a_close_frame_is_dropped(
     make_gateway: MakeGateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.server, "_CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("gateway.server.connection.CLOSE_SECONDS", 0.1)
+    monkeypatch.setattr("gateway.server.server.CLOSE_SECONDS", 0.1)  # how often it looks
     running = make_gateway()
     with Client(running.server.port) as client:
         client.send("SHUTDOWN", {})

@@ -78,9 +78,7 @@ def answer(
     return respond(http.HTTPStatus.NOT_FOUND, text)
 
 
-def respond(
-    status: http.HTTPStatus, body: str, content_type: str = PLAIN_TEXT
-) -> Response:
+def respond(status: http.HTTPStatus, body: str, content_type: str = PLAIN_TEXT) -> Response:
     """A response, after which the connection closes."""
     data = body.encode()
     headers = Headers(

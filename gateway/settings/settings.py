@@ -289,7 +289,9 @@ class _Checker:
             self._fault(f"{name('ca_file')} {ca_file!r} holds no certificates: {error}")
         except ValueError:
             # It can only be the proxy: the other URL is checked. The error may quote its password.
-            self._fault(f"{name('proxy')} is not the URL of an HTTP proxy, such as http://host:port")
+            self._fault(
+                f"{name('proxy')} is not the URL of an HTTP proxy, such as http://host:port"
+            )
         return provider
 
     def _is_url(self, name: str, url: str) -> bool:
