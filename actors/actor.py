@@ -59,7 +59,7 @@ class _Mailbox:
 
 
 class GreenletActor(pykka.Actor):
-    """An actor on a greenlet of its own, which nobody may kill: actors end by `stop()`.
+    """An actor on a greenlet of its own, which must not be killed: actors end by `stop()`.
 
     Subclasses implement `handle`, and `opened` and `closed` where they need them. All three run in
     the actor's greenlet. (Beware of Pykka's own private names, such as `_stop`.)

@@ -253,9 +253,9 @@ class Supervision:
         self.ref.stop()
 
     def tell(self, message: SupervisorMessage) -> None:
-        """Put a message in the mailbox of whoever is the supervisor now."""
+        """Put a message in the mailbox of the present supervisor."""
         if isinstance(message, Drain | ShutDown):
-            self._leaving.append(message)  # whoever comes next must know
+            self._leaving.append(message)  # for a supervisor that is started later
         tell(self.ref, message)
 
     def census(self) -> Census | None:

@@ -22,10 +22,11 @@ from actors.session.request_ids import (
     MAX_REMEMBERED_IDS,
 )
 from actors.session.session import SessionSettings
-from actors.words import ErrorCode
+from actors.words import ErrorCode, InterruptReason
 from gateway.server.outbox import MAX_FRAME_CHARS
-from gateway.wire import protocol
+from gateway.wire.decode import _Envelope
 from gateway.wire.encode import error
+from gateway.wire.frames import Heartbeat as WireHeartbeat
 from gateway.wire.frames import (
     CLIENT_PAYLOADS,
     MAX_FRAME_BYTES,
@@ -172,7 +173,7 @@ FOR_CLIENTS = inside(CLIENT_PAYLOADS)
 FOR_SERVERS = inside(SERVER_PAYLOADS)
 ENUMS = {one for one in FOR_CLIENTS | FOR_SERVERS if issubclass(one, enum.Enum)} - {ErrorCode}
 # No type has it as a field's: `interrupt_reason` is a string on the wire.
-ENUMS.add(protocol.InterruptReason)
+ENUMS.add(InterruptReason)
 SHAPES = {one for one in FOR_CLIENTS | FOR_SERVERS if not issubclass(one, enum.Enum)}
 
 
@@ -226,7 +227,7 @@ def faults(text: str, from_server: Iterable[type[Any]] = SERVER_PAYLOADS) -> lis
             )
 
     envelope = [row[:3] for row in page.get(("Envelope", ""), [])]
-    compare("Envelope", envelope, rows_of(protocol._Envelope, from_server=False))
+    compare("Envelope", envelope, rows_of(_Envelope, from_server=False))
     compare_structs("Client → server", {one.msg_type: (one, False) for one in CLIENT_PAYLOADS})
     compare_structs("Server → client", {one.msg_type: (one, True) for one in from_server})
     compare_structs("Shapes", {one.__name__: (one, one not in FOR_CLIENTS) for one in SHAPES})
@@ -303,5 +304,5 @@ def test_a_field_that_is_new_is_missed_on_the_page() -> None:
         remaining_seconds: int
         mood: str
 
-    changed = [Heartbeat if one is protocol.Heartbeat else one for one in SERVER_PAYLOADS]
+    changed = [Heartbeat if one is WireHeartbeat else one for one in SERVER_PAYLOADS]
     assert len(faults(PAGE.read_text(encoding="utf-8"), changed)) == 1

@@ -377,7 +377,7 @@ class Conversation:
                 break  # nothing of the next one before the end of this one
 
     def forget(self, live: LiveRequest) -> None:
-        """A request is live no more: its end was sent, or can be sent to nobody."""
+        """A request is live no more: its end was sent, or there is no client to send it to."""
         self._requests.remove(live)
         delivered = live.delivered
         self._request_ids.end(live.request_id, delivered.text_chars)

@@ -179,7 +179,7 @@ class History:
     def set_result(self, call: Call, result: str) -> None:
         """A function returned, however late: later prompts have this instead of the stand-in.
 
-        The turn of the call may be forgotten for it, where the result is over the bounds.
+        Where the result exceeds the bounds, the turn of the call may be dropped.
 
         Args:
             call: as found by `find_call`.

@@ -56,7 +56,7 @@ class Lifetime:
             return [Due.END]
         due = []
         if now >= self._next_heartbeat:
-            # From now on, and not from when it was due: nobody wants those that were missed.
+            # From now on, and not from when it was due: missed heartbeats are not made up for.
             self._next_heartbeat = now + self._interval
             due.append(Due.HEARTBEAT)
         if not self._warned and now >= self._ends_at - self._warn_before:

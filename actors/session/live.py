@@ -240,7 +240,7 @@ class LiveRequests:
         return live
 
     def abandon(self, count: Callable[[Outcome], None]) -> None:
-        """The session is over, or has failed: stop all, and tell nobody."""
+        """The session is over, or has failed: stop all requests, and tell no client."""
         for live in self:
             if live.timer is not None:
                 live.timer.cancel()

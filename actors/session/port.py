@@ -196,5 +196,5 @@ class Client:
         self.port = port
 
     def detach(self) -> None:
-        """The connection was lost: there is nobody to speak to."""
+        """The connection was lost: what is said from now on is dropped."""
         self.port = NoClient()

@@ -96,7 +96,8 @@ class Outbox:
 
     Args:
         sock: the connection, in non-blocking mode (`settimeout(0)`).
-        protocol: its WebSocket state; whoever feeds it hands what it wants sent to `send_wire`.
+        protocol: its WebSocket state; the connection feeds it, and passes what it wants sent to
+            `send_wire`.
         settings: its bounds.
         metrics: counts purged frames and slow clients.
         on_dead: called once, with the reason, when nothing can be written any more.
@@ -194,7 +195,7 @@ class Outbox:
         self._pending = None
         self._room.set()
         self._control_room.set()
-        # Wakes whoever waits for the socket; closing it is its reader's business.
+        # Wakes greenlets that wait for the socket; the connection closes it.
         with contextlib.suppress(OSError):  # the peer was faster
             self._sock.shutdown(socket.SHUT_RDWR)
         self._on_dead(reason)
@@ -287,7 +288,7 @@ class Outbox:
             self._writing = False
 
     def _put_back(self, wire: _PendingWrite) -> None:
-        # Nothing of it was taken: until then, others may go before it, or it may be purged.
+        # The kernel took nothing of it: others may still go before it, and it can be purged.
         self._pending = None
         if wire.outlet is None:
             self._control.extendleft(reversed(wire.frames))

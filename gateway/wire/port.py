@@ -76,7 +76,7 @@ class WirePort:
         self._health = health
         self._session_id: str | None = None
         self.on_voice_unwanted: Callable[[str], None] = lambda _request_id: None
-        """Called with the id of a request whose voice nobody wants any more."""
+        """Called with the id of a request whose voice the session does not want any more."""
 
     def send(
         self, payload: ServerPayload, on_written: Callable[[float], None] | None = None

@@ -47,7 +47,7 @@ class VoiceError(Exception):
 
 class VoiceIntake:
     """Checks the sequence and size of one voice request; the voice itself is only counted as long
-    as nobody recognizes speech.
+    as speech is not recognized.
 
     A frame that raises changes nothing.
 
