@@ -26,7 +26,7 @@ from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon
 from tests.harness.provider_process import ProviderProcess
-from tests.test_stream import Run
+from tests.test_generation import Run
 
 OLD, NEW = "sk-old-0123456789", "sk-new-0123456789"
 
