@@ -19,7 +19,7 @@ from greenlet import greenlet
 from actors.actor import GreenletActor
 from actors.loop.slices import in_slices
 
-_WAITING_PLACES = ("gevent", "greenlet", "actors.loop.lanes")
+_WAITING_PLACES = ("gevent", "greenlet", "actors.loop.lanes", "actors.loop.readable")
 """Where greenlets wait on somebody's behalf: who that is says more."""
 
 _ROOT = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""What can go wrong with a generation: one small tree, mapped once, in `llm/chat/generation.py`.
+"""What can go wrong with a generation: one small tree, mapped once, in `llm/chat/attempt.py`.
 
 The text of each error is made for the client's `error_detail` and the log: it names the cause in
 words and never holds the key.

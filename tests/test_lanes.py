@@ -10,7 +10,7 @@ import gevent.hub
 import gevent.socket
 import pytest
 
-from actors.loop.lanes import Lanes, Readable, lanes
+from actors.loop.lanes import Lanes, lanes
 from tests.harness.client import wait_until
 
 LIMIT = 5.0
@@ -49,7 +49,7 @@ def test_a_call_goes_before_the_data_that_came_with_it(
     order: list[str] = []
 
     def read(sock: gevent.socket.socket) -> None:
-        readable = Readable(sock.fileno())
+        readable = lanes().readable(sock.fileno())
         readable.wait()
         readable.close()
         if not order:
@@ -73,7 +73,7 @@ def test_a_client_is_heard_between_two_slices_of_data(
     order: list[str] = []
 
     def read(sock: gevent.socket.socket) -> None:
-        readable = Readable(sock.fileno())
+        readable = lanes().readable(sock.fileno())
         readable.wait()
         readable.close()
         order.append("data")
@@ -249,15 +249,15 @@ def test_the_loop_sleeps_when_all_is_done() -> None:
     lanes().run_next(done.set)
     lanes().run_after_poll(done.set)
     lanes().run_deferred(done.set)
-    assert lanes()._hurry.active
-    wait_until(lambda: not lanes()._hurry.active, "the loop may sleep")
+    assert lanes()._awake.active
+    wait_until(lambda: not lanes()._awake.active, "the loop may sleep")
 
 
 def test_what_nobody_reads_does_not_keep_the_loop_busy(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     mine, other = pairs[0]
-    readable = Readable(mine.fileno())
+    readable = lanes().readable(mine.fileno())
     other.send(b"x")
     readable.wait()  # and then it is not read: its client is slow, say
     wait_until(lambda: not readable._watcher.active, "the loop may sleep")
@@ -270,7 +270,7 @@ def test_an_error_is_thrown_into_whoever_waits_to_read_and_he_may_wait_again(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     mine, other = pairs[0]
-    readable = Readable(mine.fileno())
+    readable = lanes().readable(mine.fileno())
     caught: list[BaseException] = []
 
     def read() -> None:
@@ -319,7 +319,7 @@ def test_a_reader_is_woken_once_for_what_has_come_however_long_it_waits_for_its_
 
     def read(number: int, sock: gevent.socket.socket) -> None:
         sock.setblocking(False)
-        readable = Readable(sock.fileno())
+        readable = lanes().readable(sock.fileno())
         try:
             while True:
                 readable.wait()

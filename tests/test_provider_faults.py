@@ -1,7 +1,7 @@
-"""DESIGN.md, "Provider faults and what each one gives", row by row, through the whole gateway.
+"""What each fault of a provider gives the client, row by row, through the whole gateway.
 
-What holds whatever the fault was, the one line in the log and the key that is nowhere among it, is
-looked at after every test: see `Stand.check`.
+What holds for every fault (one line in the log, the key nowhere in it) is checked after each test:
+see `Stand.check`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from websockets.protocol import OPEN, State
 from websockets.server import ServerProtocol
 
 from actors.loop.deferred_log import DeferredLog
-from actors.loop.lanes import Readable, lanes
+from actors.loop.lanes import lanes
 from actors.loop.slices import in_slices
 from gateway.server import pages
 from gateway.server.listening import Listening
@@ -312,7 +312,7 @@ class _Connection:
         _tune(sock)
         sock.settimeout(0)  # every wait is explicit, so that writes never block
         # What clients say goes before what providers say: it may be an INTERRUPT.
-        self._readable = Readable(sock.fileno(), is_control=True)
+        self._readable = self._lanes.readable_control(sock.fileno())
         self._outbox = Outbox(
             sock, self._protocol, server.settings.outbox, server.metrics, self._died
         )
