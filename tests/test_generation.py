@@ -1664,7 +1664,8 @@ def no_data_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[gevent.event.Event
     """A data lane that is behind: when the event is cleared nobody has a turn until it is set."""
     turns = gevent.event.Event()
     turns.set()
-    run_deferred, put_off = Lanes.run_deferred, []
+    of_this_loop = type(lanes())
+    run_deferred, put_off = of_this_loop.run_deferred, []
 
     def wait_turn(self: Lanes) -> None:
         assert turns.wait(PATIENCE_SECONDS)
@@ -1676,8 +1677,8 @@ def no_data_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[gevent.event.Event
             put_off.append(call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lanes, "wait_turn", wait_turn)
-        patch.setattr(Lanes, "run_deferred", put_off_call)
+        patch.setattr(of_this_loop, "wait_turn", wait_turn)
+        patch.setattr(of_this_loop, "run_deferred", put_off_call)
         yield turns
         turns.set()
     for call in put_off:

@@ -31,7 +31,7 @@ from typing import Any
 import gevent
 import gevent.hub
 
-from actors.loop.readable import Readable
+from actors.loop.readable import PlainReadable, Readable
 
 SLICE_SECONDS = 0.0003
 """How long data runs between two polls. A poll takes some 20 µs: shorter slices would spend more of
@@ -259,8 +259,8 @@ class Lanes:
 class PlainLanes(Lanes):
     """The same verbs on a loop without priorities: libuv, which is gevent's on Windows.
 
-    Everything is one of the loop's callbacks, in order of arrival. Only the order *within* a chain
-    of events is kept (report, ack, free); what an interrupt waits for grows with the load.
+    Everything is one of the loop's callbacks, in order of arrival. So a stream is still closed,
+    reported and freed in this order, but what an interrupt waits for grows with the load.
     """
 
     def _make_watchers(self) -> None:
@@ -278,20 +278,18 @@ class PlainLanes(Lanes):
         self._loop.run_callback(_run, function, args)
 
     def run_after_acks(self, function: Callable[..., object], *args: Any) -> None:
-        """Run behind the reports that are queued now, and the acks that they trigger."""
+        """Run behind the reports that are queued now."""
         self.run_after_poll(self.run_after_poll, function, *args)
 
-    def run_deferred(self, function: Callable[..., object], *args: Any) -> None:
-        """Run behind the callbacks that are queued now."""
-        self._loop.run_callback(_run, function, args)
+    run_deferred = run_after_poll
 
     def wait_turn(self) -> None:
         """Let everything run that is ready now."""
         gevent.sleep(0)
 
-    def readable(self, fileno: int) -> Readable:
+    def readable(self, fileno: int) -> PlainReadable:
         """Make what a reader waits in: it is resumed when its socket is reported."""
-        return Readable(self._loop.io(fileno, _READ), Readable.resume, self._waiting)
+        return PlainReadable(self._loop.io(fileno, _READ), Readable.resume, self._waiting)
 
     readable_control = readable
 

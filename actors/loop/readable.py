@@ -87,3 +87,15 @@ class Readable:
         else:
             self._is_scheduled = True
             self._schedule(self)
+
+
+class PlainReadable(Readable):
+    """The same on libuv, with gevent's own wait, which starts and stops the watcher each time.
+
+    When the peer resets the connection, libuv stops the watcher by itself. One that is taken for
+    started would then never wake its reader again.
+    """
+
+    def wait(self) -> None:
+        """Suspend the calling greenlet until there is something to read."""
+        gevent.get_hub().wait(self._watcher)
