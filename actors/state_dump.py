@@ -19,7 +19,7 @@ from greenlet import greenlet
 from actors.actor import GreenletActor
 from actors.loop.slices import in_slices
 
-_WAITING_PACKAGES = ("gevent", "greenlet", "actors.loop.lanes")
+_WAITING_PACKAGES = ("gevent", "greenlet", "actors.loop.lanes", "actors.loop.readable")
 """Their functions wait on behalf of a caller, and only the caller is informative."""
 
 _ROOT = Path(__file__).parents[1]

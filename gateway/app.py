@@ -102,7 +102,9 @@ class Gateway:
         gevent.setswitchinterval(_CALLBACK_SECONDS)
         self._demo_url = "" if self.settings.provider else self._start_demo()
         self.provider = self._provider_of(self.settings)
-        client = LlmClient(self.provider, self.settings.fallback, self.settings.generation)
+        client = LlmClient(
+            self.provider, self.settings.fallback, self.settings.generation, loop=lanes()
+        )
         self._client = client
         self._teardown.callback(client.close)
         supervision = self.supervision = Supervision(self.settings.supervisor, self._on_give_up)

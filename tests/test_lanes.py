@@ -10,7 +10,7 @@ import gevent.hub
 import gevent.socket
 import pytest
 
-from actors.loop.lanes import Lanes, Readable, lanes
+from actors.loop.lanes import Lanes, PlainLanes, lanes
 from tests.harness.client import wait_until
 
 LIMIT = 5.0
@@ -49,7 +49,7 @@ def test_a_call_goes_before_the_data_that_came_with_it(
     order: list[str] = []
 
     def read(sock: gevent.socket.socket) -> None:
-        readable = Readable(sock.fileno())
+        readable = lanes().readable(sock.fileno())
         readable.wait()
         readable.close()
         if not order:
@@ -73,7 +73,7 @@ def test_a_client_is_heard_between_two_slices_of_data(
     order: list[str] = []
 
     def read(sock: gevent.socket.socket) -> None:
-        readable = Readable(sock.fileno())
+        readable = lanes().readable(sock.fileno())
         readable.wait()
         readable.close()
         order.append("data")
@@ -249,15 +249,15 @@ def test_the_loop_sleeps_when_all_is_done() -> None:
     lanes().run_next(done.set)
     lanes().run_after_poll(done.set)
     lanes().run_deferred(done.set)
-    assert lanes()._hurry.active
-    wait_until(lambda: not lanes()._hurry.active, "the loop may sleep")
+    assert lanes()._awake.active
+    wait_until(lambda: not lanes()._awake.active, "the loop may sleep")
 
 
 def test_what_nobody_reads_does_not_keep_the_loop_busy(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     mine, other = pairs[0]
-    readable = Readable(mine.fileno())
+    readable = lanes().readable(mine.fileno())
     other.send(b"x")
     readable.wait()  # and then it is not read: its client is slow, say
     wait_until(lambda: not readable._watcher.active, "the loop may sleep")
@@ -270,7 +270,7 @@ def test_an_error_is_thrown_into_whoever_waits_to_read_and_he_may_wait_again(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     mine, other = pairs[0]
-    readable = Readable(mine.fileno())
+    readable = lanes().readable(mine.fileno())
     caught: list[BaseException] = []
 
     def read() -> None:
@@ -319,7 +319,7 @@ def test_a_reader_is_woken_once_for_what_has_come_however_long_it_waits_for_its_
 
     def read(number: int, sock: gevent.socket.socket) -> None:
         sock.setblocking(False)
-        readable = Readable(sock.fileno())
+        readable = lanes().readable(sock.fileno())
         try:
             while True:
                 readable.wait()
@@ -337,6 +337,60 @@ def test_a_reader_is_woken_once_for_what_has_come_however_long_it_waits_for_its_
     assert not any(reader.dead for reader in readers)
     gevent.killall(readers)
     assert sorted(order) == [*range(len(pairs))]
+
+
+def test_without_priorities_what_follows_a_close_runs_in_order_of_arrival() -> None:
+    """As on Windows, where gevent's loop has none."""
+    plain = PlainLanes()
+    order: list[str] = []
+    done = gevent.event.Event()
+
+    def interrupt() -> None:
+        plain.run_after_acks(order.append, "free")
+        plain.run_after_poll(report)
+        order.append("close")
+
+    def report() -> None:
+        order.append("report")
+        plain.run_next(lambda: plain.run_next(order.append, "control"))
+        plain.run_deferred(order.append, "data")
+        plain.run_deferred(done.set)
+
+    plain.run_next(interrupt)
+    plain.wait_for_control()
+    assert order == ["close"]
+    plain.wait_turn()
+    assert done.wait(LIMIT)
+    assert order == ["close", "report", "free", "control", "data"]
+
+
+def test_without_priorities_a_reader_waits_and_an_error_can_be_thrown_into_it(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    plain = PlainLanes()
+    mine, other = pairs[0]
+    readables = [plain.readable(mine.fileno()), plain.readable_control(mine.fileno())]
+    caught: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            readables[0].wait()
+        except LookupError as error:
+            caught.append(error)
+        for readable in readables:
+            readable.wait()
+
+    reader = gevent.spawn(read)
+    gevent.sleep(0)
+    error = LookupError("stop")
+    in_the_poll_phase(plain.throw, reader, error)
+    assert caught == [error]
+    assert not reader.dead
+    other.send(b"x")
+    reader.join(LIMIT)
+    assert reader.successful()
+    for readable in readables:
+        readable.close()
 
 
 def test_each_loop_has_lanes_of_its_own() -> None:

@@ -26,7 +26,6 @@ from actors.words import ErrorCode, InterruptReason
 from gateway.server.outbox import MAX_FRAME_CHARS
 from gateway.wire.decode import _Envelope
 from gateway.wire.encode import error
-from gateway.wire.frames import Heartbeat as WireHeartbeat
 from gateway.wire.frames import (
     CLIENT_PAYLOADS,
     MAX_FRAME_BYTES,
@@ -37,6 +36,7 @@ from gateway.wire.frames import (
     VERSION,
     RequestId,
 )
+from gateway.wire.frames import Heartbeat as WireHeartbeat
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "gateway" / "PROTOCOL.md"

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from actors.loop.lanes import lanes
 from llm.chat.client import ProviderClient
 from llm.provider import (
     Provider,
@@ -312,7 +313,7 @@ def test_it_cannot_be_changed_once_it_is_made() -> None:
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\r\nX: y", f"{KEY}–"])
 def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str) -> None:
     with pytest.raises(ValueError, match="Authorization") as refused:
-        ProviderClient(provider(api_key=key))
+        ProviderClient(provider(api_key=key), lanes())
     assert KEY not in str(refused.value)
 
 

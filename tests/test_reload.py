@@ -16,6 +16,7 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
+from actors.loop.lanes import lanes
 from gateway import daemon
 from gateway.app import Gateway
 from gateway.settings.sources import ConfigSources
@@ -26,7 +27,7 @@ from tests.harness import scripts
 from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon
 from tests.harness.provider_process import ProviderProcess
-from tests.test_stream import Run
+from tests.test_generation import Run
 
 OLD, NEW = "sk-old-0123456789", "sk-new-0123456789"
 
@@ -251,7 +252,7 @@ def test_certificates_are_read_once_until_they_are_replaced(
         trustme.CA().cert_pem.write_to_path(str(ca_file))
         os.utime(ca_file, (times, times))
         for _ in range(2):
-            Connections("https://host", None, str(ca_file), 1.0, 1).close()
+            Connections("https://host", None, str(ca_file), 1.0, 1, lanes()).close()
         assert read == [str(ca_file)] * times
 
 
@@ -331,7 +332,7 @@ class Old:
         self.provider = provider
         self.old = Provider(provider.base_url, "m", OLD, **fields)
         self.new = Provider(provider.base_url, "m", NEW)
-        self.client = LlmClient(self.old)
+        self.client = LlmClient(self.old, loop=lanes())
 
     def run(self, script: str) -> Run:
         return Run(self.client, script).start()
@@ -438,7 +439,7 @@ def test_one_that_runs_falls_back_to_the_fallback_that_it_began_with(
 
 def test_the_breaker_starts_closed(provider: ProviderProcess) -> None:
     down = Provider("http://127.0.0.1:9/v1", "m", retries=0)
-    client = LlmClient(down, down, GenerationSettings(breaker_failures=1))
+    client = LlmClient(down, down, GenerationSettings(breaker_failures=1), loop=lanes())
     Run(client, "anything").start().wait_end()
     assert client.breaker.state.name == "OPEN"
     up = Provider(provider.base_url, "m", NEW)

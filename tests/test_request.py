@@ -352,7 +352,7 @@ def test_stopped_it_reports_when_its_reader_is_dead_and_not_before() -> None:
 
 
 def test_stopped_before_its_reader_ran_it_still_ends_in_one_report() -> None:
-    client = LlmClient(Provider("http://127.0.0.1:9/v1", "never asked"))
+    client = LlmClient(Provider("http://127.0.0.1:9/v1", "never asked"), loop=lanes())
     given = Given(client)
     # From a timer, between two turns of all greenlets: the reader is spawned and killed unrun.
     timer = gevent.get_hub().loop.timer(0)

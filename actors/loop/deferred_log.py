@@ -1,4 +1,4 @@
-"""A logger that writes its lines later, in the order of events."""
+"""A logger that writes its lines in the data lane, in the order of events."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from actors.loop.lanes import lanes
 
 
 class DeferredLog:
-    """A logger whose lines are written in the data lane: in the order of events, since that is one
-    queue, and when nobody waits for anything else. What runs in the lane logs by itself.
+    """Queues each line in the data lane: to write one takes longer than an interrupt does.
+
+    The lane is one queue, so lines are written in the order of their events. A task that runs in
+    the lane itself can use the logger directly.
 
     Args:
-        log: of structlog.
+        log: a structlog logger.
     """
 
     def __init__(self, log: Any) -> None:
         self._log = log
 
     def info(self, event: str, **fields: Any) -> None:
-        """Log an event, later."""
+        """Queue an event."""
         lanes().run_deferred(functools.partial(self._log.info, event, **fields))
 
     def warning(self, event: str, **fields: Any) -> None:
-        """Log an event, later."""
+        """Queue an event."""
         lanes().run_deferred(functools.partial(self._log.warning, event, **fields))
 
     def error(self, event: str, **fields: Any) -> None:
-        """Log an event, later; what it was raised with is the field `exc_info`."""
+        """Queue an event. Pass its exception as `exc_info`: when the line is written, there is no
+        current exception any more."""
         lanes().run_deferred(functools.partial(self._log.error, event, **fields))

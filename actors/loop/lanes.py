@@ -1,14 +1,22 @@
-"""Lanes of the event loop: control goes at once, data goes in slices, books are kept last.
+"""Lanes of the event loop: control at once, data in slices of 0.3 ms, records last.
 
-Under load one turn of the loop brings data from hundreds of connections, and by itself the loop
-would hand all of it on before it looks again: tens of milliseconds, in which an INTERRUPT waits in
-the kernel, and then takes several more steps from mailbox to mailbox. So control steps are the very
-next thing that the loop does, and data is handed on for a fraction of a millisecond at a time,
-with a look for control in between. What an interrupt waits for then no longer grows with the load.
+Under load, one poll of the kernel reports data on hundreds of connections. gevent would resume all
+of their readers before it polls again: tens of milliseconds, during which an INTERRUPT waits in the
+kernel, and then again for each mailbox that it passes. With lanes, control runs before everything
+else that is ready, and data runs for a fraction of a millisecond between two polls. The latency of
+an interrupt then does not grow with the load. `README.md` in this folder shows one interrupt on its
+way through the loop.
 
-Interrupts also come in company: of one user's several requests, or when two speakers fall silent
-at once. So what follows a close (the report, the ack) comes after a look for others that are still
-to be closed, and what nobody waits for (counting, logging) goes with the data.
+What the lanes rely on, of libev: an iteration polls once, then runs the callbacks of all pending
+events, those of a higher priority first. After each callback it starts again from the top, so an
+event that a callback feeds with a high priority runs before all that is pending below it. The
+priorities, and what runs at each:
+
+     2  control, and the sockets of clients, which bring it
+     1  after the poll: reports of the streams that control has closed
+     0  gevent's own events, and the sockets of providers, whose readers join the data lane
+    -1  after the acks: freeing closed sockets
+    -2  one slice of data
 """
 
 from __future__ import annotations
@@ -23,258 +31,273 @@ from typing import Any
 import gevent
 import gevent.hub
 
-_SLICE_SECONDS = 0.0003
-"""Of data, between two looks for control. A look costs some 20 µs."""
+from actors.loop.readable import PlainReadable, Readable
+
+SLICE_SECONDS = 0.0003
+"""How long data runs between two polls. A poll takes some 20 µs: shorter slices would spend more of
+the time on polling, and longer ones add to what an interrupt waits for."""
 
 _READ = 1
 """The event of gevent's `loop.io` for "readable"."""
 
-_Call = tuple[Callable[..., object], tuple[Any, ...]]
+_Task = tuple[Callable[..., object], tuple[Any, ...]]
 
 
 class Lanes:
-    """The lanes of one loop. libuv (Windows) has no priorities: there, all go as gevent has it.
+    """The lanes of one event loop; `lanes()` gives those of the calling thread.
 
-    What they call runs in the hub and must not block; what it raises is logged by the hub.
+    Tasks run in the hub, so they must not block. When one raises, the hub logs the error and the
+    next one runs.
     """
 
     def __init__(self) -> None:
-        loop: Any = gevent.get_hub().loop
-        self._loop = loop
-        self._control: deque[_Call] = deque()
-        self._after_look: deque[_Call] = deque()
-        self._behind_reports: deque[_Call] = deque()
+        self._loop: Any = gevent.get_hub().loop
+        self._control: deque[_Task] = deque()
+        self._after_poll: deque[_Task] = deque()
+        self._after_acks: deque[_Task] = deque()
+        self._data: deque[Readable | _Task] = deque()
+        """Readers to resume, and tasks. One queue in order of arrival, so that neither kind can
+        starve the other."""
         self._waiting: set[Any] = set()
-        """The greenlets that wait in a `Readable`."""
-        self._data: deque[Readable | _Call] = deque()
-        """A reader whose turn it is, or a call, which takes long."""
-        self._control_is_due = self._slice_is_due = self._in_a_hurry = False
-        self._control_ran = self._has_given_way = False
-        """Whether control was run since the last look, and whether data waited for that once."""
-        # By its name: a loop of libuv has `MAXPRI` as well.
-        self.has_priorities = type(loop).__module__.startswith("gevent.libev")
-        if not self.has_priorities:
-            return
+        """The greenlets that are suspended in a `Readable`."""
+        self._is_control_due = self._is_slice_due = self._is_awake = False
+        self._has_control_run = self._has_given_way = False
+        self._make_watchers()
+
+    def _make_watchers(self) -> None:
+        loop = self._loop
         first, last = loop.MAXPRI, loop.MINPRI
-        # These are never started: an event is only ever fed to them, and libev takes it before, or
-        # after, all of other priorities that are there.
-        self._next: Any = loop.async_(priority=first)
-        self._reported: Any = loop.async_(priority=last + 1)
-        self._slice: Any = loop.async_(priority=last)
-        # These are, while there is something for them: `check` is called after the next look.
-        self._looked = loop.check(priority=first - 1)
-        self._looked_for_data = loop.check(priority=last)
-        # Active while anything is to be done, so that the look does not become a wait. Not only by
-        # us: of what control asks of the loop in its last moment before the look, it would not
-        # notice. So this ends in its own callback, which comes after a look that brought nothing.
-        self._hurry = loop.idle(priority=last)
+        # Async watchers that are never started: events are fed to them by hand, which needs neither
+        # a system call nor a poll. With gevent's own `loop.run_callback` the callback would run in
+        # the next iteration, after everything that the last poll has reported.
+        self._control_now: Any = loop.async_(priority=first)
+        self._acks_done: Any = loop.async_(priority=last + 1)
+        self._slice_now: Any = loop.async_(priority=last)
+        # Check watchers fire after each poll. They are started only while they have work.
+        self._poll_done: Any = loop.check(priority=first - 1)
+        self._slice_after_poll: Any = loop.check(priority=last)
+        # An idle watcher: while it is started, polls do not block.
+        self._awake: Any = loop.idle(priority=last)
+
+    # The four verbs.
 
     def run_next(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it next."""
+        """Control: run before everything else that is ready."""
         self._control.append((function, args))
-        if self._control_is_due:
-            return
-        self._control_is_due = True
-        if self.has_priorities:
-            self._next.feed(0, self._run_control)
-            if not self._in_a_hurry:
-                self._be_quick()
-        else:
-            self._loop.run_callback(self._run_control)
+        if self._is_control_due:
+            return  # one event is enough: `_run_control` empties the queue
+        self._is_control_due = True
+        self._control_now.feed(0, self._run_control)
+        if not self._is_awake:
+            self._stay_awake()
 
     def run_after_poll(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it when control that has come meanwhile was run, but before more than a slice of
-        data."""
-        if not self.has_priorities:
-            self._loop.run_callback(_guarded, function, args)
-            return
-        self._after_look.append((function, args))
-        self._looked.start(self._run_after_look)
-        if not self._in_a_hurry:
-            self._be_quick()
+        """Run after the next poll and the control that it brings, before any data of that poll.
+
+        For reports of closed streams. Interrupts come in groups (one user's several requests, two
+        users who stop talking at once): the others' streams are closed before this one's report
+        makes more work.
+        """
+        self._after_poll.append((function, args))
+        self._poll_done.start(self._run_after_poll)
+        if not self._is_awake:
+            self._stay_awake()
 
     def run_after_acks(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it right behind what is called after the next look (reports), and all control that
-        comes of that (acks): no data goes in between."""
-        if self.has_priorities:
-            self.run_after_poll(self._put_behind_reports, (function, args))
-        else:
-            self.run_after_poll(self.run_after_poll, function, *args)
+        """Run after the next poll's close reports and the acks they trigger, before any data.
+
+        For what no ack should wait for, and what must not wait for data: freeing a socket that is
+        shut down already.
+        """
+        # Reports run after that poll, at priority 1. What they trigger is control, at priority 2.
+        # So an event that is fed then, at -1, runs when all of it is done.
+        self.run_after_poll(self._feed_after_acks, (function, args))
 
     def run_deferred(self, function: Callable[..., object], *args: Any) -> None:
-        """Call it in the data lane: what nobody waits for."""
-        if not self.has_priorities:
-            self._loop.run_callback(_guarded, function, args)
-            return
-        self._data.append((_guarded, (function, args)))
-        self._go_on_with_data()
+        """Run in the data lane, behind what is queued there: for work that no client waits for,
+        such as logging and counting."""
+        self._data.append((function, args))
+        self._run_slice_after_next_poll()
 
-    def take_turn(self, readable: Readable) -> None:
-        """Let somebody read as soon as it is his turn. Runs in the hub."""
-        self._data.append(readable)
-        if not self._slice_is_due:
-            self._slice_is_due = True
-            self._slice.feed(0, self._hand_on)
+    # What greenlets wait for.
 
     def wait_turn(self) -> None:
-        """Wait for a turn in the data lane, before work that takes long."""
-        if not self.has_priorities:
-            gevent.sleep(0)
-            return
+        """Suspend the calling greenlet until the data lane reaches it: before work that takes long,
+        so that pending control runs first."""
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
-        self._data.append((waiter.switch, (None,)))
-        self._go_on_with_data()
+        self.run_deferred(waiter.switch, None)
         waiter.get()
+
+    def wait_for_control(self) -> None:
+        """Suspend the calling greenlet until the control that is queued now has run."""
+        waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
+        self.run_next(waiter.switch, None)
+        waiter.get()
+
+    def readable(self, fileno: int) -> Readable:
+        """Make what a reader of data waits in: the data lane resumes it.
+
+        Args:
+            fileno: of the socket.
+        """
+        return Readable(self._loop.io(fileno, _READ), self._queue_reader, self._waiting)
+
+    def readable_control(self, fileno: int) -> Readable:
+        """Make what a reader of control waits in: it is resumed before all else that is ready.
+
+        Args:
+            fileno: of the socket.
+        """
+        watcher = self._loop.io(fileno, _READ, priority=self._loop.MAXPRI)
+        return Readable(watcher, Readable.resume, self._waiting)
 
     def throw(self, greenlet: gevent.Greenlet[..., Any], error: BaseException) -> None:
         """Raise an error in a greenlet, now. Runs in the hub.
 
-        Like its own `throw`; but where it waits for something to read, it is let go on, and raises
-        it itself: an exception takes several times as long to come through the loop's `switch`.
+        Does what the greenlet's own `throw` does, but where the greenlet is suspended in a
+        `Readable`, it is resumed with the error as a value, and raises it itself. An exception that
+        is thrown has to leave the loop's `switch` first, which takes 9 to 45 µs more: that would be
+        most of what it takes to close a stream.
         """
         if greenlet in self._waiting:
             greenlet.switch(error)
         else:
             greenlet.throw(error)
 
-    def wait_for_control(self) -> None:
-        """Wait until all control that is there was run."""
-        waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
-        self.run_next(waiter.switch, None)
-        waiter.get()
-
-    def _go_on_with_data(self) -> None:
-        self._slice_is_due = True
-        self._looked_for_data.start(self._hand_on)
-        if not self._in_a_hurry:
-            self._be_quick()
-
-    def _hand_on(self) -> None:
-        control_ran, self._control_ran = self._control_ran, False
-        if control_ran and not self._has_given_way:
-            self._has_given_way = True  # a look first; but one client must not hold up all data
-        else:
-            self._has_given_way = False
-            until = time.monotonic() + _SLICE_SECONDS
-            while self._data:
-                turn = self._data.popleft()
-                if isinstance(turn, tuple):
-                    function, args = turn
-                    function(*args)
-                    break  # what takes long has a slice for itself
-                turn.go_on()
-                if time.monotonic() > until or (self._data and isinstance(self._data[0], tuple)):
-                    break
-        if self._data:
-            self._go_on_with_data()
-        else:
-            self._slice_is_due = False
-            self._looked_for_data.stop()
+    # In the hub, from here on.
 
     def _run_control(self) -> None:
-        self._control_ran = True
+        self._has_control_run = True
         while self._control:
-            function, args = self._control.popleft()
-            try:
-                function(*args)
-            except BaseException:  # the next one is somebody else's
-                gevent.get_hub().handle_error(function, *sys.exc_info())
-        self._control_is_due = False
+            _run(*self._control.popleft())
+        # Only now: what control itself asks for next has run in this loop, without another event.
+        self._is_control_due = False
 
-    def _run_after_look(self) -> None:
-        for _ in range(len(self._after_look)):
-            _guarded(*self._after_look.popleft())
-        if not self._after_look:
-            self._looked.stop()
+    def _run_after_poll(self) -> None:
+        # Only what is queued now: what a report adds is for after the next poll.
+        for _ in range(len(self._after_poll)):
+            _run(*self._after_poll.popleft())
+        if not self._after_poll:
+            self._poll_done.stop()
 
-    def _put_behind_reports(self, call: _Call) -> None:
-        self._behind_reports.append(call)
-        self._reported.feed(0, self._run_behind_reports)
+    def _feed_after_acks(self, task: _Task) -> None:
+        self._after_acks.append(task)
+        self._acks_done.feed(0, self._run_after_acks)
 
-    def _run_behind_reports(self) -> None:
-        while self._behind_reports:
-            _guarded(*self._behind_reports.popleft())
+    def _run_after_acks(self) -> None:
+        while self._after_acks:
+            _run(*self._after_acks.popleft())
 
-    def _be_quick(self) -> None:
-        self._in_a_hurry = True
-        self._hurry.start(self._rest)
+    def _queue_reader(self, readable: Readable) -> None:
+        # A poll has just reported it. So a slice may run in this same iteration, at the end of it:
+        # to wait for another poll would cost 20 µs for every batch of tokens.
+        self._data.append(readable)
+        if not self._is_slice_due:
+            self._is_slice_due = True
+            self._slice_now.feed(0, self._run_slice)
 
-    def _rest(self) -> None:
-        if not (self._control or self._after_look or self._data):
-            self._in_a_hurry = False
-            self._hurry.stop()
+    def _run_slice_after_next_poll(self) -> None:
+        # Data may ask for this in its own slice. Fed in the same iteration, as above, slice would
+        # follow slice for as long as there is data, with no poll in between.
+        self._is_slice_due = True
+        self._slice_after_poll.start(self._run_slice)
+        if not self._is_awake:
+            self._stay_awake()
+
+    def _run_slice(self) -> None:
+        """One slice of data, or none. Only three things can happen:
+
+        - Control has run since the last slice. Interrupts come in groups, so the next one may be in
+          the kernel already: give way to one more poll, which costs less than a slice. But only
+          once, or a client that never stops sending would hold up the answers of all others.
+        - The first in the queue is a task. Tasks take long (to make a request takes 0.5 ms), so a
+          task is a slice of its own, and control waits for one task at most.
+        - The first in the queue is a reader: resume readers until the time is up, or until a task
+          is next.
+        """
+        data = self._data
+        has_control_run, self._has_control_run = self._has_control_run, False
+        if has_control_run and not self._has_given_way:
+            self._has_given_way = True
+        else:
+            self._has_given_way = False
+            until = time.monotonic() + SLICE_SECONDS
+            while data:
+                first = data.popleft()
+                if isinstance(first, tuple):
+                    _run(*first)
+                    break
+                first.resume()
+                if time.monotonic() > until or (data and isinstance(data[0], tuple)):
+                    break
+        if data:
+            self._run_slice_after_next_poll()
+        else:
+            self._is_slice_due = False
+            self._slice_after_poll.stop()
+
+    def _stay_awake(self) -> None:
+        self._is_awake = True
+        self._awake.start(self._may_sleep)
+
+    def _may_sleep(self) -> None:
+        """Let polls block again, if nothing is queued.
+
+        A poll must not block in two cases. Something is queued here to be run after it: the queues
+        would tell that. Or control that ran just before the poll has asked something of gevent's
+        own loop (`run_callback`, as `spawn` and `Event.set` do), which has run its callbacks of
+        this iteration already, and would run this one when the poll returns: no queue here tells
+        that. So it is an idle watcher that ends it. One of the lowest priority fires only when a
+        poll brought nothing and no event is pending, and before the next poll gevent runs its
+        callbacks again.
+        """
+        if not (self._control or self._after_poll or self._data):
+            self._is_awake = False
+            self._awake.stop()
 
 
-class Readable:
-    """Waits for what comes on a socket, for one reader at a time.
+class PlainLanes(Lanes):
+    """The same verbs on a loop without priorities: libuv, which is gevent's on Windows.
 
-    What is watched stays so from one wait to the next: to begin and to end it each time costs as
-    much as the wait. It ends when something has come, and nobody takes it.
-
-    Args:
-        fileno: of the socket.
-        is_control: whether what comes goes before all data, or is data and waits for its turn.
+    Everything is one of the loop's callbacks, in order of arrival. So a stream is still closed,
+    reported and freed in this order, but what an interrupt waits for grows with the load.
     """
 
-    def __init__(self, fileno: int, *, is_control: bool = False) -> None:
-        self._lanes = lanes()
-        loop: Any = gevent.get_hub().loop
-        # (libuv, on Windows, knows no priorities.)
-        priority = getattr(loop, "MAXPRI", None) if is_control else None
-        self._watcher: Any = loop.io(fileno, _READ, priority=priority)
-        self._is_control = is_control
-        self._reader: Any = None  # the greenlet that waits
-        self._is_watched = self._is_queued = False
+    def _make_watchers(self) -> None:
+        pass
 
-    def wait(self) -> None:
-        """Wait until there is something to read, and it is this reader's turn. Always through the
-        loop, so that a peer that never pauses gets one read in a turn."""
-        hub = gevent.get_hub()
-        if not self._lanes.has_priorities:
-            hub.wait(self._watcher)
-            return
-        if not self._is_watched:
-            self._is_watched = True
-            self._watcher.start(self._has_come)
-        self._reader = reader = gevent.getcurrent()
-        waiting = self._lanes._waiting
-        waiting.add(reader)
-        try:
-            error = hub.switch()
-        finally:
-            self._reader = None
-            waiting.discard(reader)
-        if isinstance(error, BaseException):
-            try:
-                raise error
-            finally:
-                del error  # it leads to this frame: no cycle is left for the collector
+    def run_next(self, function: Callable[..., object], *args: Any) -> None:
+        """Run as soon as the loop comes to it, with all control that is queued by then."""
+        self._control.append((function, args))
+        if not self._is_control_due:
+            self._is_control_due = True
+            self._loop.run_callback(self._run_control)
 
-    def close(self) -> None:
-        """Watch no more; to be called before the socket is closed."""
-        self._watcher.close()
+    def run_after_poll(self, function: Callable[..., object], *args: Any) -> None:
+        """Run behind the callbacks that are queued now."""
+        self._loop.run_callback(_run, function, args)
 
-    def _has_come(self) -> None:
-        if self._reader is None or self._is_queued:
-            self._is_watched = False
-            self._watcher.stop()
-        elif self._is_control:
-            self._reader.switch(None)
-        else:
-            self._is_queued = True
-            self._lanes.take_turn(self)
+    def run_after_acks(self, function: Callable[..., object], *args: Any) -> None:
+        """Run behind the reports that are queued now."""
+        self.run_after_poll(self.run_after_poll, function, *args)
 
-    def go_on(self) -> None:
-        """It is its reader's turn, if he has not left meanwhile. Runs in the hub."""
-        self._is_queued = False
-        if self._reader is not None:
-            self._reader.switch(None)
+    run_deferred = run_after_poll
+
+    def wait_turn(self) -> None:
+        """Let everything run that is ready now."""
+        gevent.sleep(0)
+
+    def readable(self, fileno: int) -> PlainReadable:
+        """Make what a reader waits in: it is resumed when its socket is reported."""
+        return PlainReadable(self._loop.io(fileno, _READ), Readable.resume, self._waiting)
+
+    readable_control = readable
 
 
-def _guarded(function: Callable[..., object], args: tuple[Any, ...]) -> None:
+def _run(function: Callable[..., object], args: tuple[Any, ...]) -> None:
     try:
         function(*args)
-    except BaseException:  # the next one is somebody else's
+    except BaseException:  # whatever it is: the next task belongs to another request
         gevent.get_hub().handle_error(function, *sys.exc_info())
 
 
@@ -282,9 +305,11 @@ _lanes_by_hub: weakref.WeakKeyDictionary[gevent.hub.Hub, Lanes] = weakref.WeakKe
 
 
 def lanes() -> Lanes:
-    """The lanes of this thread's loop."""
+    """The lanes of the calling thread's loop."""
     hub = gevent.get_hub()
     found = _lanes_by_hub.get(hub)
     if found is None:
-        found = _lanes_by_hub[hub] = Lanes()
+        # Recognised by its module: the loop of libuv has a MAXPRI, too, and ignores it.
+        has_priorities = type(hub.loop).__module__.startswith("gevent.libev")
+        found = _lanes_by_hub[hub] = Lanes() if has_priorities else PlainLanes()
     return found

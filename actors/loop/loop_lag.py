@@ -1,4 +1,4 @@
-"""How late the event loop is: what everything else in the process waits for, too."""
+"""How late the event loop is: everything in the process waits at least as long."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import gevent
 from prometheus_client import Histogram
 
 INTERVAL_SECONDS = 0.1
-"""Between two looks: no stall of 100 ms can hide, and ten wake-ups a second cost little."""
+"""Between two ticks. Any stall of 100 ms is seen, and ten wake-ups a second cost little."""
 
 _MAX_TICKS = 100
-"""Of one stall. After more (a machine that was suspended), time begins anew."""
+"""Counted for one stall, at most. After more (a suspended machine) the schedule starts anew."""
 
 
 class LoopLag:
-    """Has itself woken at set times, and notes how late that was.
+    """Wakes up at fixed times, and records how late each wake-up was.
 
     Args:
-        lag_seconds: gets the delays.
-        clock: `time.monotonic`, or a test's.
+        lag_seconds: gets the delays, in seconds.
+        clock: gives the time in seconds; `time.monotonic`, or a test's.
     """
 
     def __init__(self, lag_seconds: Histogram, clock: Callable[[], float] = time.monotonic) -> None:
@@ -30,20 +30,20 @@ class LoopLag:
         self._greenlet: gevent.Greenlet[[], None] | None = None
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start measuring, in a greenlet of its own."""
         self._due_at = self._clock() + INTERVAL_SECONDS
-        self._greenlet = gevent.spawn(self._look_for_ever)
+        self._greenlet = gevent.spawn(self._tick_forever)
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop measuring."""
         if self._greenlet is not None:
             self._greenlet.kill()
 
     def tick(self) -> float:
-        """Note how late it is; returns in how many seconds the next tick is due.
+        """Record how late this tick is, and return the seconds until the next one is due.
 
-        A stall counts once for each time that it swallowed: otherwise a second of silence would
-        weigh no more than a tick that came on time.
+        A stall counts once for each tick that it delayed: otherwise a stall of a second would weigh
+        no more than one tick in time.
         """
         now = self._clock()
         for _ in range(_MAX_TICKS):
@@ -55,7 +55,7 @@ class LoopLag:
             self._due_at = now + INTERVAL_SECONDS
         return self._due_at - now
 
-    def _look_for_ever(self) -> None:
+    def _tick_forever(self) -> None:
         wait = INTERVAL_SECONDS
         while True:
             gevent.sleep(wait)

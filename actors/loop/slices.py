@@ -1,4 +1,4 @@
-"""Work that nobody waits for, done in slices, so that an interrupt need not wait for it."""
+"""Loops that pause: for long work of a greenlet that no client waits for."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from typing import TypeVar
 
 import gevent
 
+from actors.loop.lanes import SLICE_SECONDS
+
 _T = TypeVar("_T")
 
-_SLICE_SECONDS = 0.0003
-"""As long as the loop hands on data between two looks for control (`actors/loop/lanes.py`)."""
-
 _PAUSE_SECONDS = 0.001
-"""A real one: `sleep(0)` comes back before the loop has looked at its sockets."""
+"""More than zero: `gevent.sleep(0)` returns before the loop has polled its sockets."""
 
 
 def in_slices(items: Iterable[_T]) -> Iterator[_T]:
-    """Go through the items, and let everybody else have a turn now and then.
+    """Yield the items, and sleep for a moment after each 0.3 ms, so that interrupts get through.
 
-    The time counts that making an item takes, and what the caller does with it. Not for the hub,
-    which cannot wait.
+    The time counts that it takes to make an item, and what the caller does with it. Not for the
+    hub, which cannot sleep.
     """
-    until = time.monotonic() + _SLICE_SECONDS
+    until = time.monotonic() + SLICE_SECONDS
     for item in items:
         yield item
         if time.monotonic() > until:
             gevent.sleep(_PAUSE_SECONDS)
-            until = time.monotonic() + _SLICE_SECONDS
+            until = time.monotonic() + SLICE_SECONDS

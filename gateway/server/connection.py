@@ -20,7 +20,7 @@ from websockets.protocol import OPEN, State
 from websockets.server import ServerProtocol
 
 from actors.loop.deferred_log import DeferredLog
-from actors.loop.lanes import Readable, lanes
+from actors.loop.lanes import lanes
 from gateway.server import handshake
 from gateway.server.outbox import Outbox, OutboxSettings
 from gateway.wire.frames import MAX_FRAME_BYTES, PATH
@@ -127,7 +127,7 @@ class Connection:
         _tune(sock)
         sock.settimeout(0)  # every wait is explicit, so that writes never block
         # What clients say goes before what providers say: it may be an INTERRUPT.
-        self._readable = Readable(sock.fileno(), is_control=True)
+        self._readable = self._lanes.readable_control(sock.fileno())
         self._outbox = Outbox(
             sock, self._protocol, services.settings.outbox, services.metrics, self._died
         )

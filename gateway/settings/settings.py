@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
+from actors.loop.lanes import lanes
 from actors.session.session import SessionSettings
 from actors.supervisor import SupervisorSettings
 from gateway.access.credentials import Credentials, CredentialsError
@@ -284,7 +285,7 @@ class _Checker:
             **self._limits(),
         )
         try:
-            ProviderClient(provider).close()
+            ProviderClient(provider, lanes()).close()
         except OSError as error:
             self._fault(f"{name('ca_file')} {ca_file!r} holds no certificates: {error}")
         except ValueError:

@@ -1,7 +1,8 @@
 """One POST to one provider, and the stream that answers it.
 
-An attempt runs in its generation's reader. It hands on what comes, and what goes wrong comes out of
-it as one of `llm/errors.py`: this is the border where everybody else's exceptions end.
+An attempt runs in its generation's reader greenlet. It writes what arrives to the sink, and raises
+one of `llm/errors.py` when something fails: here the exceptions of the libraries below are mapped,
+and none of them leaves.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 import gevent
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProtocolError
 
-from actors.loop.lanes import lanes
 from llm.chat.calls import CallAssembler
 from llm.chat.client import ProviderClient
 from llm.chat.completions import (
@@ -51,19 +51,20 @@ _T = TypeVar("_T")
 
 _ERROR_BODY_BYTES = 64 * 1024
 _ERROR_BODY_SECONDS = 5.0
-"""An error body is read for its message, within these bounds, before its connection is closed."""
+"""Limits for reading an error body, for its message, before its connection is closed."""
 
 _DRAIN_BYTES = 4096
 _DRAIN_SECONDS = 0.02
-"""After `[DONE]` the last chunk is as good as there; only when it was read may the next request
-have the connection. A server that leaves the stream open costs this much and its connection."""
+"""Limits for reading the rest of a body after `[DONE]`. Its last chunk follows immediately, and the
+connection can be used again only when that was read. A server that leaves the stream open costs
+this much time, and its connection."""
 
 _CUT = frozenset({"length", "content_filter"})
-"""Finish reasons of an answer that ended before the model was done."""
+"""Finish reasons of an answer that was cut off before the model had finished."""
 
 
 class Sink(Protocol):
-    """What a reader writes to. All are called in the reader's greenlet."""
+    """What a reader writes to. All methods are called in the reader's greenlet."""
 
     def posted(self) -> None:
         """A request was sent to a provider."""
@@ -72,22 +73,22 @@ class Sink(Protocol):
         """The provider answered with an event stream."""
 
     def put(self, delta: Delta) -> None:
-        """Take what came in one read, of calls only how much. May block: then this stream waits,
-        and no other."""
+        """Take the text that came in one read; of calls, only how many characters. May block:
+        then this stream waits, and no other."""
 
     def call(self, call: ToolCall) -> None:
-        """A call that is complete. May block."""
+        """Take a complete function call. May block."""
 
 
 class Attempt:
     """One POST and its stream.
 
     Args:
-        client: the provider.
-        prompt: what it is asked.
-        sink: gets what comes.
-        on_first_token: called when the first token of any kind came.
-        include_usage: whether it is asked for the usage, too.
+        client: the provider to ask.
+        prompt: what to ask.
+        sink: gets what arrives.
+        on_first_token: called when the first token of any kind has arrived.
+        include_usage: whether to ask for the usage, too.
     """
 
     def __init__(
@@ -106,9 +107,9 @@ class Attempt:
         self._on_first_token: Callable[[], None] | None = on_first_token
 
         self.progress_at = time.monotonic()
-        """`time.monotonic()` of the last byte from the provider (of the making, before any)."""
+        """`time.monotonic()` of the last byte from the provider; before any, of the start."""
         self.stopping = False
-        """Set when the reader is to be killed."""
+        """Set when the reader is about to be killed."""
         self.has_token = False
         self.finish_reason: str | None = None
         self.reasoning_chars = 0
@@ -122,37 +123,37 @@ class Attempt:
         self._reasoning_put = self._call_chars = 0
         self._calls = CallAssembler()
         self.usage: Usage | None = None
-        """The tokens, as the provider counted them."""
+        """The tokens, as the provider counted them; None where it has not said."""
 
     @property
     def may_cost(self) -> bool:
-        """True when the provider has the request and did not refuse it."""
+        """True when the provider has got the request and has not refused it."""
         return self._is_sent and not self._is_refused
 
     @property
     def usage_estimate(self) -> UsageEstimate | None:
-        """What to guess the tokens from; None where the provider had nothing to do."""
+        """What to estimate the tokens from; None when the provider cannot have generated any."""
         if not self.may_cost:
             return None
         chars = self._text_chars + self.reasoning_chars
         return UsageEstimate(self._prompt, self._token_events, chars)
 
     def run(self) -> None:
-        """POST, hand on what comes, return at the end of the answer; then `finish()` is due.
+        """POST, and write what arrives to the sink until the answer ends. Call `finish()` next.
 
         Raises:
-            StreamError: what went wrong, in words for the client. The connection is closed.
+            StreamError: why it failed, in words for the client. The connection is closed.
         """
         try:
             self._watchdog.start()
             answer = self._answer = self.client.post(
                 self._prompt, self._sent, include_usage=self._include_usage
             )
-            if not self._is_sent:  # it answered before it had read all
+            if not self._is_sent:  # the provider answered before it had read the whole request
                 self._sent()
-            # There is no longer work than to make a request and to take its answer up. So here, and
-            # before it connects, others have their turn: one of them may be an interrupt.
-            lanes().wait_turn()
+            # Making the request and opening the answer is the longest work without a wait. So here,
+            # and before connecting, the reader lets others run: there may be an interrupt.
+            self.client.loop.wait_turn()
             if answer.status != 200:
                 raise self._bad_status(answer)
             self._read_events(self._open(answer))
@@ -160,17 +161,18 @@ class Attempt:
             self.close()
             mapped = self._connection_error(error)
             for cause in _chain(error):
-                # It knows a frame of urllib3's that knows it, and so the socket would stay open
-                # until the collector comes.
+                # It is in a reference cycle with a frame of urllib3, which would keep the socket
+                # open until the collector runs.
                 cause.__traceback__ = cause.__context__ = None
             raise mapped from None
         except BaseException:
             self.close()
             raise
-        self._watchdog.stop()  # the answer is complete: nothing is late any more
+        self._watchdog.stop()  # the answer is complete: no limit applies any more
 
     def finish(self) -> None:
-        """After a complete answer: give the connection back, if the rest of the body is there."""
+        """After a complete answer: give the connection back, if the rest of the body arrives in
+        time, or close it."""
         assert self._lines is not None
         try:
             with _time_limit(_DRAIN_SECONDS):
@@ -179,9 +181,9 @@ class Attempt:
             self.close()
 
     def close(self) -> None:
-        """Close the connection, unless it was given back."""
+        """Close the connection, unless it has gone back to its pool."""
         self._watchdog.stop()
-        self._lines = None  # it knows us, too: no cycle is left for the collector
+        self._lines = None  # it refers to this attempt: leave no cycle for the collector
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.close()
@@ -192,7 +194,7 @@ class Attempt:
 
     def _open(self, answer: Answer) -> Events:
         try:
-            events = Events(self.client.url, answer, self._hand_on, self._touch)
+            events = Events(self.client.url, answer, self._flush, self._touch)
         except NotEventsError:
             self._is_refused = True
             content_type = self.client.quote(answer.headers.get("Content-Type") or "missing")
@@ -214,30 +216,30 @@ class Attempt:
         try:
             for data in events:
                 if data.startswith(DONE) and data.rstrip() == DONE:
-                    self._hand_on()
+                    self._flush()
                     if self.finish_reason is None:
                         if bare := self._bare_error():
                             raise bare
-                        self._give_calls()
+                        self._write_calls()
                     return
                 self._take(parse_chunk(data))
         except MalformedCallError as error:
-            self._hand_on()
+            self._flush()
             raise MalformedCallError(self.client.quote(str(error))) from None
         except (MalformedChunkError, UnicodeDecodeError) as error:
-            self._hand_on()
+            self._flush()
             if not (self._lines and self._lines.ended):
-                # In words: the error itself would be in a cycle with this frame.
+                # As text: the error itself is in a reference cycle with this frame.
                 why = error.reason if isinstance(error, UnicodeDecodeError) else str(error)
                 raise MalformedStreamError(f"malformed stream: {why}") from None
-            if self.finish_reason is None:  # cut in the middle of its last event
+            if self.finish_reason is None:  # cut off in the middle of its last event
                 raise self._incomplete(None) from None
         except ErrorChunkError as error:
-            self._hand_on()
+            self._flush()
             message = self.client.quote(str(error))
             raise ProviderReportedError(f"the provider reported: {message}") from None
         except BodyEnded as end:
-            self._hand_on()
+            self._flush()
             if self.finish_reason is None:
                 raise self._incomplete(end.cause) from None
 
@@ -262,10 +264,10 @@ class Attempt:
                 on_first_token()
         self._watchdog.event(is_token=is_token)
         if is_finish:
-            self._give_calls()
+            self._write_calls()
 
-    def _hand_on(self) -> None:
-        """Give the sink everything that came with the last read."""
+    def _flush(self) -> None:
+        """Write the text that was gathered since the last read, in one delta."""
         reasoning_chars = self.reasoning_chars - self._reasoning_put
         if not (self._texts or reasoning_chars or self._call_chars):
             return
@@ -273,38 +275,38 @@ class Attempt:
         self._texts.clear()
         self._reasoning_put = self.reasoning_chars
         self._call_chars = 0
-        self._give(self._sink.put, delta)
+        self._write(self._sink.put, delta)
 
-    def _give_calls(self) -> None:
-        """The answer is finished: give the sink its calls, after its text."""
+    def _write_calls(self) -> None:
+        """Write the calls of a finished answer, after its text."""
         calls = self._calls.finish(is_cut=self.finish_reason in _CUT)
         if calls:
-            self._hand_on()
+            self._flush()
         for call in calls:
-            if self.stopping:  # since the reader last waited: the kill is on its way
+            if self.stopping:  # the kill is on its way: it comes when the reader waits next
                 raise gevent.GreenletExit
-            self._give(self._sink.call, call)
+            self._write(self._sink.call, call)
 
-    def _give(self, give: Callable[[_T], None], what: _T) -> None:
-        self._watchdog.paused = True  # a slow client is not the provider's silence
-        give(what)
+    def _write(self, write: Callable[[_T], None], what: _T) -> None:
+        self._watchdog.paused = True  # waiting for a slow client is not the provider's fault
+        write(what)
         self._watchdog.paused = False
         self._watchdog.since = time.monotonic()
 
-    # Errors, in words.
+    # What fails, as one of `llm/errors.py`.
 
     def _incomplete(self, cause: Exception | None) -> StreamError:
         bare = self._bare_error()
         if bare:
             return bare
         root = None if cause is None else _root_cause(cause)
-        how = f" ({self.client.quote(_in_words(root))})" if isinstance(root, OSError) else ""
+        how = f" ({self.client.quote(_describe(root))})" if isinstance(root, OSError) else ""
         return IncompleteAnswerError(
             f"incomplete answer: the provider's stream ended before it said it was done{how}"
         )
 
     def _bare_error(self) -> ProviderReportedError | None:
-        """The error that a provider put into the stream without making an event of it."""
+        """The error that a provider wrote into the stream without making an event of it."""
         message = error_message(self._lines.stray) if self._lines else None
         if message is None:
             return None
@@ -319,7 +321,7 @@ class Attempt:
         message = error_message(body)
         if message is None:
             is_page = "html" in answer.headers.get("Content-Type", "")
-            message = "" if is_page else text  # a page says nothing that a person could read here
+            message = "" if is_page else text  # the source of a web page would not help a person
         return BadStatusError(
             answer.status,
             self.client.quote(message),
@@ -342,9 +344,9 @@ class Attempt:
 
     def _connection_error(self, error: HTTPError) -> StreamError:
         root = _root_cause(error)
-        cause = self.client.quote(_in_words(root))
+        cause = self.client.quote(_describe(root))
         match error:
-            case NewConnectionError():  # to urllib3, one kind of ConnectTimeoutError
+            case NewConnectionError():  # before its base class in urllib3, ConnectTimeoutError
                 return ConnectFailedError(f"no connection to the provider: {cause}")
             case ConnectTimeoutError():
                 return LimitPassedError("connect", self.client.provider.connect_timeout)
@@ -363,14 +365,15 @@ class Attempt:
 class _Watchdog:
     """Raises `LimitPassedError` in the reader when the provider is too slow.
 
-    One timer for an attempt, set again only when it fires: an event costs one look at the clock.
+    One timer for each attempt, set again only when it fires: an event costs one reading of the
+    clock.
     """
 
     def __init__(self, provider: Provider) -> None:
         self.since = time.monotonic()
         """`time.monotonic()` from which the limit runs."""
         self.paused = False
-        """True while the wait is not for the provider."""
+        """True while the reader does not wait for the provider."""
         self._idle_timeout = provider.idle_timeout
         self._name = "first token"
         self._seconds = provider.first_token_timeout
@@ -378,13 +381,13 @@ class _Watchdog:
         self._timer: Any = None
 
     def start(self) -> None:
-        """Watch this greenlet, from now on."""
+        """Watch the calling greenlet, from now on."""
         self._reader = gevent.getcurrent()
         self.since = time.monotonic()
         self._set(self._seconds)
 
     def event(self, *, is_token: bool) -> None:
-        """An event came."""
+        """Note that an event has arrived."""
         if self._name == "idle":
             self.since = time.monotonic()
         elif is_token:
@@ -393,7 +396,7 @@ class _Watchdog:
             self._set(self._seconds)
 
     def stop(self) -> None:
-        """Disarm it."""
+        """Stop watching."""
         if self._timer is not None:
             self._timer.stop()
             self._timer.close()
@@ -417,20 +420,20 @@ class _Watchdog:
 
 @contextlib.contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """Leave the block when the time is up, without a word."""
+    """Leave the block when the time is up, without an error."""
     timeout = gevent.Timeout.start_new(seconds)
     try:
         yield
     except gevent.Timeout as fired:
         if fired is not timeout:
             raise
-        timeout.__traceback__ = None  # it leads to this frame, which knows it
+        timeout.__traceback__ = None  # it refers to this frame: leave no cycle
     finally:
         timeout.close()
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what caused it, through urllib3's `reason` and wrapped arguments too."""
+    """Yield the error and its causes, which urllib3 also keeps in `reason` and in arguments."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -447,5 +450,5 @@ def _root_cause(error: BaseException) -> BaseException:
     return root
 
 
-def _in_words(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

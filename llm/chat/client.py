@@ -1,4 +1,4 @@
-"""One provider, ready to be asked: its connections, its headers, and what was learnt of it."""
+"""One provider, ready for requests: its connections, its headers, and what was learnt about it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from llm.chat.completions import Prompt, encode_body
 from llm.http.answer import Answer
 from llm.http.connections import Connections
+from llm.loop import Loop
 from llm.provider import Provider, check_header_values, completions_url
 
 _QUOTED_CHARS = 500
@@ -15,13 +16,18 @@ _QUOTED_CHARS = 500
 class ProviderClient:
     """What all generations of one provider share.
 
+    Args:
+        provider: its settings.
+        loop: schedules everything that waits for its connections.
+
     Raises:
-        ValueError: its URL is none, or its key or a header cannot be sent.
+        ValueError: its URL is not valid, or its key or a header cannot be sent.
         OSError: its certificates cannot be read.
     """
 
-    def __init__(self, provider: Provider) -> None:
+    def __init__(self, provider: Provider, loop: Loop) -> None:
         self.provider = provider
+        self.loop = loop
         self.name = provider.name
         self.url = completions_url(provider.base_url)
         self._secrets = provider.secrets
@@ -31,37 +37,38 @@ class ProviderClient:
             provider.ca_file,
             provider.connect_timeout,
             provider.pool_size,
+            loop,
         )
         self._headers = {
             "Content-Type": "application/json",
             "Accept": "text/event-stream",
             "User-Agent": "bargein",
             "Cache-Control": "no-cache",
-            # Compression on the way would hold events back until a block is full.
+            # Compression would hold events back until a block is full.
             "Accept-Encoding": "identity",
         }
         if provider.api_key and provider.key_header:
             self._headers[provider.key_header] = provider.api_key
         elif provider.api_key:
             self._headers["Authorization"] = f"Bearer {provider.api_key}"
-        ours = {name.lower() for name in provider.headers}
+        configured = {name.lower() for name in provider.headers}
         self._headers = {
-            name: value for name, value in self._headers.items() if name.lower() not in ours
+            name: value for name, value in self._headers.items() if name.lower() not in configured
         } | dict(provider.headers)
         check_header_values(self._headers)
         self.asks_for_usage = provider.include_usage
-        """Whether requests ask for the usage: some servers do not know of that."""
+        """Whether requests ask for the usage. Some servers reject that (`stream_options`)."""
 
     def post(self, prompt: Prompt, on_sent: Callable[[], None], *, include_usage: bool) -> Answer:
-        """POST once, and return when the headers of the answer are there.
+        """POST once, and return when the headers of the answer have arrived.
 
         Args:
-            prompt: what it is asked.
-            include_usage: whether it is asked for the usage, too.
-            on_sent: called when all of it was handed to the kernel.
+            prompt: what to ask.
+            on_sent: called when the kernel has taken the whole request.
+            include_usage: whether to ask for the usage, too.
 
         Raises:
-            urllib3.exceptions.HTTPError: it did not get that far.
+            urllib3.exceptions.HTTPError: the connection failed before that.
         """
         body = encode_body(
             self.provider.model,
@@ -72,14 +79,15 @@ class ProviderClient:
         return self._connections.post(body, self._headers, on_sent)
 
     def quote(self, text: str) -> str:
-        """What a provider said, within a bound and with our secrets redacted: some echo them."""
+        """Quote what a provider said: at most 500 characters, with the secrets redacted that were
+        sent to it (some providers repeat them)."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text.strip()[:_QUOTED_CHARS]
 
     def retire(self) -> None:
-        """Close the idle connections, and keep none from now on: only those who have begun with
-        this client still use it."""
+        """Close the idle connections, and keep none from now on. Generations that have started with
+        this client can go on using it."""
         self._connections.retire()
 
     def close(self) -> None:

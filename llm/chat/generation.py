@@ -1,14 +1,15 @@
-"""One generation: a reader greenlet that asks for it, and hands on what comes.
+"""One generation: a reader greenlet that asks a provider, and writes what arrives to a sink.
 
-Only the reader uses the socket. To stop a generation, in whatever phase it is (resolving,
-connecting, in the TLS handshake, waiting for headers or an event, in the middle of a chunk, under
-a flood, waiting for a slow client, or for the time to ask again), its greenlet is killed, which
-raises inside whatever it is blocked in; the connection is ended before it finds its way out. That
-is why `close()` may be called by anybody at any time, never blocks, and cannot close a connection
-that serves somebody else by now.
+Only the reader uses the socket. To stop a generation, its greenlet is killed, which raises inside
+whatever it is blocked in, in every phase: resolving, connecting, in the TLS handshake, waiting for
+headers or an event, in the middle of a chunk, under a flood, waiting for a slow client, or for the
+next retry. The connection is ended first, before the exception has left the reader. So `close()`
+never blocks, any greenlet may call it at any time, and it cannot close a connection that is used by
+another request by then.
 
-Before the first token, a provider that refuses or is not there may be asked again, and then the
-fallback provider; after it, nobody ever is (DESIGN.md, "Provider faults and what each one gives").
+Before the first token, the same provider may be asked again, and then the fallback provider. After
+the first token no provider is asked again: the user has seen a part of this answer, and would get
+the beginning of another one behind it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Protocol
 
 import gevent
 
-from actors.loop.lanes import lanes
 from llm.chat.attempt import Attempt
 from llm.chat.attempt import Sink as AttemptSink
 from llm.chat.breaker import Breaker, BreakerState, Trial
@@ -31,8 +31,9 @@ from llm.chat.completions import Prompt, Usage, UsageEstimate
 from llm.chat.retries import is_about_usage, is_requests_fault, may_retry, pause_seconds
 from llm.errors import LimitPassedError, StreamError
 from llm.http.connections import Stopped
+from llm.loop import Loop
 from llm.provider import Provider
-from llm.stage import Ending, StageResult
+from llm.stage import Ending, Stage, StageResult
 from metrics.logs import get_logger
 
 _log = get_logger("LLM")
@@ -40,12 +41,12 @@ _log = get_logger("LLM")
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What holds for a generation, whoever answers it.
+    """What applies to every generation, whichever provider answers.
 
     Args:
         total_timeout: seconds from the start to the end of the answer; 0 is no limit.
-        breaker_failures: so many failures in a row and only the fallback is asked; 0 never.
-        breaker_seconds: for how long, before the first provider is tried again.
+        breaker_failures: after so many failures in a row only the fallback is asked; 0 is never.
+        breaker_seconds: how long, until the first provider is tried again.
     """
 
     total_timeout: float = 0.0
@@ -54,22 +55,27 @@ class GenerationSettings:
 
 
 class Sink(AttemptSink, Protocol):
-    """What a reader writes to. All are called in the reader's greenlet."""
+    """What a reader writes to. All methods are called in the reader's greenlet."""
 
     def retrying(self, provider: str, error: StreamError, pause_seconds: float) -> None:
-        """The provider of this name failed, and is asked again after a pause."""
+        """The provider of this name failed, and will be asked again after a pause."""
 
     def falling_back(self, provider: str, error: StreamError | None) -> None:
-        """The fallback is asked, since this provider failed now, or (None) has before."""
+        """The fallback is asked instead of the provider of this name.
+
+        Args:
+            error: why it failed; None where it was not asked, because it has failed too often.
+        """
 
 
 class GenerationResult(StageResult, frozen=True):
-    """The one report of a generation, there when its reader is dead.
+    """The one report of a generation.
 
     Args:
         finish_reason: the provider's, such as ``stop`` or ``length``.
-        usage: tokens; None where the provider did not say.
-        usage_estimate: what to guess them from; None where the provider had nothing to do.
+        usage: tokens, as the provider counted them; None where it did not say.
+        usage_estimate: what to estimate them from; None when the provider cannot have generated
+            any.
         provider: name of the provider that was asked last; empty where none was.
     """
 
@@ -84,12 +90,13 @@ class LlmClient:
     """The providers; `generation()` makes one generation that asks them.
 
     Args:
-        provider: who is asked first.
-        fallback: who is asked when that one fails before its first token.
-        settings: what holds whoever answers.
+        provider: asked first.
+        fallback: asked when the first fails before its first token; None where there is no other.
+        settings: what applies whichever of them answers.
+        loop: schedules the readers. Its thread is the only one that may use this client.
 
     Raises:
-        ValueError: the URL of one is none.
+        ValueError: the URL of one is not valid.
         OSError: the certificates of one cannot be read.
     """
 
@@ -98,10 +105,13 @@ class LlmClient:
         provider: Provider,
         fallback: Provider | None = None,
         settings: GenerationSettings | None = None,
+        *,
+        loop: Loop,
     ) -> None:
         self.settings = settings or GenerationSettings()
-        self.first = ProviderClient(provider)
-        self.fallback = None if fallback is None else ProviderClient(fallback)
+        self.loop = loop
+        self.first = ProviderClient(provider, loop)
+        self.fallback = None if fallback is None else ProviderClient(fallback, loop)
         self.breaker = self._new_breaker()
 
     def _new_breaker(self) -> Breaker:
@@ -121,24 +131,25 @@ class LlmClient:
     def generation(
         self, prompt: Prompt, sink: Sink, on_end: Callable[[GenerationResult], None]
     ) -> Generation:
-        """A generation that has not started yet.
+        """Make a generation, which does not start by itself.
 
         Args:
-            prompt: what is asked.
-            sink: gets what comes.
-            on_end: called once, in the hub, when the reader is dead; must not block.
+            prompt: what to ask.
+            sink: gets what arrives.
+            on_end: called once, in the hub, when the generation is over and its connection is
+                closed or given back; must not block.
         """
         return Generation(self, prompt, sink, on_end)
 
     def reload(self, provider: Provider, fallback: Provider | None) -> None:
-        """Ask these providers, from the next generation on; those that run stay with the old ones.
+        """Ask these providers from the next generation on. Running ones keep the old providers.
 
         Raises:
-            ValueError: the URL of one is none. Nothing has changed then.
+            ValueError: the URL of one is not valid. Nothing has changed then.
             OSError: the certificates of one cannot be read. Nothing has changed then.
         """
-        first = ProviderClient(provider)
-        second = None if fallback is None else ProviderClient(fallback)
+        first = ProviderClient(provider, self.loop)
+        second = None if fallback is None else ProviderClient(fallback, self.loop)
         self.first.retire()
         if self.fallback is not None:
             self.fallback.retire()
@@ -152,8 +163,9 @@ class LlmClient:
             self.fallback.close()
 
 
-class Generation:
-    """The stage *generate*: one answer, from asking to its end; made by `LlmClient.generation`."""
+class Generation(Stage):
+    """The stage *generate*: one answer, from its request to its end. `LlmClient.generation` makes
+    it."""
 
     name = "generate"
 
@@ -171,59 +183,61 @@ class Generation:
         self._closing = False
         self._attempt: Attempt | None = None
         self._without_usage: set[ProviderClient] = set()
-        """Those who did not like to be asked for the usage."""
+        """The providers that rejected `stream_options` in this generation."""
         self._started_at = time.monotonic()
         self._too_long: LimitPassedError | None = None
         self._result: GenerationResult | None = None
         self._closed_at: float | None = None
-        self._lanes = lanes()
+        self._loop = llm.loop
         self._reader = gevent.Greenlet(self._run)
-        self._reader.rawlink(self._ended)
+        self._reader.rawlink(self._report)
 
     @property
     def progress_at(self) -> float:
-        """`time.monotonic()` of the last byte from a provider, or of asking it."""
+        """`time.monotonic()` of the last byte from a provider; before any, of its request."""
         return self._started_at if self._attempt is None else self._attempt.progress_at
 
     def start(self) -> None:
-        """Start the reader, unless it was closed already."""
+        """Start the reader, unless `close()` was called before."""
         if not self._closing:
             self._started_at = time.monotonic()
             self._reader.start()
 
     def close(self) -> None:
-        """Stop the reader and close its connection, at whatever point it is.
+        """Stop the reader and close its connection, in whatever phase it is.
 
-        Returns at once; `on_end` follows. Any greenlet may call it, any number of times: it kills
-        once, since a second kill would cut the first one's cleaning up short.
+        Never blocks; `on_end` follows. Any greenlet may call it, any number of times: only the
+        first call kills, because a second kill would interrupt the cleaning up after the first.
         """
         if not self._closing:
             self._closing = True
             if self._attempt is not None:
                 self._attempt.stopping = True
-            self._lanes.run_next(self._kill)
+            self._loop.run_next(self._kill)
 
     def _kill(self) -> None:
-        # In the hub. Like `Greenlet.kill`, but now, and its end is told now.
+        # In the hub. `Greenlet.kill` would do this in the next iteration of the loop, and the
+        # reader's link would report in the one after.
         stopped = Stopped()
-        self._lanes.throw(self._reader, stopped)
+        self._loop.throw(self._reader, stopped)
         self._closed_at = self._closed_at or stopped.closed_at
-        if self.ended:
-            # Another client's INTERRUPT may have come meanwhile: its stream is closed first.
-            self._lanes.run_after_poll(self._ended, self._reader)
+        if self._is_closed:
+            # Another client's INTERRUPT may have arrived by now: its stream is closed first.
+            self._loop.run_after_poll(self._report, self._reader)
 
     @property
-    def ended(self) -> bool:
-        """True when the stream is closed. Its reader is dead then, or on its way out."""
+    def _is_closed(self) -> bool:
+        """True when the connection is closed or given back. The reader has ended, or is about
+        to."""
         return self._reader.dead or self._closed_at is not None
 
     def kill_again(self) -> None:
-        """The last resort for a reader that outlived its `close()` by far."""
+        """The last resort for a reader that has not ended long after `close()`."""
         self._reader.kill(block=False)
 
-    def _ended(self, _reader: object) -> None:
+    def _report(self, _reader: object) -> None:
         if self._on_end is not None:
-            on_end, self._on_end = self._on_end, None  # no cycle is left for the collector
+            on_end, self._on_end = self._on_end, None  # once; and leave no cycle
             on_end(self._result or self._make_result(Ending.CLOSED, None))
 
     def _make_result(self, ending: Ending, error: StreamError | None) -> GenerationResult:
@@ -247,14 +261,14 @@ class Generation:
     def _run(self) -> None:
         ending, error = Ending.CLOSED, None
         try:
-            self._lanes.wait_turn()  # half a millisecond of work, if the connection is to be made
+            self._loop.wait_turn()  # to make a connection takes half a millisecond of work
             with self._total_limit():
                 self._ask_providers()
             ending = Ending.COMPLETED
             if self._attempt is not None:
                 self._attempt.finish()
         except gevent.GreenletExit:
-            # Caught, for an uncaught one would hold on to the traceback, and so to the socket.
+            # An uncaught one would keep its traceback, and so the socket.
             pass
         except StreamError as failure:
             _forget_how(failure)
@@ -277,10 +291,10 @@ class Generation:
             yield
 
     def _ask_providers(self) -> None:
-        """Returns at the end of the answer; its attempt is to be finished then.
+        """Return at the end of the answer. Its attempt is not finished yet.
 
         Raises:
-            StreamError: what went wrong, in words for the client.
+            StreamError: why it failed, in words for the client.
         """
         first, fallback = self._llm.first, self._llm.fallback
         if fallback is None:
@@ -297,16 +311,16 @@ class Generation:
         self._ask(fallback, None)
 
     def _try(self, client: ProviderClient, trial: Trial) -> StreamError | None:
-        """Ask a provider that another one can stand in for.
+        """Ask a provider that has a fallback.
 
         Returns:
-            None at the end of the answer; else why somebody else should be asked.
+            None at the end of the answer; else why the fallback should be asked.
         """
         try:
             self._ask(client, trial)
             trial.succeeded()
         except StreamError as error:
-            # One that used up all the time there is has failed, too.
+            # It has also failed if it has used up the total limit.
             if is_requests_fault(error):
                 trial.succeeded()
             else:
@@ -319,7 +333,7 @@ class Generation:
         return None
 
     def _ask(self, client: ProviderClient, trial: Trial | None) -> None:
-        """Ask one provider, again where that may help."""
+        """Ask one provider, and again where a retry may help."""
         retries = itertools.count()
         while (pause := self._attempt_once(client, trial, retries)) is not None:
             gevent.sleep(pause)
@@ -327,7 +341,7 @@ class Generation:
     def _attempt_once(
         self, client: ProviderClient, trial: Trial | None, retries: Iterator[int]
     ) -> float | None:
-        """Returns None at the end of the answer, else the seconds until another attempt."""
+        """Return None at the end of the answer, else the seconds until the next attempt."""
         on_first_token = _nothing if trial is None else trial.succeeded
         asks_for_usage = client.asks_for_usage and client not in self._without_usage
         attempt = self._attempt = Attempt(
@@ -349,18 +363,18 @@ class Generation:
             return pause
         finally:
             if attempt.may_cost and client in self._without_usage:
-                client.asks_for_usage = False  # that was it, so no other request asks
+                client.asks_for_usage = False  # without it the provider accepts: never ask again
         return None
 
     def _is_final(self, error: StreamError) -> bool:
-        """Whether nobody may be asked again, whatever the error: the answer has begun, or it is
-        too late."""
+        """True if no provider may be asked again, whatever the error: the answer has begun, or the
+        total limit has passed."""
         has_token = self._attempt is not None and self._attempt.has_token
         return has_token or error is self._too_long
 
 
 def _forget_how(error: StreamError) -> StreamError:
-    """Its words are all that is wanted of it, not the frames that it came through."""
+    """Return the error without the frames that it came through: they would keep the socket."""
     error.__traceback__ = error.__cause__ = error.__context__ = None
     return error
 

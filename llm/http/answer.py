@@ -1,4 +1,4 @@
-"""The answer to a POST: its head is there, and its body is read as it comes."""
+"""The answer to a POST: its headers have arrived, and its body is read as it comes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from urllib3.exceptions import ProtocolError
 
 
 class Answer:
-    """What urllib3 returns, but a body that is not compressed is read without it: for each token
-    that takes as long as everything else that is done with it.
+    """The response of urllib3, but read past it where the body is not compressed: for each token,
+    urllib3 takes as long as everything else that the gateway does with the token.
 
     Args:
-        response: urllib3's, its body unread, with the connection that it came on.
-        plain: what it has read the head with.
+        response: urllib3's, its body unread, with its connection.
+        plain: the response of `http.client` that urllib3 has read the headers with.
     """
 
     def __init__(
@@ -26,19 +26,20 @@ class Answer:
         self._plain = None if "content-encoding" in response.headers else plain
 
     def read1(self, most_bytes: int) -> bytes:
-        """Whatever of the body is there, decompressed, waiting for at least one byte.
+        """Read what has arrived of the body, decompressed; wait for at least one byte.
 
         Returns:
-            Empty at the end of the body; its connection was given back then.
+            At most so many bytes; none at the end of the body, when the connection has gone back
+            to its pool.
 
         Raises:
-            urllib3.exceptions.HTTPError: it broke off, or cannot be decompressed.
+            urllib3.exceptions.HTTPError: the body broke off, or cannot be decompressed.
         """
         if self._plain is None:
             return self._response.read1(most_bytes, decode_content=True)
         try:
             data = self._plain.read1(most_bytes)
-            # RFC 9112, section 8: what ends before its Content-Length is incomplete.
+            # RFC 9112, section 8: a body that ends before its Content-Length is incomplete.
             if not data and (missing := self._plain.length):
                 raise http.client.IncompleteRead(b"", missing)
         except (http.client.HTTPException, OSError) as error:
@@ -49,5 +50,5 @@ class Answer:
         return data
 
     def close(self) -> None:
-        """Close its connection, unless that was given back."""
+        """Close the connection, unless it has gone back to its pool."""
         self._response.close()

@@ -1,8 +1,9 @@
-"""Connections to a provider: each read goes through the event loop, and a close is felt at once.
+"""Connections to a provider: each read waits in the event loop, and a close is felt at once.
 
-A socket that always has data never yields by itself, so one flooding provider would starve
-everybody: with events, but also with endless trailers or `100 Continue`, which `http.client` reads
-in loops of its own. Here no byte is read before the loop has had its turn (`actors/loop/lanes.py`).
+gevent reads from a socket without a wait for as long as there is data. So one provider that sends
+without a pause would starve all other greenlets: with events, but also with endless trailers or
+`100 Continue`, which `http.client` reads in loops of its own. Here each read first waits in the
+loop (`llm/loop.py`), even when data is there already.
 """
 
 from __future__ import annotations
@@ -31,26 +32,28 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ConnectTimeoutError
 from urllib3.util.ssltransport import SSLTransport
 
-from actors.loop.lanes import Readable, lanes
 from llm.http.answer import Answer
+from llm.loop import Loop
 
 
 class Connections:
     """The connections to one provider, for one kind of request.
 
-    Straight on urllib3: `requests.Session` would look for proxies and for a netrc in place of our
-    key at each request, read the body of a redirect, and keep cookies that tie the users of one
-    gateway together.
+    Directly on urllib3. `requests.Session` would look at each request for proxies, and for a netrc
+    whose password replaces the key; it would read the body of a redirect, and keep cookies, which
+    would connect the users of one gateway with each other.
 
     Args:
         url: where to POST.
-        proxy: URL of the HTTP proxy on the way, with its credentials; None goes straight.
+        proxy: URL of the HTTP proxy to use, with its credentials; None connects directly.
         ca_file: PEM file of trusted certificate authorities; None takes certifi's.
-        connect_timeout: seconds until a connection stands; 0 is no limit.
-        pool_size: how many idle ones are kept. Never waits for one: a waiter could not be stopped.
+        connect_timeout: seconds until a connection is made; 0 is no limit.
+        pool_size: how many idle connections are kept. A request never waits for one to become idle:
+            it makes its own.
+        loop: schedules connecting and reading.
 
     Raises:
-        ValueError: a URL is none.
+        ValueError: a URL is not valid.
         OSError: the certificates cannot be read.
     """
 
@@ -61,11 +64,12 @@ class Connections:
         ca_file: str | None,
         connect_timeout: float,
         pool_size: int,
+        loop: Loop,
     ) -> None:
-        # No limit for reading, which the watchdog bounds.
+        # No limit for reading: an attempt's watchdog sets that.
         self._timeout = urllib3.Timeout(connect=connect_timeout or None, read=None)
-        # Linger 0: a close is a reset. A provider that does not read (its request body still
-        # waits in our buffer) would not notice anything else.
+        # Linger 0: a close is a reset. Nothing else reaches a provider that does not read, while
+        # the body of the request is still in the kernel's send buffer.
         linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
         options: dict[str, Any] = {
             "maxsize": pool_size,
@@ -77,34 +81,34 @@ class Connections:
         }
         if proxy is not None or url.startswith("https:"):
             options["ssl_context"] = _trusting(ca_file or certifi.where())
-        # Looked up once: a manager does so at each request, for a tenth of all that one takes.
-        pool = _make_pools(proxy, options).connection_from_url(url)
-        assert isinstance(pool, _Retiring)
+        # Looked up once. The pool manager does it at each request: a tenth of a request's cost.
+        pool = _make_pools(proxy, options, loop).connection_from_url(url)
+        assert isinstance(pool, _Pool)
         self._pool = pool
         is_forwarded = proxy is not None and url.startswith("http:")
-        # RFC 9112, section 3.2.2: a proxy that forwards is told the whole URL.
+        # RFC 9112, section 3.2.2: a forwarding proxy gets the whole URL.
         self._target = url if is_forwarded else urllib3.util.parse_url(url).request_uri
 
     def post(self, body: bytes, headers: Mapping[str, str], on_sent: Callable[[], None]) -> Answer:
-        """POST once, and return when the headers of the answer are there.
+        """POST once, and return when the headers of the answer have arrived.
 
         Args:
             body: JSON.
-            headers: all of them but its length.
-            on_sent: called when all of it was handed to the kernel.
+            headers: all but the Content-Length.
+            on_sent: called when the kernel has taken the whole request.
 
         Raises:
-            urllib3.exceptions.HTTPError: it did not get that far.
+            urllib3.exceptions.HTTPError: the connection failed before that.
         """
 
-        def told_when_sent() -> Iterator[bytes]:
+        def body_then_sent() -> Iterator[bytes]:
             yield body
             on_sent()
 
         response = self._pool.urlopen(
             "POST",
             self._target,
-            body=told_when_sent(),
+            body=body_then_sent(),
             headers={**headers, "Content-Length": str(len(body))},
             redirect=False,
             assert_same_host=False,
@@ -117,7 +121,7 @@ class Connections:
         return Answer(response, connection.plain)
 
     def retire(self) -> None:
-        """Close the idle connections, and keep none from now on. Requests can still be made."""
+        """Close the idle connections, and keep none from now on. Requests are still possible."""
         self._pool.retire()
 
     def close(self) -> None:
@@ -126,9 +130,9 @@ class Connections:
 
 
 def _trusting(ca_file: str) -> ssl.SSLContext:
-    """What trusts these authorities. All connections share it until the file is another one.
+    """Return a TLS context that trusts these authorities, shared until the file changes.
 
-    Reading the authorities takes longer than connecting, and holds the loop up.
+    Reading them takes longer than connecting, and blocks the loop.
     """
     found = Path(ca_file).stat()
     return _read_authorities(ca_file, found.st_mtime_ns, found.st_size)
@@ -141,7 +145,7 @@ def _read_authorities(ca_file: str, _mtime_ns: int, _size: int) -> ssl.SSLContex
     return context
 
 
-def _make_pools(proxy: str | None, options: dict[str, Any]) -> urllib3.PoolManager:
+def _make_pools(proxy: str | None, options: dict[str, Any], loop: Loop) -> urllib3.PoolManager:
     pools: urllib3.PoolManager
     if proxy is None:
         pools = urllib3.PoolManager(1, **options)
@@ -155,53 +159,63 @@ def _make_pools(proxy: str | None, options: dict[str, Any]) -> urllib3.PoolManag
             proxy_ssl_context=options["ssl_context"],
             **options,
         )
-    pools.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+    pool_classes: dict[str, Any] = {
+        "http": functools.partial(_Pool, functools.partial(_Connection, loop)),
+        "https": functools.partial(_TlsPool, functools.partial(_TlsConnection, loop)),
+    }
+    pools.pool_classes_by_scheme = pool_classes
     return pools
 
 
 class Stopped(gevent.GreenletExit):
-    """Thrown into a reader that is to stop; learns when its connection was ended."""
+    """Thrown into a reader to stop it; brings back when its connection was ended."""
 
     closed_at: float | None = None
-    """`time.monotonic()`; None where the reader was not waiting for a connection's bytes."""
+    """`time.monotonic()`; None where the reader was not waiting for the bytes of a connection."""
 
 
 class ConnectionReader(io.RawIOBase):
-    """The bytes of a connection, none of them before the loop has had its turn."""
+    """The bytes of a connection. Each read waits in the event loop first.
 
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket) -> None:
-        self._raw = raw  # while it is open, so is the socket
+    Args:
+        raw: what `socket.makefile` gave: the socket stays open for as long as this does.
+        sock: the socket, TLS or not.
+        loop: schedules the reads.
+    """
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, loop: Loop) -> None:
+        self._raw = raw
         self._sock = sock
         self._recv_into = sock.recv_into
         self._pending: Callable[[], int] | None = getattr(sock, "pending", None)
         self._ahead: Callable[[], int] | None = None
         if isinstance(sock, SSLTransport):
-            # TLS within the TLS of a proxy only looks like a socket, and has one.
+            # TLS within the TLS of a proxy: not a socket itself, it has one.
             self._sock = sock.socket
             self._pending = sock.sslobj.pending
             self._ahead = functools.partial(_read_ahead, sock)
-        self._lanes = lanes()
-        self._readable = Readable(raw.fileno())
+        self._loop = loop
+        self._readable = loop.readable(raw.fileno())
         self._is_answered = False
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int | None:
-        # What TLS has decrypted already the kernel does not know of; it is one record at most.
+        # The kernel does not report what TLS has decrypted already: at most the rest of a record.
         if self._pending is None or not self._pending():
             try:
                 if self._ahead is not None and self._ahead():
-                    self._lanes.wait_turn()
+                    self._loop.wait_turn()
                 else:
                     self._readable.wait()
-            except BaseException as error:  # stopped, or too late
+            except BaseException as error:  # stopped, or a limit has passed
                 self.hang_up()
                 if isinstance(error, Stopped):
-                    # Whoever wanted it need not wait until the exception has found its way out
-                    # through all that stands on this connection.
+                    # The connection is ended, and can be reported. The exception has many frames to
+                    # leave yet: that is put off until the reports and acks have run.
                     error.closed_at = time.monotonic()
-                    self._lanes.wait_turn()
+                    self._loop.wait_turn()
                 raise
         self._is_answered = True
         return self._recv_into(buffer)
@@ -209,79 +223,83 @@ class ConnectionReader(io.RawIOBase):
     def hang_up(self) -> None:
         """End the connection, at once.
 
-        The peer hears of the end by the shutdown, so the reset that frees the socket, which takes
-        as long again, comes right behind the reports of this. One that has not begun to answer may
-        not be reading: it would hear nothing but the reset.
+        The shutdown tells the peer. The reset that frees the socket takes as long again, so it
+        follows when this end has been reported and acknowledged. A peer that has not begun to
+        answer may not be reading: only a reset reaches it, so there it comes at once.
         """
-        with contextlib.suppress(OSError):  # the peer was faster
+        with contextlib.suppress(OSError):  # the peer has closed it already
             self._sock.shutdown(socket.SHUT_RDWR)
         if self._is_answered:
-            self._lanes.run_after_acks(self._free)
+            self._loop.run_after_acks(self._free)
         else:
             self._free()
 
     def _free(self) -> None:
-        # In the hub, maybe when the reader has closed all of it: these know that, where a
-        # descriptor by its number could be somebody else's by now.
-        self._let_go()
+        # Runs in the hub, maybe after the reader has closed everything. Both of these know whether
+        # they are closed; the number of the descriptor may be another socket's by then.
+        self._release()
         self._sock.close()
 
     def close(self) -> None:
-        self._let_go()
+        self._release()
         super().close()
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         if not self._raw.closed:
-            self._readable.close()  # before the descriptor is free for somebody else
+            self._readable.close()  # first: closing the socket makes its descriptor free for reuse
             self._raw.close()
 
 
 def _read_ahead(sock: SSLTransport) -> int:
-    """How many bytes of further records have left the kernel: never none, under a flood."""
+    """How many bytes have left the kernel and are not decrypted. Under a flood, there are always
+    some, and the kernel may have nothing more to report."""
     outer: Any = sock.socket
     return sock.incoming.pending or outer.pending()
 
 
 class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, loop: Loop, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(ConnectionReader(self.fp.detach(), sock))
+        self.fp = io.BufferedReader(ConnectionReader(self.fp.detach(), sock, loop))
 
 
-class _Remembering(HTTPConnection):
-    """Knows what it has read the last answer with: urllib3 keeps it to itself."""
-
+class _Connection(HTTPConnection):
     plain: _Response | None = None
+    """The response of `http.client` to the last request: urllib3 does not give it away."""
+
+    def __init__(self, loop: Loop, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loop = loop
+
+    def connect(self) -> None:
+        self._loop.wait_turn()
+        with _connect_limit(self):
+            super().connect()
 
     def _respond(self, *args: Any, **kwargs: Any) -> _Response:
-        self.plain = _Response(*args, **kwargs)
+        self.plain = _Response(self._loop, *args, **kwargs)
         return self.plain
 
     response_class: Any = _respond
 
 
-class _Connection(_Remembering):
-    def connect(self) -> None:
-        lanes().wait_turn()
-        with _connect_limit(self):
-            super().connect()
-
-
-class _TlsConnection(_Remembering, HTTPSConnection):
-    def connect(self) -> None:
-        lanes().wait_turn()
-        with _connect_limit(self):
-            super().connect()
+class _TlsConnection(_Connection, HTTPSConnection):
+    pass
 
 
 def _connect_limit(connection: HTTPConnection) -> gevent.Timeout:
-    """Bound all of it: urllib3 counts each address anew, and neither names nor a proxy's answer."""
+    """Limit all of connecting. The limit of urllib3 starts again for each address, and leaves out
+    resolving names and the proxy's answer."""
     error = ConnectTimeoutError(connection, "the time to connect is up")
     return gevent.Timeout(connection.timeout, error)
 
 
-class _Retiring(HTTPConnectionPool):
+class _Pool(HTTPConnectionPool):
     _is_retired = False
+
+    def __init__(self, make_connection: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.ConnectionCls: Any = make_connection
 
     def retire(self) -> None:
         self._is_retired = True
@@ -296,9 +314,5 @@ class _Retiring(HTTPConnectionPool):
             conn.close()
 
 
-class _Pool(_Retiring):
-    ConnectionCls = _Connection
-
-
-class _TlsPool(_Retiring, HTTPSConnectionPool):
-    ConnectionCls = _TlsConnection
+class _TlsPool(_Pool, HTTPSConnectionPool):
+    pass

@@ -1,8 +1,8 @@
 """The server-sent events of one answer, read by requests-sse.
 
-requests-sse is never let to see the end of a body: it would sleep and then POST the whole
-completion again. So it is handed an answer whose lines are ours (`llm/http/lines.py`), and
-which end with an exception of ours.
+requests-sse must never see the end of a body: it would sleep, and then POST the whole completion
+again. So it gets a response whose lines come from `llm/http/lines.py`, and they end by raising
+`BodyEnded`, which requests-sse does not know.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from llm.http.lines import Lines
 
 
 class _Response:
-    """What requests-sse asks of a `requests.Response`: making one takes longer, and so does asking
-    whether it is true, which it does at each event."""
+    """What requests-sse needs of a `requests.Response`. A real one takes longer to make, and longer
+    to test for truth, which requests-sse does at each event."""
 
     history = ()
-    url = ""  # else it would be taken apart, for the origin of each event
+    url = ""  # a real one would be parsed at each event, for its origin
 
     def __init__(self, answer: Answer, lines: Lines) -> None:
         self.status_code = answer.status
@@ -30,7 +30,7 @@ class _Response:
 
 
 class _Session:
-    """What requests-sse asks of a `requests.Session`: to connect. Here, that was done."""
+    """What requests-sse needs of a `requests.Session`: to send a request. Here it was sent."""
 
     def __init__(self, response: _Response) -> None:
         self._response = response
@@ -40,17 +40,17 @@ class _Session:
 
 
 class Events:
-    """The data of the events of one answer, in order, without those that have none.
+    """The data of each event of one answer, in order; events without data are skipped.
 
     Args:
-        url: where it came from.
-        answer: its body unread.
-        before_read: called before each read, which may wait: what was gathered so far goes out
-            now. May block.
+        url: where the answer came from.
+        answer: with its body unread.
+        before_read: called before each read, which may wait for the provider: the time to flush
+            what has been gathered. May block.
         on_bytes: called after each read that gave bytes.
 
     Raises:
-        NotEventsError: its status is not 200, or its content type is not that of events.
+        NotEventsError: the status is not 200, or the content type is not text/event-stream.
     """
 
     def __init__(
@@ -69,12 +69,12 @@ class Events:
             raise NotEventsError(str(error)) from None
 
     def __iter__(self) -> Iterator[str]:
-        """Give out the data; never returns.
+        """Yield the data of each event; ends only by raising.
 
         Raises:
             BodyEnded: after the last event, or when the transport broke.
-            MalformedStreamError: an event over the bounds of `llm/http/lines.py`, or bad
-                compression.
+            MalformedStreamError: an event exceeds a limit of `llm/http/lines.py`, or the
+                compression is broken.
             UnicodeDecodeError: a line is not UTF-8.
         """
         for event in self._source:
@@ -83,4 +83,4 @@ class Events:
 
 
 class NotEventsError(Exception):
-    """The answer is no stream of events."""
+    """The answer is not an event stream."""

@@ -1,7 +1,7 @@
 """One generation against the scripted provider: real sockets, and a provider in its own process.
 
-Traps of DESIGN.md, "Facts about the parts", one by one: exactly one POST, immediate delivery,
-bounds, fairness, and a close that works at whatever point the reader is.
+The traps of the libraries below, one by one: exactly one POST, immediate delivery, limits,
+fairness, and a close that works in whatever phase the reader is.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Run:
         self.script = script
         self.sink = RecordingSink()
         self.results: list[GenerationResult] = []
-        self.reader_was_dead: list[bool] = []
+        self.was_closed: list[bool] = []
         self._ended = gevent.event.Event()
         self.generation: Generation = client.generation(
             prompt or Prompt((Message("user", script),)), self.sink, self._on_end
@@ -151,7 +151,7 @@ class Run:
 
     def _on_end(self, result: GenerationResult) -> None:
         self.results.append(result)
-        self.reader_was_dead.append(self.generation.ended)
+        self.was_closed.append(self.generation._is_closed)
         self._ended.set()
 
     def start(self) -> Run:
@@ -161,7 +161,7 @@ class Run:
     def wait_end(self) -> GenerationResult:
         assert self._ended.wait(PATIENCE_SECONDS), f"no end; text so far {self.sink.text!r}"
         [result] = self.results
-        assert self.reader_was_dead == [True]
+        assert self.was_closed == [True]
         return result
 
     def wait_completed(self) -> GenerationResult:
@@ -198,7 +198,7 @@ def make_client(provider: ProviderProcess) -> Iterator[MakeClient]:
             "ca_file": provider.ca_file,
             "retries": 0,
         }
-        client = LlmClient(Provider(**settings | fields))
+        client = LlmClient(Provider(**settings | fields), loop=lanes())
         clients.append(client)
         return client
 
@@ -1503,7 +1503,7 @@ def assert_closed(provider: ProviderProcess, run: Run, conn: int) -> None:
     result = run.wait_end()
     assert (result.ending, result.error) == (Ending.CLOSED, None)
     assert result.closed_at is not None
-    assert run.generation.ended
+    assert run.generation._is_closed
     closed = provider.wait_closed(conn)
     assert closed.by in ("client_eof", "client_reset", "client_gave_up")
     text = run.sink.text
@@ -1516,7 +1516,7 @@ def assert_closed(provider: ProviderProcess, run: Run, conn: int) -> None:
 @pytest.mark.parametrize("phase", EVERY_PHASE)
 def test_close_works_in_every_phase(stage: Stage, phase: str) -> None:
     run, conn = PHASES[phase](stage)
-    assert not run.generation.ended
+    assert not run.generation._is_closed
     assert run.results == []
     run.generation.close()
     assert_closed(stage.provider, run, conn)
@@ -1667,7 +1667,8 @@ def no_data_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[gevent.event.Event
     """A data lane that is behind: when the event is cleared nobody has a turn until it is set."""
     turns = gevent.event.Event()
     turns.set()
-    run_deferred, put_off = Lanes.run_deferred, []
+    of_this_loop = type(lanes())
+    run_deferred, put_off = of_this_loop.run_deferred, []
 
     def wait_turn(self: Lanes) -> None:
         assert turns.wait(PATIENCE_SECONDS)
@@ -1679,8 +1680,8 @@ def no_data_lane(monkeypatch: pytest.MonkeyPatch) -> Iterator[gevent.event.Event
             put_off.append(call)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lanes, "wait_turn", wait_turn)
-        patch.setattr(Lanes, "run_deferred", put_off_call)
+        patch.setattr(of_this_loop, "wait_turn", wait_turn)
+        patch.setattr(of_this_loop, "run_deferred", put_off_call)
         yield turns
         turns.set()
     for call in put_off:
