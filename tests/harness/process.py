@@ -24,12 +24,12 @@ TAIL_LINES = 20
 
 
 def _root() -> Path:
-    """Where run.py is: beside this package where that is installed, above it in a checkout."""
+    """The folder of run.py: `bargein` beside this package where installed, else the checkout."""
     here = Path(__file__).parent
-    for folder in (here.parent, here.parent.parent):
+    for folder in (here.parent / "bargein", here.parent.parent):
         if (folder / "run.py").is_file():
             return folder
-    raise RuntimeError(f"no run.py beside {here} or above it: is bargein installed as a whole?")
+    raise RuntimeError(f"no run.py in {here.parent / 'bargein'}: is bargein installed as a whole?")
 
 
 ROOT = _root()

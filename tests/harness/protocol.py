@@ -23,7 +23,7 @@ def _load() -> ModuleType:
     origin = package.origin if package else None
     if origin and Path(origin).exists() and (folder / "__init__.py").samefile(origin):
         return importlib.import_module("gateway.wire.protocol")
-    spec = importlib.util.spec_from_file_location(__name__, folder / "protocol.py")
+    spec = importlib.util.spec_from_file_location(__name__, folder / "wire" / "protocol.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[__name__] = module  # msgspec looks there for what annotations name
