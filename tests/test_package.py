@@ -304,7 +304,8 @@ def test_the_short_names_are_those_of_others_outside_the_daemon(
 ) -> None:
     source = (
         "import importlib.util as util\n"
-        "print([name for name in ('actors', 'gateway', 'metrics', 'run') if util.find_spec(name)])\n"
+        "names = ('actors', 'gateway', 'metrics', 'run')\n"
+        "print([name for name in names if util.find_spec(name)])\n"
         "print(util.find_spec('llm').origin)\n"
     )
     done = run([installed.python, "-c", source], tmp_path)
