@@ -42,6 +42,15 @@ def setup_cfg() -> configparser.ConfigParser:
     return parser
 
 
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    """Fail where a command failed; skip outside CI where it could not reach a package index."""
+    said = done.stdout + done.stderr
+    is_offline = "NewConnectionError" in said or "NameResolutionError" in said
+    if done.returncode and is_offline and not os.environ.get("CI"):
+        pytest.skip("no package index can be reached: nothing was installed")
+    assert done.returncode == 0, said
+
+
 def lines_of(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.strip()]
 
@@ -90,8 +99,7 @@ class Environment:
     def _pip(self, *arguments: str) -> None:
         # The pip that runs the tests; to install another into each environment takes seconds.
         command = [sys.executable, "-m", "pip", "--python", self.python, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        check(subprocess.run(command, capture_output=True, text=True))
 
 
 def make_environment(home: Path) -> Environment:
@@ -179,8 +187,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The sdist of this checkout, and the wheel of that sdist."""
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--outdir", str(out), str(ROOT)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check(subprocess.run(command, capture_output=True, text=True))
     (wheel,) = out.glob("*.whl")
     (sdist,) = out.glob("*.tar.gz")
     return Built(wheel, sdist)
@@ -244,6 +251,12 @@ def test_the_changelog_begins_with_the_version_that_is_built() -> None:
     first = re.search(r"^## (\S+)", text, re.M)
     assert first is not None
     assert first[1] == setup_cfg()["metadata"]["version"]
+
+
+def test_the_quick_selection_names_files_that_exist() -> None:
+    names = lines_of((ROOT / "tests" / "quick.txt").read_text(encoding="utf-8"))
+    assert [name for name in names if not (ROOT / name).is_file()] == []
+    assert len(names) > 10
 
 
 def test_the_front_page_s_links_work_on_an_index_page_too() -> None:
@@ -407,9 +420,7 @@ def test_run_py_of_an_unpacked_sdist_runs(
 
 
 def test_an_unpacked_sdist_runs_its_own_tests(editable: Environment, unpacked: Path) -> None:
-    """A few of them: with the gateway in their process, and with one in its own."""
-    run_py = "tests/test_run.py::test_without_a_provider_it_starts_the_embedded_one_and_says_so"
-    tests = ["tests/test_calls.py", "tests/test_updates.py", run_py]
+    tests = ["tests/test_calls.py", "tests/test_promises.py"]
     command = [editable.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     done = run(command, unpacked)
     assert done.returncode == 0, done.stdout + done.stderr
