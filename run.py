@@ -1,24 +1,49 @@
-"""The command line."""
+"""The command line: patching first, then arguments and what they ask for."""
 
 from __future__ import annotations
 
-# First of all, and nowhere else: from here on sockets, locks and sleeps give way to other
-# greenlets. `ares` resolves names without threads: gevent's usual resolver has ten, and a look-up
-# that was interrupted keeps its own until the name server's last time-out.
+# Step 1: patch, before any other import and in no other file. From here on sockets, locks and
+# sleeps switch to other greenlets. `ares` resolves names without threads: gevent's default resolver
+# has ten, and an interrupted look-up keeps its thread until the name server's last timeout.
 import gevent
 
 gevent.config.resolver = "ares"
-# Who spawned whom, with a stack for each greenlet, is for debugging and costs more than the rest.
+# The spawn tree with a stack for each greenlet is for debugging, and costs more than all the rest.
 gevent.config.track_greenlet_tree = False
 
 import gevent.monkey
 
 gevent.monkey.patch_all()
 
+import sys
+from pathlib import Path
+
+_HERE = Path(__file__).absolute().parent
+_ROOMS = ("actors", "gateway", "llm", "metrics")
+
+
+def _put_our_rooms_first() -> None:
+    """Make `import gateway` and the like find the packages beside this file, in this process only.
+
+    The sources name each other so, while the wheel installs everything below `bargein`. Others use
+    the same names: PyPI has an `llm`, and a project may have a `gateway` of its own. Where one of
+    those was imported already (by a .pth file, say), forget it.
+    """
+    if sys.path[:1] != [str(_HERE)]:
+        sys.path.insert(0, str(_HERE))
+    for room in _ROOMS:
+        found = sys.modules.get(room)
+        if found is not None and str(_HERE / room) not in getattr(found, "__path__", ()):
+            for name in [one for one in sys.modules if one.partition(".")[0] == room]:
+                del sys.modules[name]
+
+
+# Step 2: before the first import of a room.
+_put_our_rooms_first()
+
 import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
@@ -27,6 +52,7 @@ from gateway.app import bargein_version
 from gateway.daemon import leave_standard_output, reload, say, serve, serve_demo
 from gateway.doctor import doctor
 from gateway.settings.options import add_flags, default_config
+from gateway.settings.program import program
 from gateway.settings.settings import Settings, SettingsError
 from gateway.settings.sources import ConfigSources
 from llm.demo import server as demo
@@ -34,7 +60,8 @@ from metrics.logs import configure
 
 
 class _Parser(argparse.ArgumentParser):
-    """A fault is one line, and a flag is what its whole name says: a new one takes no other's."""
+    """Reports an error in one line. Takes no abbreviated flags: a later flag could change what an
+    abbreviation means."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
@@ -49,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = _Parser(
-        prog="run.py",
+        prog=program(),
         description="A gateway between chat clients and LLMs where an interruption really stops.",
     )
     parser.add_argument("--version", action="version", version=f"bargein {bargein_version()}")
@@ -61,51 +88,51 @@ def make_parser() -> argparse.ArgumentParser:
     add_flags(serve_parser)
     check_parser = commands.add_parser(
         "check-config",
-        help="say what is wrong with the settings of a `serve`, or which are set and where",
+        help="check the settings: print each error, or each value that is set and its source",
     )
     add_flags(check_parser)
     commands.add_parser(
         "default-config",
-        help="print a file of settings for --config, with every setting explained",
+        help="print a settings file for --config that explains every setting",
     )
     doctor_parser = commands.add_parser(
         "doctor",
-        help="examine a running daemon step by step: does it answer, do interruptions stop?",
+        help="test a running daemon step by step: does it answer, does an interrupt stop it?",
     )
     doctor.add_arguments(doctor_parser)
     hash_secret.add_arguments(
         commands.add_parser(
             "hash-secret",
-            help="print the hash of a password or of an API key, for the file of --auth-file",
+            help="print the hash of a password or an API key, for the --auth-file",
         )
     )
     demo_parser = commands.add_parser(
         "demo-llm",
-        help="run the demo provider on its own, for any client of OpenAI's API",
+        help="run only the demo provider, for any client of the OpenAI API",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=demo.describe_scenarios(),
     )
     add = demo_parser.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    add("--port", type=_port, default=0, help="port to listen on (default: a free one)")
+    add("--port", type=_port, default=0, help="port to listen on (default: a free port)")
     add(
         "--tokens-per-second",
         type=_pace,
         default=demo.TOKENS_PER_SECOND,
         metavar="N",
-        help="pace of an answer, above 0 (default: %(default)g)",
+        help="speed of an answer, above 0 (default: %(default)g)",
     )
     return parser
 
 
 def _port(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
     if not 0 <= value <= 65535:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to 65535")
     return value
-
-
-_port.__name__ = "port"
 
 
 def _pace(text: str) -> float:
@@ -113,22 +140,35 @@ def _pace(text: str) -> float:
         value = float(text)
     except ValueError:
         value = 0
-    if not value > 0:  # so written, it refuses NaN too
+    if not value > 0:  # written so that it refuses NaN too
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
+    """Run a command line.
+
+    Args:
+        argv: its arguments, without the program's name; None takes those of this process.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        SystemExit: help or the version was printed (0), or the arguments are wrong (2).
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in _TOP_LEVEL):
         arguments.insert(0, "serve")
     parser = make_parser()
     args, strays = parser.parse_known_args(arguments)
     if strays and args.command in ("demo-llm", "default-config", "doctor"):
-        parser.error(f"{args.command} does not know {strays[0].partition('=')[0]}")
-    if strays and args.command == "hash-secret":  # which one, is not said: it may be the secret
-        parser.error("hash-secret takes no more: it asks for the secret, or reads standard input")
+        parser.error(f"unexpected argument for {args.command}: {strays[0].partition('=')[0]}")
+    if strays and args.command == "hash-secret":  # do not print it: it may be the secret
+        parser.error(
+            "unexpected argument for hash-secret: "
+            "it prompts for the secret, or reads it from standard input"
+        )
     if args.command == "demo-llm":
         configure("info", _log_format())
         return serve_demo(args.host, args.port, args.tokens_per_second)
@@ -139,15 +179,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return hash_secret.main(args)
         except OSError as error:
             leave_standard_output()
-            parser.error(f"cannot be read or written: {error.strerror or error}")
+            parser.error(f"cannot read or write: {error.strerror or error}")
     if args.command == "default-config":
         say(default_config().rstrip())
         return 0
 
-    def read() -> ConfigSources:
+    def read_settings() -> ConfigSources:
         return ConfigSources(vars(args), os.environ, strays)
 
-    given = read()
+    given = read_settings()
     for warning in given.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     try:
@@ -161,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config = given.config
     configure(config.log_level, config.log_format or _log_format())
-    return serve(settings, lambda gateway: reload(gateway, config, read()))
+    return serve(settings, lambda gateway: reload(gateway, config, read_settings()))
 
 
 def _log_format() -> Literal["text", "json"]:

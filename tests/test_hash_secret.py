@@ -136,7 +136,7 @@ def test_a_reader_that_is_gone_is_a_fault_and_no_traceback() -> None:
     said = process.stderr.read().decode()
     process.stderr.close()
     assert process.wait(LIMIT) == 2
-    assert said == "error: cannot be read or written: Broken pipe\n"
+    assert said == "error: cannot read or write: Broken pipe\n"
 
 
 def test_the_example_of_the_page_is_right() -> None:

@@ -1,11 +1,19 @@
-"""The command that help and error texts name."""
+"""The name that the command line calls itself by, in help, errors and advice."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import PurePath
+from pathlib import Path
+
+_FILE = "run.py"
 
 
 def program() -> str:
-    """Return "run.py" in a checkout that runs this file, and "bargein" otherwise."""
-    return "run.py" if sys.argv and PurePath(sys.argv[0]).name == "run.py" else "bargein"
+    """The word to type for this program: `run.py` where Python was given that file, as in a
+    checkout, and `bargein` elsewhere.
+
+    `python -m bargein.run` has the same file name in `sys.argv`, but an installed `bargein` has no
+    run.py in the user's folder: there `__main__` has a `__spec__`, and a file that is run has none.
+    """
+    is_file = Path(sys.argv[0]).name == _FILE and sys.modules["__main__"].__spec__ is None
+    return _FILE if is_file else "bargein"

@@ -24,12 +24,13 @@ TAIL_LINES = 20
 
 
 def _root() -> Path:
-    """Where run.py is: beside this package where that is installed, above it in a checkout."""
-    here = Path(__file__).parent
-    for folder in (here.parent, here.parent.parent):
+    """The folder of run.py: `bargein` beside this package where it is installed; in a checkout, the
+    folder above `tests`."""
+    here = Path(__file__).absolute().parent
+    for folder in (here.parent / "bargein", here.parent.parent):
         if (folder / "run.py").is_file():
             return folder
-    raise RuntimeError(f"no run.py beside {here} or above it: is bargein installed as a whole?")
+    raise RuntimeError(f"{here} is not installed with bargein, and not in a checkout: no run.py")
 
 
 ROOT = _root()
