@@ -13,7 +13,7 @@ other relatively, and nothing else but the standard library, `websockets` and `m
 
 from .answer import Answer, Collected
 from .connection import Connection, Message, open_socket, receive_bytes
-from .envelope import Frame, decode_frame, encode_frame
+from .envelope import Frame, decode_frame, encode_frame, envelope
 from .errors import (
     AnswerEnded,
     ConnectionEnded,
@@ -102,6 +102,7 @@ __all__ = [
     "WaitTimeout",
     "decode_frame",
     "encode_frame",
+    "envelope",
     "open_socket",
     "receive_bytes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -59,23 +60,32 @@ _decoders: dict[str, msgspec.json.Decoder[Any]] = {
 }
 
 
-def encode_frame(msg_type: str, payload: Any, session_id: str | None, **envelope: Any) -> bytes:
-    """One text message to the gateway.
+def envelope(msg_type: str, payload: Any, session_id: str | None) -> dict[str, Any]:
+    """A frame to the gateway, before it is encoded.
 
     Args:
         msg_type: of the frame.
         payload: a dictionary, or any other value that msgspec can write.
         session_id: of the session; None before REGISTER_ACK.
-        envelope: fields of the envelope, over its usual ones.
     """
-    frame = {
+    return {
         "version": VERSION,
         "msg_type": msg_type,
         "session_id": session_id,
         "payload": payload,
         "timestamp": time.time_ns() // 1_000_000,
     }
-    return _encode(frame | envelope if envelope else frame)
+
+
+def encode_frame(msg_type: str, payload: Any, session_id: str | None) -> bytes:
+    """One text message to the gateway. The arguments are those of `envelope`."""
+    frame = envelope(msg_type, payload, session_id)
+    try:
+        return _encode(frame)
+    except UnicodeEncodeError:
+        # Half a surrogate pair, as a browser sends it that has cut a text inside of an emoji: the
+        # standard library escapes it, msgspec does not.
+        return json.dumps(msgspec.to_builtins(frame)).encode()
 
 
 def decode_frame(data: bytes, at: float, order: int) -> Frame | None:

@@ -228,7 +228,8 @@ class Session:
             ConnectionEnded: the connection has ended, or is closing.
             OSError: the write failed, or took too long.
         """
-        self.connection.send_text(encode_frame(msg_type, payload, self.session_id))
+        session_id = self._registered.session_id if self._registered else None
+        self.connection.send_text(encode_frame(msg_type, payload, session_id))
 
     def one_packet(self) -> contextlib.AbstractContextManager[None]:
         """A block; what is sent inside goes out in one write at its end."""

@@ -19,20 +19,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-TAIL_LINES = 20
-"""Of a log, in a failure: enough for a traceback."""
+TAIL_LINES = 40
+"""Shown of a log, in a failure: enough for a traceback, and for what led to it."""
 
 
 def _root() -> Path:
-    """Where run.py is: beside this package where that is installed, above it in a checkout."""
-    here = Path(__file__).parent
-    for folder in (here.parent, here.parent.parent):
+    """The folder of run.py: `bargein` beside this package where it is installed; in a checkout, the
+    folder above `tests`."""
+    here = Path(__file__).absolute().parent
+    for folder in (here.parent / "bargein", here.parent.parent):
         if (folder / "run.py").is_file():
             return folder
-    raise RuntimeError(f"no run.py beside {here} or above it: is bargein installed as a whole?")
+    raise RuntimeError(f"{here} is not installed with bargein, and not in a checkout: no run.py")
 
 
 ROOT = _root()
+
+
+def last_lines(log: str) -> str:
+    """The end of a log."""
+    return "\n".join(log.splitlines()[-TAIL_LINES:])
 
 
 class ProcessFailed(Exception):
@@ -65,7 +71,7 @@ class Process:
         # Its log goes to a file, so that nobody need read it for it to go on.
         self._folder = tempfile.TemporaryDirectory(prefix="bargein-")
         self._log_file = Path(self._folder.name) / "log"
-        self._last_log: str | None = None
+        self._last_log: bytes | None = None
         try:
             with self._log_file.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -140,13 +146,26 @@ class Process:
     @property
     def log(self) -> str:
         """What it wrote on standard error up to now, or to its end."""
+        return self.log_since(0)
+
+    @property
+    def log_size(self) -> int:
+        """How long its log is now, in bytes."""
+        return self._log_file.stat().st_size if self._last_log is None else len(self._last_log)
+
+    def log_since(self, size: int) -> str:
+        """What it wrote to its log after the first `size` bytes."""
         if self._last_log is not None:
-            return self._last_log
-        return self._log_file.read_text(encoding="utf-8", errors="replace")
+            data = self._last_log[size:]
+        else:
+            with self._log_file.open("rb") as log:
+                log.seek(size)
+                data = log.read()
+        return data.decode(errors="replace").replace("\r\n", "\n")
 
     def log_tail(self) -> str:
         """The end of its log."""
-        return "\n".join(self.log.splitlines()[-TAIL_LINES:])
+        return last_lines(self.log)
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -191,7 +210,7 @@ class Process:
         with self._process:  # waits, and closes its pipes
             self._process.kill()
         if self._last_log is None:
-            self._last_log = self.log
+            self._last_log = self._log_file.read_bytes()
             self._folder.cleanup()
 
     @property

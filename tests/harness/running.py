@@ -17,13 +17,15 @@ from http.client import HTTPConnection
 from typing import Any, Literal
 
 import msgspec
+from bargein.gateway.client import WaitTimeout
 
-from .chat import ChatClient, WaitTimeout
+from .chat import ChatClient
 from .daemon import LISTENING
-from .process import ROOT, Process, ProcessFailed, environment
+from .log_mark import complete_log, lines_before, mark_log
+from .process import ROOT, Process, ProcessFailed, environment, last_lines
 
 _LAUNCHER = """
-import _thread, os, sys
+import _thread, os, runpy, sys
 
 def end_with_caller(read=os.read, end=os._exit):
     while read(0, 1024):
@@ -31,13 +33,14 @@ def end_with_caller(read=os.read, end=os._exit):
     end(1)
 
 _thread.start_new_thread(end_with_caller, ())
-sys.path.insert(0, sys.argv.pop(1))
-import run
-sys.exit(run.main(sys.argv[1:]))
+folder = sys.argv.pop(1)
+sys.path.insert(0, folder)
+runpy.run_path(os.path.join(folder, "run.py"), run_name="__main__")
 """
-"""run.py by its place, so that neither the caller's folder nor its PYTHONPATH can put another `run`
-(or `gateway`, `llm`, …) before ours. Standard input tells of the caller's end, however it came; the
-thread that waits for it does nothing else, so that gevent need not know of it."""
+"""Runs our run.py by its place, with its folder first on the path: neither the caller's folder nor
+its PYTHONPATH can put another `run` (or `gateway`, `llm`, …) before ours. Standard input ends with
+the caller, however it ends; the thread that waits for that does nothing else, so gevent need not
+know of it."""
 
 _PROVIDER_LISTENING = re.compile(r"listening on (?P<url>http://127\.0\.0\.1:(?P<port>\d+)/v1)\n")
 _HTTP_SECONDS = 10.0
@@ -169,6 +172,23 @@ class RunningGateway:
         """What it has logged so far, a line for each event; still there when it has ended."""
         return self._process.log
 
+    @property
+    def log_size(self) -> int:
+        """How long its log is now, in bytes."""
+        return self._process.log_size
+
+    def recent_log(self, since: int = 0) -> str:
+        """The end of its log, with everything that happened before this call.
+
+        Args:
+            since: leave out what it had logged when `log_size` was this.
+        """
+
+        def read() -> str:
+            return self._process.log_since(since)
+
+        return last_lines(read() if self.exit_code is not None else complete_log(read, self.port))
+
     def health(self) -> dict[str, Any]:
         """What it answers to `GET /health`."""
         health: dict[str, Any] = json.loads(_http(self.port, "GET", "/health"))
@@ -243,8 +263,14 @@ def run_gateway(
         stack.callback(gateway.drop_clients)  # else it would wait for them to say goodbye
         try:
             yield gateway
-        except Exception as error:
-            error.add_note(f"The end of the gateway's log:\n{process.log_tail()}")
+        except (GeneratorExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # what pytest.fail() raises is no Exception
+            marker = mark_log(gateway.port)
+            gateway.drop_clients()
+            process.stop()  # it writes its last lines
+            shown = last_lines(lines_before(process.log, marker))
+            error.add_note(f"The end of the gateway's log:\n{shown}")
             raise
 
 
@@ -266,7 +292,7 @@ def _start(
     try:
         return process, process.wait_for_line(ready)
     except ProcessFailed as error:
-        raise StartFailed(f"`run.py {' '.join(arguments)}` did not start: {error}") from None
+        raise StartFailed(f"`bargein {' '.join(arguments)}` did not start: {error}") from None
 
 
 def _http(port: int, method: str, path: str) -> bytes:
