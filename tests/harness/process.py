@@ -1,4 +1,4 @@
-"""A Python program as a process of its own: start it, read what it prints, keep its log, end it.
+"""A Python program as a process of its own: start it, read its output, keep its log, end it.
 
 Standard library in blocking style only, so it works in a plain process and in one patched by
 gevent.
@@ -42,7 +42,7 @@ def last_lines(log: str) -> str:
 
 
 class ProcessFailed(Exception):
-    """A program ended, or said nothing in time; the message shows the end of its log."""
+    """A program ended, or printed nothing in time; the message shows the end of its log."""
 
 
 class Process:
@@ -52,7 +52,7 @@ class Process:
         arguments: of the interpreter.
         env: all of its environment.
         cwd: its working directory; None is ours.
-        tied: give it a standard input that ends when this process does, however that ends.
+        tied: give it a standard input that closes when this process ends, in whatever way.
         timeout: seconds that any wait may take: it only bounds failure.
     """
 
@@ -68,7 +68,7 @@ class Process:
         self.timeout = timeout
         self._said: list[str] = []
         self._was_asked_to_end = False
-        # Its log goes to a file, so that nobody need read it for it to go on.
+        # The log goes to a file: a pipe that is not read would stop the program.
         self._folder = tempfile.TemporaryDirectory(prefix="bargein-")
         self._log_file = Path(self._folder.name) / "log"
         self._last_log: bytes | None = None
@@ -102,7 +102,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Its process id."""
         return self._process.pid
 
     def read_line(self) -> str:
@@ -133,14 +133,14 @@ class Process:
         return line
 
     def wait_for_line(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Read lines until one matches as a whole, its newline included; raises as `read_line`."""
+        """Read lines until one matches as a whole, with its newline; raises as `read_line`."""
         while (found := pattern.fullmatch(self.read_line())) is None:
             pass
         return found
 
     @property
     def output(self) -> str:
-        """What it printed on standard output, as far as that was read."""
+        """What was read of its standard output."""
         return "".join(self._said)
 
     @property
@@ -189,14 +189,14 @@ class Process:
     def terminate(self) -> None:
         """Ask it to end (SIGTERM; on Windows, which has none, this kills it). Does not wait.
 
-        A second time, nothing: by a second SIGTERM the gateway ends at once.
+        A second call does nothing: at a second SIGTERM the gateway ends at once.
         """
         if not self._was_asked_to_end:
             self._was_asked_to_end = True
             self._process.terminate()
 
     def stop(self) -> int:
-        """Ask it to end, kill it if it does not in time; returns its exit code."""
+        """Ask it to end, and kill it if it does not in time; returns its exit code."""
         try:
             self.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -206,7 +206,7 @@ class Process:
         return self._process.wait()
 
     def kill(self) -> None:
-        """End it at once, unless it has ended, and let go of everything but its log."""
+        """End it at once, unless it has ended, and free everything but its log."""
         with self._process:  # waits, and closes its pipes
             self._process.kill()
         if self._last_log is None:
@@ -220,7 +220,7 @@ class Process:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Ours, without what would change the gateway's provider."""
+    """Our environment, without the variables that would change the gateway's provider."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    # Several run at once, and one port for metrics would be one too few.
+    # Several gateways run at once, and the default port for metrics is one.
     return ours | {"BARGEIN_OPS_PORT": "0"} | dict(more or {})
