@@ -50,7 +50,7 @@ from typing import Any, Literal, NoReturn
 from gateway.access import hash_secret
 from gateway.app import bargein_version
 from gateway.daemon import leave_standard_output, reload, say, serve, serve_demo
-from gateway.doctor import doctor
+from gateway.doctor import command as doctor
 from gateway.settings.options import add_flags, default_config
 from gateway.settings.program import program
 from gateway.settings.settings import Settings, SettingsError

@@ -29,21 +29,15 @@ from websockets.frames import Frame, Opcode
 from websockets.http11 import Request, Response
 from websockets.server import ServerProtocol
 
-from gateway.doctor import caller, doctor
-from gateway.doctor.caller import UsageError, auth_of, ops_url, websocket_url
-from gateway.doctor.doctor import (
-    STEPS,
-    Counts,
-    Limits,
-    Report,
-    Result,
-    Status,
-    TextRenderer,
-    examine,
-    read_counts,
-    target_of,
-)
-from gateway.wire.frames import AccountAuth, ApiKeyAuth
+from gateway.client import AccountAuth, ApiKeyAuth, connection
+from gateway.doctor import command, pages, steps, stopping
+from gateway.doctor import target as targets
+from gateway.doctor.counts import Counts, read_counts
+from gateway.doctor.examination import examine
+from gateway.doctor.report import Report, Result, Status, TextRenderer
+from gateway.doctor.steps import STEPS
+from gateway.doctor.target import UsageError, auth_of, ops_url, target_of, websocket_url
+from gateway.doctor.visit import Limits
 from tests.harness.client import wait_until
 from tests.harness.daemon import Daemon, run_to_the_end
 
@@ -68,13 +62,13 @@ def nothing_in_the_usual_place(monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))  # taken, and nobody listens
         usual = f"http://127.0.0.1:{sock.getsockname()[1]}/metrics"
-        monkeypatch.setattr(doctor, "DEFAULT_OPS_URL", usual)
+        monkeypatch.setattr(targets, "DEFAULT_OPS_URL", usual)
         yield
 
 
 def arguments(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    doctor.add_arguments(parser)
+    command.add_arguments(parser)
     return parser.parse_args(words)
 
 
@@ -342,16 +336,16 @@ def test_all_is_well_with_a_healthy_daemon() -> None:
 def test_a_daemon_without_metrics_is_well_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "Limits", partial(Limits, quiet=0.05))
+    monkeypatch.setattr(command, "Limits", partial(Limits, quiet=0.05))
     with Daemon("--ops-port", "0") as daemon:
-        assert doctor.main(arguments("--url", f"http://localhost:{daemon.port}/"), {}) == 0
+        assert command.main(arguments("--url", f"http://localhost:{daemon.port}/"), {}) == 0
     shown = capsys.readouterr().out
     lines = shown.splitlines()
     assert lines[0] == f"bargein doctor: ws://localhost:{daemon.port}/ws/agent/stream"
     assert [line[0] for line in lines[1:-3]] == ["✓"] * len(WITHOUT_METRICS)
     assert lines[-3].startswith("– The metrics moved")
     assert lines[-2] == "    → --ops-url says where they are."
-    assert lines[-1].startswith("All is well; the metrics were not looked at.")
+    assert lines[-1].startswith("All is well; the metrics were not checked.")
     assert "\x1b" not in shown
 
 
@@ -417,7 +411,7 @@ def test_a_provider_that_stalls_in_mid_stream_is_named() -> None:
         ("http-401", "Incorrect API key", "OPENAI_API_KEY"),
         ("http-404", "The model does not exist", "--llm-model"),
         ("http-429", "Rate limit", "limits"),
-        ("http-503", "overloaded", "The provider is ill"),
+        ("http-503", "overloaded", "The provider is failing"),
         ("cut", "incomplete answer", "the daemon's log"),
         ("empty", "complete, and empty", "model"),
     ],
@@ -461,8 +455,16 @@ def test_a_wrong_port_is_named() -> None:
     report = examined(port)
     failed = only_failed(report, "connect")
     assert failed.seen == f"nothing listens on 127.0.0.1:{port}"
-    assert "run.py serve" in failed.advice
+    assert "bargein serve" in failed.advice
     assert named(report, Status.SKIPPED) == ALL[1:]
+
+
+def test_advice_calls_the_program_as_people_do() -> None:
+    port = free_port()
+    url = f"ws://127.0.0.1:{port}"
+    target = target_of(arguments("--url", url), {}, prog="python run.py")
+    failed = only_failed(examine(target, Limits(LIMIT)), "connect")
+    assert "(python run.py serve)" in failed.advice
 
 
 def test_a_wrong_name_is_named() -> None:
@@ -513,7 +515,8 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\ne\r\n<h1>Hello<
 def test_what_answers_in_place_of_a_gateway_is_shown_at_once(
     data: bytes, health: str, websocket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(caller, "_BODY_SECONDS", 0.1)
+    monkeypatch.setattr(pages, "_BODY_SECONDS", 0.1)
+    monkeypatch.setattr(connection, "REFUSAL_BODY_SECONDS", 0.1)
     with listening(answers(data)) as port:
         began = time.monotonic()
         report = examined(port)
@@ -704,7 +707,7 @@ class KeepsTheOldOne(Fake):
         self.answer(request_id)
 
     def on_interrupt(self, payload: dict[str, Any]) -> None:
-        if "interrupt_request_id" not in payload and self.live:
+        if payload.get("interrupt_request_id") is None and self.live:
             *kept, last = self.live
             self.ack(payload, [last], [last])
             self.end(last)
@@ -782,7 +785,11 @@ class IsDegraded(Fake):
         (SaysPartial, "interrupt", "INTERRUPT_ACK says PARTIAL, STOPPED, of an answer"),
         (NamesNothing, "interrupt", "interrupted_request_ids of INTERRUPT_ACK lacks"),
         (StopsNothingGladly, "nothing_running", "INTERRUPT_ACK says SUCCESS for doctor_"),
-        (InterruptsByItself, "stream", "it ended as INTERRUPTED, and nobody had interrupted it"),
+        (
+            InterruptsByItself,
+            "stream",
+            "it ended as INTERRUPTED, without an INTERRUPT",
+        ),
         (ClosesInMidStream, "stream", "the connection ended: code 1011 out of memory"),
         (ShutsDown, "stream", "the daemon ended the session: SERVER_SHUTDOWN"),
         (SpeaksInTongues, "stream", "a frame that is not of the protocol (Expected `int`"),
@@ -847,7 +854,7 @@ def test_one_that_never_acks_but_stops_is_found_to_stop() -> None:
 
 
 def test_an_ack_that_is_slow_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_SLOW_ACK_SECONDS", 0.0)
+    monkeypatch.setattr(stopping, "_SLOW_ACK_SECONDS", 0.0)
     with Fake() as fake:
         report = examined(fake.port)
     assert of(report, "interrupt").seen.startswith("INTERRUPT_ACK took ")
@@ -1006,7 +1013,7 @@ def ops_of(fake: Fake) -> list[str]:
 
 @pytest.fixture
 def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_BOOKS_SECONDS", 0.1)
+    monkeypatch.setattr(steps, "_BOOKS_SECONDS", 0.1)
 
 
 @pytest.mark.usefixtures("no_patience")
@@ -1033,20 +1040,20 @@ def test_metrics_of_another_daemon_in_the_usual_place_are_no_fault(
 ) -> None:
     with CountsNothing() as fake:
         usual = f"http://127.0.0.1:{fake.port}/metrics"
-        monkeypatch.setattr(doctor, "DEFAULT_OPS_URL", usual)
+        monkeypatch.setattr(targets, "DEFAULT_OPS_URL", usual)
         report = examined(fake.port)
         assert of(report, "metrics").status is Status.SKIPPED
         assert "another daemon's" in of(report, "metrics").seen
         assert report.holds
         # But with both in their usual places, whose else?
-        monkeypatch.setattr(doctor, "DEFAULT_URL", f"ws://127.0.0.1:{fake.port}/ws/agent/stream")
+        monkeypatch.setattr(targets, "DEFAULT_URL", f"ws://127.0.0.1:{fake.port}/ws/agent/stream")
         only_failed(examined(fake.port), "metrics")
 
 
 def test_metrics_in_their_usual_place_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     with Fake() as fake:
         usual = f"http://127.0.0.1:{fake.port}/metrics"
-        monkeypatch.setattr(doctor, "DEFAULT_OPS_URL", usual)
+        monkeypatch.setattr(targets, "DEFAULT_OPS_URL", usual)
         assert named(examined(fake.port), Status.OK) == ALL
 
 
@@ -1203,7 +1210,7 @@ def test_a_credential_is_never_shown_even_if_the_server_does(
 ) -> None:
     with RepeatsSecrets() as fake:
         url = f"ws://127.0.0.1:{fake.port}"
-        assert doctor.main(arguments("--url", url, *words), env) == 1
+        assert command.main(arguments("--url", url, *words), env) == 1
     shown = "".join(capsys.readouterr())
     assert "AUTH_FAILED: wrong: " in shown
     assert KEY not in shown
@@ -1257,7 +1264,7 @@ def test_urls_are_understood_in_the_forms_that_people_give(given: str, url: str)
     "given", ["", "ftp://host", "ws://", "ws://host:99999", "ws://host:0", "ws://[::1", "ws://h st"]
 )
 def test_what_is_no_url_is_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(arguments("--url", given), {}) == 2
+    assert command.main(arguments("--url", given), {}) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"error: --url {given!r} is not a URL")
@@ -1267,7 +1274,7 @@ def test_what_is_no_url_is_refused(given: str, capsys: pytest.CaptureFixture[str
 def test_a_url_with_a_password_is_refused_and_not_shown(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert doctor.main(arguments("--url", f"ws://ann:{KEY}@host"), {}) == 2
+    assert command.main(arguments("--url", f"ws://ann:{KEY}@host"), {}) == 2
     assert KEY not in "".join(capsys.readouterr())
 
 
@@ -1282,7 +1289,7 @@ def test_metrics_of_another_machine_are_only_looked_at_where_they_are_said_to_be
     here = target_of(arguments("--url", "ws://localhost:8000"), {})
     there = target_of(arguments("--url", "ws://example.com"), {})
     said = target_of(arguments("--url", "ws://example.com", "--ops-url", "example.com:9464"), {})
-    assert here.ops_url == urlsplit(doctor.DEFAULT_OPS_URL)
+    assert here.ops_url == urlsplit(targets.DEFAULT_OPS_URL)
     assert not here.is_ops_given
     assert there.ops_url is None
     assert said.ops_url == urlsplit("http://example.com:9464/metrics")
@@ -1299,7 +1306,7 @@ def test_by_default_it_examines_the_daemon_on_this_machine() -> None:
 def test_a_file_without_certificates_is_refused(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert doctor.main(arguments("--ca-file", name), {}) == 2
+    assert command.main(arguments("--ca-file", name), {}) == 2
     assert f"--ca-file {name}" in capsys.readouterr().err
 
 
@@ -1319,11 +1326,11 @@ def test_an_unknown_flag_is_refused() -> None:
 
 def test_the_exit_code_says_whether_all_holds(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--url", f"ws://127.0.0.1:{free_port()}"]
-    assert doctor.main(arguments(*words), {}) == 1
+    assert command.main(arguments(*words), {}) == 1
     shown = capsys.readouterr().out
     assert "✗ Something listens there" in shown
     assert "1 of 12 steps failed, 11 could not be tried. Begin with “Something listens" in shown
-    assert doctor.main(arguments(*words, "--json"), {}) == 1
+    assert command.main(arguments(*words, "--json"), {}) == 1
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is False
     first, *others = report["steps"]
@@ -1338,8 +1345,8 @@ def test_an_examination_can_be_broken_off(
     def break_off(*_: object) -> Report:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(doctor, "examine", break_off)
-    assert doctor.main(arguments(), {}) == 130
+    monkeypatch.setattr(command, "examine", break_off)
+    assert command.main(arguments(), {}) == 130
 
 
 # The report --------------------------------------------------------------------------------------
@@ -1395,12 +1402,12 @@ def test_a_terminal_that_has_no_ticks_gets_words() -> None:
         (
             [result(Status.OK), result(Status.SKIPPED, is_required=False)],
             True,
-            "All is well; the metrics were not looked at.",
+            "All is well; the metrics were not checked.",
         ),
         (
             [result(Status.OK), result(Status.SKIPPED)],
             False,
-            "Nothing failed, but 1 step could not be told.",
+            "Nothing failed, but 1 step gave no result.",
         ),
         (
             [result(Status.OK), result(Status.FAILED, 1), result(Status.SKIPPED)],

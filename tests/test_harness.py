@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-from gateway.wire import protocol as gateway_protocol
-from gateway.wire.frames import Heartbeat
 from llm.demo.scenarios import SCENARIOS, Scenario
 from llm.demo.steps import ChatRequest, Completion, Pause, Stall
 from tests.harness import (
@@ -34,12 +32,14 @@ from tests.harness import (
     Shutdown,
     StartFailed,
     WaitTimeout,
+    log_mark,
     run_gateway,
     running,
     scripts,
 )
 from tests.harness.client import wait_until
-from tests.harness.process import Process, ProcessFailed, environment
+from tests.harness.process import TAIL_LINES, Process, ProcessFailed, environment
+from tests.harness.protocol import Heartbeat
 from tests.harness.provider_process import ProviderProcess
 
 DEFAULTS = {name: one.default for name, one in inspect.signature(run_gateway).parameters.items()}
@@ -429,6 +429,75 @@ def test_a_body_that_raises_leaves_nothing_behind_and_shows_the_log(
     assert "Session registered" in note
 
 
+def test_what_pytest_fail_raises_shows_the_log_too() -> None:
+    with pytest.raises(pytest.fail.Exception) as error, run_gateway() as gateway:
+        session_id = gateway.connect().session_id
+        pytest.fail("by hand")
+    (note,) = error.value.__notes__
+    assert note.startswith("The end of the gateway's log:\n")
+    assert session_id in note
+
+
+def test_the_shown_log_ends_where_the_body_raised() -> None:
+    """What stopping the gateway makes it log, would push out what came before."""
+    clients = 2 * TAIL_LINES
+    with pytest.raises(ZeroDivisionError) as error, run_gateway() as gateway:
+        for _ in range(clients):
+            last = gateway.connect()
+        _ = 1 / 0
+    assert gateway.log.count("Session ended") >= clients  # those lines came after it
+    (note,) = error.value.__notes__
+    lines = note.splitlines()
+    assert len(lines) == 1 + TAIL_LINES
+    assert last.session_id in note
+    assert "Session ended" not in note
+
+
+def test_a_gateway_that_has_ended_before_the_body_raised_shows_its_last_lines() -> None:
+    with pytest.raises(ZeroDivisionError) as error, run_gateway() as gateway:
+        gateway.terminate()
+        wait_until(lambda: gateway.exit_code is not None, "it has ended")
+        _ = 1 / 0
+    (note,) = error.value.__notes__
+    assert "Stopped" in note.splitlines()[-1]
+
+
+def test_a_gateway_that_hangs_is_not_waited_for_to_show_its_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(log_mark, "MARK_SECONDS", 0.1)
+    with pytest.raises(ZeroDivisionError) as error, run_gateway() as gateway:
+        session_id = gateway.connect().session_id
+        wait_until(lambda: session_id in gateway.log, "the registration is in the log")
+        gateway._process.timeout = 0.1
+        gateway._process.signal(signal.SIGSTOP)
+        _ = 1 / 0
+    assert session_id in error.value.__notes__[0]
+    assert gateway.exit_code == -signal.SIGKILL
+
+
+def test_the_recent_log_is_complete_and_leaves_out_what_came_before(
+    gateway: RunningGateway,
+) -> None:
+    with gateway.connect() as first:
+        assert first.session_id in gateway.recent_log()
+        size = gateway.log_size
+        for _ in range(10):  # so that a line that is late would be missed
+            with gateway.connect() as client:
+                log = gateway.recent_log(size)
+                assert client.session_id in log
+                assert first.session_id not in log
+
+
+def test_the_recent_log_of_a_gateway_that_logs_little_is_what_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(log_mark, "MARK_SECONDS", 0.2)
+    with run_gateway(log_level="error") as gateway, gateway.connect():
+        assert gateway.recent_log() == ""
+    assert gateway.recent_log() == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -447,10 +516,7 @@ def test_a_start_that_fails_shows_the_log_and_leaves_nothing_behind(
 def test_a_provider_that_does_not_start_is_said_and_the_gateway_is_not_tried(
     started: list[Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(running, "ROOT", "/nowhere")
-    monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    launcher = running._LAUNCHER.replace("import run\n", "raise SystemExit('no such thing')\n")
-    monkeypatch.setattr(running, "_LAUNCHER", launcher)
+    monkeypatch.setattr(running, "_LAUNCHER", "raise SystemExit('no such thing')")
     with pytest.raises(StartFailed, match=r"demo-llm.*ended with 1: no such thing"), run_gateway():
         pytest.fail("the body ran")
     assert [process.exit_code for process in started] == [1]
@@ -558,11 +624,6 @@ def run_python(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedPr
     )
 
 
-def test_the_typed_frames_are_those_of_the_gateway_itself() -> None:
-    """There are no two of each: whoever imports both may compare them."""
-    assert Error is gateway_protocol.Error
-
-
 def test_importing_it_patches_nothing_and_loads_little(tmp_path: Path) -> None:
     source = (
         "import sys, bargein_harness\n"
@@ -576,20 +637,106 @@ def test_importing_it_patches_nothing_and_loads_little(tmp_path: Path) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_modules_of_the_caller_do_not_take_the_place_of_ours(tmp_path: Path) -> None:
-    theirs = "raise SystemExit('somebody else’s')\n"
-    for name in ("run.py", "llm.py", "actors.py", "metrics.py"):
-        (tmp_path / name).write_text(theirs)
-    (tmp_path / "gateway").mkdir()
-    (tmp_path / "gateway" / "__init__.py").write_text(theirs)
+GENERIC = ("actors", "gateway", "llm", "metrics", "run")
+"""The names of our rooms, which a project that uses the harness may have too."""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The folder of somebody who has all of these names, each as they please."""
+    theirs = "raise SystemExit('imported: ' + __name__)\n"
+    for name in ("run", "llm", "actors"):
+        (tmp_path / f"{name}.py").write_text(theirs)
+    for name in ("gateway", "metrics"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(theirs)
+    return tmp_path
+
+
+@pytest.mark.parametrize("by", ["cwd", "PYTHONPATH"])
+def test_modules_of_the_caller_do_not_take_the_place_of_ours(
+    project: Path, tmp_path_factory: pytest.TempPathFactory, by: str
+) -> None:
     source = (
+        "import sys\n"
         "from bargein_harness import run_gateway\n"
-        "with run_gateway() as gateway, gateway.connect() as client:\n"
-        "    print(client.ask('stop').collect().outcome)\n"
+        "import bargein_harness.fixtures\n"
+        "with run_gateway(model='echo') as gateway, gateway.connect() as client:\n"
+        "    answer = client.ask('Good evening')\n"
+        "    print(answer.collect().text, client.interrupt(answer).status)\n"
+        f"print([name for name in sys.modules if name.partition('.')[0] in {GENERIC}])\n"
     )
-    done = run_python("-c", source, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    if by == "cwd":  # first on the path, as `python -c` has it
+        done = run_python("-c", source, cwd=project)
+    else:
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        done = run_python("-c", source, cwd=elsewhere, PYTHONPATH=str(project))
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "COMPLETED\n"
+    assert done.stdout == "Good evening FAILED\n[]\n"
+
+
+FAILING = """
+import pytest
+
+pytest_plugins = ["bargein_harness.fixtures"]
+
+
+@pytest.fixture(scope="session")
+def bargein_gateway_options():
+    return {"model": "http-401"}
+
+
+@pytest.fixture
+def refused(bargein_gateway):
+    bargein_gateway.connect(platform="ABACUS")
+
+
+def test_one(bargein_client):
+    print("first:", bargein_client.session_id)
+    assert bargein_client.ask("Good evening").collect().text == "Good evening"
+
+
+def test_two(bargein_client):
+    print("second:", bargein_client.session_id)
+    pytest.fail("by hand")
+
+
+def test_three(refused):
+    pass
+
+
+def test_four(bargein_client):
+    answer = bargein_client.ask("Good evening")
+    assert answer.collect().outcome == "FAILED"
+
+
+def test_five():
+    assert False
+"""
+
+
+def test_a_test_that_fails_with_the_fixtures_shows_what_the_gateway_logged_meanwhile(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "test_failing.py").write_text(FAILING)
+    done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", cwd=tmp_path)
+    assert "3 failed, 1 passed, 1 error" in done.stdout, done.stdout + done.stderr
+    reports = re.split(r"^_{3,} (?=\w)", done.stdout, flags=re.M)[1:]
+    shown = {report.split(" _")[0].split()[-1]: report for report in reports}
+    logs = {name: report.partition("- gateway's log -")[2] for name, report in shown.items()}
+    session = {
+        name: found[1]
+        for name, report in shown.items()
+        if (found := re.search(r"(?:first|second): (sess_\w+)", report))
+    }
+    assert "Generation failed" in logs["test_one"]
+    assert session["test_one"] in logs["test_one"]
+    # The same gateway goes on, and only what it logged in this test is shown.
+    assert session["test_two"] in logs["test_two"]
+    assert f'"Session registered | {{"session_id": "{session["test_one"]}' not in logs["test_two"]
+    assert "Generation failed" not in logs["test_two"]
+    assert "Refused message" in logs["test_three"]
+    assert logs["test_five"] == ""  # it has no gateway
 
 
 def examples() -> list[str]:

@@ -6,16 +6,17 @@
 `README.md` beside this file is the manual. Importing this patches nothing and starts nothing.
 """
 
-from .chat import (
+from bargein.gateway.client import (
     Answer,
     AnswerEnded,
-    ChatClient,
     Collected,
     ConnectionEnded,
     Frame,
     FrameRefused,
     WaitTimeout,
 )
+
+from .chat import ChatClient
 from .protocol import (
     AckStatus,
     Error,

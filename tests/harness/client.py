@@ -1,4 +1,4 @@
-"""A small client of the wire protocol, blocking, on websockets' Sans-I/O layer.
+"""A client for tests of the wire itself: its frames are dictionaries, as they were sent.
 
 It keeps every frame it got, in order, with the time it was read, so that tests can say what came
 before what. It reads only when it is told to, so it also plays a client that does not read.
@@ -6,31 +6,23 @@ before what. It reads only when it is told to, so it also plays a client that do
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import socket
-import struct
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
-from websockets.client import ClientProtocol
-from websockets.frames import CloseCode, Frame, Opcode
-from websockets.http11 import Response
-from websockets.protocol import State
-from websockets.uri import parse_uri
+from bargein.gateway.client import PATH, Connection, HandshakeRefused, envelope
 
-from .protocol import PATH
+__all__ = ["Client", "HandshakeRefused", "Received", "wait_until"]
 
 _ids = itertools.count(1)
 
 
 def wait_until(predicate: Callable[[], bool], what: str, timeout: float = 5.0) -> None:
-    """Wait for what no frame and no event tells, by looking every millisecond.
+    """Wait for something that neither a frame nor an event announces: check it every millisecond.
 
     Raises:
         AssertionError: the time is up.
@@ -64,27 +56,13 @@ class Received:
         return text
 
 
-class HandshakeRefused(Exception):
-    """The gateway answered the handshake with another status than 101.
-
-    Args:
-        status: HTTP status code.
-        body: what it said.
-    """
-
-    def __init__(self, status: int, body: str) -> None:
-        super().__init__(status, body)
-        self.status = status
-        self.body = body
-
-
-class Client:
+class Client(Connection):
     """One connection.
 
     Args:
         port: of the gateway, on 127.0.0.1.
         register: whether to register at once.
-        headers: more headers for the handshake, or others (`Host`, `Origin`).
+        headers: more headers for the handshake, or other values (`Host`, `Origin`).
         receive_buffer: SO_RCVBUF in bytes: a small one makes a client that does not read soon full.
         timeout: seconds that any wait may take: it only bounds failure.
     """
@@ -101,104 +79,35 @@ class Client:
         self.frames: list[Received] = []
         """Everything received so far."""
         self.session_id: str | None = None
-        self.timeout = timeout
-        self.pings = self.pongs = 0
-        """Frames of these kinds that were received."""
-        self._taken = 0
-        self._unsent = b""
         self.texts_begun = 0
         """Frames that `try_to_send_text` has sent, or begun to."""
-        self._corked = False
-        self._sock = socket.socket()
-        self._sock.settimeout(timeout)
-        if receive_buffer is not None:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self._next = 0
+        """Of the frames, the first that was not taken yet."""
+        self._unsent = b""
+        sock = socket.socket()
         try:
-            self._sock.connect(("127.0.0.1", port))
-            self._protocol = ClientProtocol(
-                parse_uri(f"ws://127.0.0.1:{port}{PATH}"), max_size=None
-            )
-            request = self._protocol.connect()
-            for name, value in (headers or {}).items():
-                if name in request.headers:
-                    del request.headers[name]
-                request.headers[name] = value
-            self._protocol.send_request(request)
-            self._flush()
-            while self._protocol.state is State.CONNECTING and self.read_some():
-                pass
-            if self._protocol.state is not State.OPEN:
-                raise self._refusal()
-            if register:
-                self.register()
+            sock.settimeout(timeout)
+            if receive_buffer is not None:  # the kernel heeds it only before it connects
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            sock.connect(("127.0.0.1", port))
         except BaseException:
-            self._sock.close()
+            sock.close()
             raise
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.drop()
+        super().__init__(f"ws://127.0.0.1:{port}{PATH}", sock, headers=headers, timeout=timeout)
+        if register:
+            try:
+                self.register()
+            except BaseException:
+                self.drop()
+                raise
 
     # Sending.
 
-    def send(self, msg_type: str, payload: Any, **envelope: Any) -> None:
-        """Send a frame; `envelope` replaces its fields."""
-        frame = {
-            "version": "1.0",
-            "msg_type": msg_type,
-            "session_id": self.session_id,
-            "payload": payload,
-            "timestamp": time.time_ns() // 1_000_000,
-            **envelope,
-        }
+    def send(self, msg_type: str, payload: Any, **fields: Any) -> None:
+        """Send a frame; `fields` replace those of its envelope."""
+        # Not by msgspec, which has no NaN and no integers of over 64 bits.
+        frame = envelope(msg_type, payload, self.session_id) | fields
         self.send_text(json.dumps(frame).encode())
-
-    def send_text(self, data: bytes) -> None:
-        """Send a text frame with these bytes."""
-        self._protocol.send_text(data)
-        self._flush()
-
-    def send_binary(self, data: bytes) -> None:
-        """Send a binary frame."""
-        self._protocol.send_binary(data)
-        self._flush()
-
-    def send_fragments(self, pieces: Sequence[bytes]) -> None:
-        """Send one text message in several frames."""
-        self._protocol.send_text(pieces[0], fin=len(pieces) == 1)
-        for number, piece in enumerate(pieces[1:], 2):
-            self._protocol.send_continuation(piece, fin=number == len(pieces))
-        self._flush()
-
-    @contextlib.contextmanager
-    def one_packet(self) -> Iterator[None]:
-        """What is sent inside goes out in one write at the end."""
-        self._corked = True
-        yield
-        self._corked = False
-        data = b"".join(self._protocol.data_to_send())
-        self._sock.sendall(data)
-
-    def send_ping(self) -> None:
-        """Send a WebSocket ping; `pongs` counts the answers."""
-        self._protocol.send_ping(b"")
-        self._flush()
-
-    def send_raw(self, data: bytes) -> None:
-        """Send bytes past the WebSocket layer."""
-        self._sock.sendall(data)
-
-    def send_close(self) -> None:
-        """Send a close frame; does not wait for the answer."""
-        self._protocol.send_close(CloseCode.NORMAL_CLOSURE)
-        self._flush()
 
     def register(self, **fields: Any) -> Received:
         """REGISTER; returns the REGISTER_ACK."""
@@ -221,6 +130,32 @@ class Client:
         """INTERRUPT of one request, or (None) of all; does not wait."""
         self.send("INTERRUPT", {"interrupt_request_id": request_id, "reason": reason})
 
+    def try_to_send_text(self, data: bytes) -> bool:
+        """Send a text frame as far as the kernel takes it at once.
+
+        Returns:
+            False when the rest of the frame before is not gone yet; then this one was not begun.
+        """
+        if not self.finish_sending():
+            return False
+        self._protocol.send_text(data)
+        self.texts_begun += 1
+        self._unsent = b"".join(self._protocol.data_to_send())
+        self.finish_sending()
+        return True
+
+    def finish_sending(self) -> bool:
+        """Send what `try_to_send_text` has left; True when all of it is gone."""
+        self._sock.settimeout(0)
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[self._sock.send(self._unsent) :]
+        except BlockingIOError:
+            return False
+        finally:
+            self._sock.settimeout(self.timeout)
+        return True
+
     # Receiving.
 
     def next(self) -> Received:
@@ -229,11 +164,11 @@ class Client:
         Raises:
             AssertionError: the time is up, or the connection ended before.
         """
-        while self._taken == len(self.frames):
+        while self._next == len(self.frames):
             if not self.read_some():
                 raise AssertionError(f"connection ended; got {self.frames[-10:]}")
-        self._taken += 1
-        return self.frames[self._taken - 1]
+        self._next += 1
+        return self.frames[self._next - 1]
 
     def wait_for(self, wanted: Callable[[Received], bool]) -> Received:
         """Take frames until one is wanted, and return that one."""
@@ -263,12 +198,6 @@ class Client:
             pass
         return self.close_code
 
-    @property
-    def close_code(self) -> int | None:
-        """The close code of the gateway; None where it has sent none."""
-        received = self._protocol.close_rcvd
-        return None if received is None else int(received.code)
-
     def frames_of(self, request_id: str) -> list[Received]:
         """The RESPONSE and ERROR frames of a request, of those received so far."""
         return [
@@ -282,73 +211,12 @@ class Client:
         """The answer to a request, of what was received so far."""
         return "".join(frame.text for frame in self.frames_of(request_id))
 
-    # Ending.
-
-    def close(self) -> None:
-        """Close the connection in order, and wait for its end."""
-        self.send_close()
-        self.wait_closed()
-        self._sock.close()
-
-    def drop(self) -> None:
-        """Close the socket without a word."""
-        self._sock.close()
-
-    def reset(self) -> None:
-        """Close the socket with an RST, as when the client's machine gave up."""
-        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self._sock.close()
-
-    # What went wrong on the wire.
-
-    @property
-    def wire_error(self) -> Exception | None:
-        """Why the bytes of the gateway could not be read as WebSocket frames; None when they could.
-
-        An end of the connection without a close frame counts too.
-        """
-        return self._protocol.parser_exc
-
-    def try_to_send_text(self, data: bytes) -> bool:
-        """Send a text frame as far as the kernel takes it at once.
-
-        Returns:
-            False when the rest of the frame before is not gone yet; then this one was not begun.
-        """
-        if not self.finish_sending():
-            return False
-        self._protocol.send_text(data)
-        self.texts_begun += 1
-        self._unsent = b"".join(self._protocol.data_to_send())
-        self.finish_sending()
-        return True
-
-    def finish_sending(self) -> bool:
-        """Send what `try_to_send_text` has left; True when all of it is gone."""
-        self._sock.settimeout(0)
-        try:
-            while self._unsent:
-                self._unsent = self._unsent[self._sock.send(self._unsent) :]
-        except BlockingIOError:
-            return False
-        finally:
-            self._sock.settimeout(self.timeout)
-        return True
-
-    # Bytes.
-
-    def _flush(self) -> None:
-        if self._corked:
-            return
-        for data in self._protocol.data_to_send():
-            if data:
-                self._sock.sendall(data)
-            else:
-                self._sock.shutdown(socket.SHUT_WR)
-
     def read_some(self) -> bool:
-        """Read once, and answer pings; False at the end of the connection."""
+        """Read once, and answer pings; False at the end of the connection.
+
+        Raises:
+            AssertionError: nothing came.
+        """
         try:
             return self.read_within(self.timeout)
         except TimeoutError:
@@ -357,45 +225,23 @@ class Client:
             ) from None
 
     def read_within(self, seconds: float) -> bool:
-        """`read_some`, with a wait of its own.
+        """`read_some`, with a timeout of its own.
 
         Raises:
             TimeoutError: nothing came.
         """
-        self._sock.settimeout(seconds)
-        try:
-            data = self._sock.recv(65536)
-        except ConnectionError:
-            data = b""
-        finally:
-            self._sock.settimeout(self.timeout)
-        at = time.monotonic()
-        if data:
-            self._protocol.receive_data(data)
-        else:
-            self._protocol.receive_eof()
-        self._flush_quietly()
-        for event in self._protocol.events_received():
-            if not isinstance(event, Frame):
-                continue
-            self.pings += event.opcode is Opcode.PING
-            self.pongs += event.opcode is Opcode.PONG
-            if event.opcode is Opcode.TEXT:
-                frame = json.loads(bytes(event.data))
+        for message in self.receive(seconds):
+            if message.is_text:
+                frame = json.loads(message.data)
                 self.frames.append(
-                    Received(frame["msg_type"], frame["session_id"], frame["payload"], at)
+                    Received(frame["msg_type"], frame["session_id"], frame["payload"], message.at)
                 )
-        return bool(data)
+        return not self.has_ended
 
-    def _flush_quietly(self) -> None:
-        try:
-            self._flush()
-        except OSError:
-            self._protocol.data_to_send()  # the gateway was faster to close
+    # Ending.
 
-    def _refusal(self) -> Exception:
-        error = self._protocol.handshake_exc
-        response = getattr(error, "response", None)
-        if isinstance(response, Response):
-            return HandshakeRefused(response.status_code, (response.body or b"").decode())
-        return error or AssertionError("no answer to the handshake")
+    def close(self) -> None:
+        """Close the connection in order, and wait for its end."""
+        self.send_close()
+        self.wait_closed()
+        self.drop()

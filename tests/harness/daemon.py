@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from .process import ROOT, Process, environment
 
 LISTENING = re.compile(r"listening on (?P<url>ws://(?P<host>\S+):(?P<port>\d+)/ws/agent/stream)\n")
-"""What the daemon prints when clients may come."""
+"""What the daemon prints when clients can connect."""
 
 
 class Daemon(Process):
@@ -24,8 +24,8 @@ class Daemon(Process):
 
     Args:
         arguments: of its command line; `--port 0` is added.
-        env: more environment variables; those that would change its provider are taken away.
-        launcher: Python source that is run in place of run.py (with its arguments).
+        env: more environment variables; those of ours that would change its provider are left out.
+        launcher: Python source to run in place of run.py, with the same arguments.
         timeout: seconds that any wait may take: it only bounds failure.
     """
 
@@ -61,7 +61,7 @@ def run_to_the_end(
     launcher: str | None = None,
     timeout: float = 15.0,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command line that ends by itself."""
+    """Run a command that ends by itself."""
     return subprocess.run(
         [sys.executable, *_program(launcher), *arguments],
         cwd=ROOT,

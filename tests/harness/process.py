@@ -1,4 +1,4 @@
-"""A Python program as a process of its own: start it, read what it prints, keep its log, end it.
+"""A Python program as a process of its own: start it, read its output, keep its log, end it.
 
 Standard library in blocking style only, so it works in a plain process and in one patched by
 gevent.
@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-TAIL_LINES = 20
-"""Of a log, in a failure: enough for a traceback."""
+TAIL_LINES = 40
+"""Shown of a log, in a failure: enough for a traceback, and for what led to it."""
 
 
 def _root() -> Path:
@@ -36,8 +36,13 @@ def _root() -> Path:
 ROOT = _root()
 
 
+def last_lines(log: str) -> str:
+    """The end of a log."""
+    return "\n".join(log.splitlines()[-TAIL_LINES:])
+
+
 class ProcessFailed(Exception):
-    """A program ended, or said nothing in time; the message shows the end of its log."""
+    """A program ended, or printed nothing in time; the message shows the end of its log."""
 
 
 class Process:
@@ -47,7 +52,7 @@ class Process:
         arguments: of the interpreter.
         env: all of its environment.
         cwd: its working directory; None is ours.
-        tied: give it a standard input that ends when this process does, however that ends.
+        tied: give it a standard input that closes when this process ends, in whatever way.
         timeout: seconds that any wait may take: it only bounds failure.
     """
 
@@ -63,10 +68,10 @@ class Process:
         self.timeout = timeout
         self._said: list[str] = []
         self._was_asked_to_end = False
-        # Its log goes to a file, so that nobody need read it for it to go on.
+        # The log goes to a file: a pipe that is not read would stop the program.
         self._folder = tempfile.TemporaryDirectory(prefix="bargein-")
         self._log_file = Path(self._folder.name) / "log"
-        self._last_log: str | None = None
+        self._last_log: bytes | None = None
         try:
             with self._log_file.open("wb") as log:
                 self._process = subprocess.Popen(
@@ -97,7 +102,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """Its number."""
+        """Its process id."""
         return self._process.pid
 
     def read_line(self) -> str:
@@ -128,26 +133,39 @@ class Process:
         return line
 
     def wait_for_line(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Read lines until one matches as a whole, its newline included; raises as `read_line`."""
+        """Read lines until one matches as a whole, with its newline; raises as `read_line`."""
         while (found := pattern.fullmatch(self.read_line())) is None:
             pass
         return found
 
     @property
     def output(self) -> str:
-        """What it printed on standard output, as far as that was read."""
+        """What was read of its standard output."""
         return "".join(self._said)
 
     @property
     def log(self) -> str:
         """What it wrote on standard error up to now, or to its end."""
+        return self.log_since(0)
+
+    @property
+    def log_size(self) -> int:
+        """How long its log is now, in bytes."""
+        return self._log_file.stat().st_size if self._last_log is None else len(self._last_log)
+
+    def log_since(self, size: int) -> str:
+        """What it wrote to its log after the first `size` bytes."""
         if self._last_log is not None:
-            return self._last_log
-        return self._log_file.read_text(encoding="utf-8", errors="replace")
+            data = self._last_log[size:]
+        else:
+            with self._log_file.open("rb") as log:
+                log.seek(size)
+                data = log.read()
+        return data.decode(errors="replace").replace("\r\n", "\n")
 
     def log_tail(self) -> str:
         """The end of its log."""
-        return "\n".join(self.log.splitlines()[-TAIL_LINES:])
+        return last_lines(self.log)
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -171,14 +189,14 @@ class Process:
     def terminate(self) -> None:
         """Ask it to end (SIGTERM; on Windows, which has none, this kills it). Does not wait.
 
-        A second time, nothing: by a second SIGTERM the gateway ends at once.
+        A second call does nothing: at a second SIGTERM the gateway ends at once.
         """
         if not self._was_asked_to_end:
             self._was_asked_to_end = True
             self._process.terminate()
 
     def stop(self) -> int:
-        """Ask it to end, kill it if it does not in time; returns its exit code."""
+        """Ask it to end, and kill it if it does not in time; returns its exit code."""
         try:
             self.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -188,11 +206,11 @@ class Process:
         return self._process.wait()
 
     def kill(self) -> None:
-        """End it at once, unless it has ended, and let go of everything but its log."""
+        """End it at once, unless it has ended, and free everything but its log."""
         with self._process:  # waits, and closes its pipes
             self._process.kill()
         if self._last_log is None:
-            self._last_log = self.log
+            self._last_log = self._log_file.read_bytes()
             self._folder.cleanup()
 
     @property
@@ -202,7 +220,7 @@ class Process:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Ours, without what would change the gateway's provider."""
+    """Our environment, without the variables that would change the gateway's provider."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
-    # Several run at once, and one port for metrics would be one too few.
+    # Several gateways run at once, and the default port for metrics is one.
     return ours | {"BARGEIN_OPS_PORT": "0"} | dict(more or {})

@@ -1,7 +1,65 @@
-"""The frames of the wire protocol."""
+"""The typed frames of protocol 1.0, and the words in them."""
 
-from actors.session.profile import *  # noqa: F403
-from actors.words import *  # noqa: F403
-from gateway.wire.decode import *  # noqa: F403
-from gateway.wire.encode import *  # noqa: F403
-from gateway.wire.frames import *  # noqa: F403
+from bargein.gateway.client import (
+    PATH,
+    SERVER_PAYLOADS,
+    VERSION,
+    AccountAuth,
+    AckStatus,
+    ApiKeyAuth,
+    Error,
+    ErrorCode,
+    FunctionCall,
+    FunctionDefinition,
+    FunctionParameter,
+    HealthCheckAck,
+    HealthStatus,
+    Heartbeat,
+    InterruptAck,
+    InterruptOutcome,
+    InterruptReason,
+    InterruptResult,
+    Outcome,
+    Platform,
+    RegisterAck,
+    Response,
+    ResponseContent,
+    ServerPayload,
+    SessionData,
+    SessionInfo,
+    SessionWarn,
+    Shutdown,
+    Usage,
+)
+
+__all__ = [
+    "PATH",
+    "SERVER_PAYLOADS",
+    "VERSION",
+    "AccountAuth",
+    "AckStatus",
+    "ApiKeyAuth",
+    "Error",
+    "ErrorCode",
+    "FunctionCall",
+    "FunctionDefinition",
+    "FunctionParameter",
+    "HealthCheckAck",
+    "HealthStatus",
+    "Heartbeat",
+    "InterruptAck",
+    "InterruptOutcome",
+    "InterruptReason",
+    "InterruptResult",
+    "Outcome",
+    "Platform",
+    "RegisterAck",
+    "Response",
+    "ResponseContent",
+    "ServerPayload",
+    "SessionData",
+    "SessionInfo",
+    "SessionWarn",
+    "Shutdown",
+    "Usage",
+]

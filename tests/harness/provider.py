@@ -1,16 +1,16 @@
 """A provider for tests: it plays scripts over HTTP and tells at once what its clients do.
 
 ``python -m tests.harness.provider --ca-file PATH`` runs it as a process of its own, on plain
-asyncio, so that what it sees of a client is not coloured by the client's event loop. When it is
-ready it has written the CA certificate (PEM) for its TLS port to PATH, and prints one JSON line,
+asyncio, so that the client's event loop does not delay what it sees of a client. When it is ready
+it has written the CA certificate (PEM) for its TLS port to PATH, and prints one JSON line,
 ``{"http": port, "tls": port, "mute": port, "full": port | null, "control": port}``, all on
 127.0.0.1. It exits when stdin or the control connection closes.
 
 - http: every POST is read whole; the ``content`` of its last message names the script that answers
-  it. A name that nobody defined gets ``scripts.default_story()``. A script that ends without
+  it. An undefined name gets ``scripts.default_story()``. A script that ends without
   closing leaves the connection to the next request.
 - tls: the same over TLS; a connection counts from the end of its handshake.
-- mute: accepts, reads, and never says a word. As https: a TLS handshake that stays pending.
+- mute: accepts, reads, and sends nothing. As https: a TLS handshake that stays pending.
 - full: its backlog is full, so that connect() hangs (Linux only; null elsewhere).
 - control: newline-delimited JSON, both ways.
 
@@ -55,7 +55,7 @@ from . import scripts
 PortKind = Literal["http", "tls", "mute"]
 
 BLOCKED_AFTER_SECONDS = (
-    0.05  # far above any hiccup of a peer that reads, far below a test's patience
+    0.05  # far longer than a client that reads may pause, far shorter than a test's timeout
 )
 
 
@@ -104,7 +104,7 @@ Step: TypeAlias = Send | Wait | Sleep | Repeat | Hang | Close | Reset | Mark
 
 
 def parse_step(step: object) -> Step:
-    """Read one JSON step. Raises ValueError when it is none."""
+    """Read one JSON step. Raises ValueError when it is not one."""
     match step:
         case {"send": str(data)}:
             return Send(b64decode(data, validate=True))
@@ -137,7 +137,7 @@ class Request:
 
     @property
     def script(self) -> str:
-        """The content of the last message, "" where there is no such string."""
+        """The content of the last message; "" where that is not a string."""
         match self.body:
             case {"messages": [*_, {"content": str(name)}]}:
                 return name
@@ -145,7 +145,7 @@ class Request:
 
 
 def take_request(buffer: bytearray) -> Request | None:
-    """Take one request out of the buffer, or nothing (None) while it is not all there."""
+    """Take one request out of the buffer; None while it is incomplete."""
     head_end = buffer.find(b"\r\n\r\n")
     if head_end < 0:
         return None
@@ -202,7 +202,7 @@ class Stage:
                     "sent_bytes": self.closed_sent_bytes + sent_bytes,
                 }
             case {"cmd": "watch_full"} if self.full_port is not None:
-                self.full_port.connecting()  # a kernel that cannot tell is to be known now
+                self.full_port.connecting()  # raises now where the kernel does not support it
                 if self.full_watch is None or self.full_watch.done():
                     watch = self.full_port.watch(self)
                     self.full_watch = asyncio.get_running_loop().create_task(watch)
@@ -215,7 +215,7 @@ class Stage:
 
 
 class Connection(asyncio.Protocol):
-    """Reading is never paused, so an EOF or RST is seen whatever the script is doing."""
+    """Reading is never paused, so an EOF or RST is seen during every step of a script."""
 
     def __init__(self, stage: Stage, port: PortKind) -> None:
         self.stage = stage
@@ -239,7 +239,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
-        # "Sent" shall mean: with the kernel. (Not high=0: asyncio's TLS would pause for ever.)
+        # "Sent" means: taken by the kernel. (Not high=0: asyncio's TLS would never resume.)
         transport.set_write_buffer_limits(high=1, low=0)
         self.transport = transport
         self.stage.connections[self.conn] = self
@@ -361,9 +361,7 @@ class Connection(asyncio.Protocol):
 class FullPort:
     """A listener that never accepts and whose backlog is full: Linux then drops every SYN."""
 
-    POLL_SECONDS = (
-        0.001  # no event tells about a SYN that was dropped: look, but only while asked to
-    )
+    POLL_SECONDS = 0.001  # no event announces a dropped SYN: poll, and only during `watch`
 
     def __init__(self) -> None:
         self._listener = socket.socket()
@@ -406,7 +404,7 @@ class FullPort:
                     answer = answer[(size + 3) & ~3 :]
 
     async def watch(self, stage: Stage) -> None:
-        """Journal who is connecting, and when they gave up, until all that were seen are gone."""
+        """Journal each client that connects and that gives up, until none is left."""
         pending: dict[int, int] = {}  # conn ids by local port
         while True:
             seen = self.connecting()
@@ -451,11 +449,11 @@ class Control(asyncio.Protocol):
             self.transport.write(json.dumps(reply).encode() + b"\n")
 
     def connection_lost(self, error: Exception | None) -> None:
-        os._exit(0)  # whatever is open is the kernel's to close
+        os._exit(0)  # the kernel closes what is still open
 
 
 def exit_with_stdin() -> None:
-    """Block until stdin closes, that is, until the parent is done or dead; then exit."""
+    """Block until stdin closes, which is when the parent ends; then exit."""
     while os.read(0, 1024):
         pass
     os._exit(0)

@@ -10,8 +10,8 @@
 
 Standard library in blocking style only, so it works in a plain process and in one patched by
 gevent. One process can serve a whole test run: ``fresh()`` and ``unique()`` give names that no
-other test uses, and every look at the journal can be narrowed to a script, or to what came after
-a moment (``since``).
+other test uses, and each method that reads the journal can be limited to a script, or to what came
+after a moment (``since``).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SHOWN_EVENTS = 40  # of the journal, in a failure
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What the provider saw, and when it did."""
+    """What the provider saw, and when."""
 
     time: float  # time.monotonic() of the provider: on one machine, comparable with ours
     conn: int  # the connection, numbered from 1 over all ports
@@ -55,7 +55,7 @@ class ConnectedEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class ConnectingEvent(Event):
-    """Somebody hangs in connect() to the full port (seen only during ``wait_connecting``)."""
+    """A client hangs in connect() to the full port (seen only during ``wait_connecting``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class PostEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class MarkEvent(Event):
-    """A script came to its ``mark`` step."""
+    """A script reached its ``mark`` step."""
 
     script: str
     label: str
@@ -86,7 +86,7 @@ class BlockedEvent(Event):
 
 @dataclass(frozen=True, slots=True)
 class ScriptDoneEvent(Event):
-    """A script came to its end; the number is that of its POST."""
+    """A script ended; the number is that of its POST."""
 
     number: int
     script: str
@@ -125,7 +125,7 @@ T = TypeVar("T")
 
 
 class ProviderProcess:
-    """A running test provider. A wait whose time is up raises AssertionError with the journal."""
+    """A running test provider. A wait that times out raises AssertionError with the journal."""
 
     base_url: str
     tls_base_url: str
@@ -185,7 +185,7 @@ class ProviderProcess:
 
     @property
     def full_base_url(self) -> str:
-        """Connecting to it hangs. Raises RuntimeError where that cannot be had (not on Linux)."""
+        """Connecting to it hangs. RuntimeError where that is not possible: on all but Linux."""
         if self.ports["full"] is None:
             raise RuntimeError("the full port needs Linux")
         return f"http://127.0.0.1:{self.ports['full']}/v1"
@@ -197,24 +197,24 @@ class ProviderProcess:
         self._command("script", name=name, steps=list(steps))
 
     def fresh(self, steps: Sequence[Step], prefix: str = "script") -> str:
-        """Define a script under a name that nobody else uses; returns the name."""
+        """Define a script under a name that is used nowhere else; returns the name."""
         name = self.unique(prefix)
         self.script(name, steps)
         return name
 
     def unique(self, prefix: str) -> str:
-        """A name, for a script or a key, that was not given before."""
+        """A new name, for a script or a key."""
         return f"{prefix}-{next(self._names)}"
 
     def release(self, key: str) -> None:
-        """Let every ``wait`` for this key pass, those to come too."""
+        """Let every ``wait`` for this key pass, now and later."""
         self._command("release", key=key)
 
     def counts(self) -> Counts:
         """Ask the provider; what it has seen up to its answer is then in the journal too."""
         return Counts(**self._command("counts"))
 
-    # Looking at the journal. It comes over a socket of its own, so it can lag behind an answer that
+    # Reading the journal. It comes over a socket of its own, so it can lag behind an answer that
     # was already read: wait for an event first, or ask for counts().
 
     def posts(self, script: str | None = None) -> list[PostEvent]:
@@ -251,7 +251,7 @@ class ProviderProcess:
     def wait_connecting(
         self, n: int = 1, since: float = 0.0, timeout: float = 5
     ) -> ConnectingEvent:
-        """Until somebody hangs in connect() to the full port; ``wait_closed`` tells of the end."""
+        """A client hangs in connect() to the full port; ``wait_closed`` waits for its end."""
         self._command("watch_full")
         return self._nth(
             ConnectingEvent,
@@ -326,7 +326,7 @@ class ProviderProcess:
         return reply
 
     def _read_control(self) -> None:
-        """The journal's own thread (or greenlet): until the control connection ends."""
+        """Run in a thread (or greenlet) of its own until the control connection ends."""
         with suppress(OSError), self._control.makefile("rb") as lines:
             for line in lines:
                 fields = json.loads(line)

@@ -3,7 +3,7 @@
     with run_gateway(model="story") as gateway, gateway.connect() as client:
         ...
 
-The caller's process is left as it is: it neither imports nor patches what the gateway runs on.
+The caller's process stays as it is: it imports nothing of the gateway, and patches nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from http.client import HTTPConnection
 from typing import Any, Literal
 
 import msgspec
+from bargein.gateway.client import WaitTimeout
 
-from .chat import ChatClient, WaitTimeout
+from .chat import ChatClient
 from .daemon import LISTENING
-from .process import ROOT, Process, ProcessFailed, environment
+from .log_mark import complete_log, lines_before, mark_log
+from .process import ROOT, Process, ProcessFailed, environment, last_lines
 
 _LAUNCHER = """
-import _thread, os, sys
+import _thread, os, runpy, sys
 
 def end_with_caller(read=os.read, end=os._exit):
     while read(0, 1024):
@@ -31,13 +33,14 @@ def end_with_caller(read=os.read, end=os._exit):
     end(1)
 
 _thread.start_new_thread(end_with_caller, ())
-sys.path.insert(0, sys.argv.pop(1))
-import run
-sys.exit(run.main(sys.argv[1:]))
+folder = sys.argv.pop(1)
+sys.path.insert(0, folder)
+runpy.run_path(os.path.join(folder, "run.py"), run_name="__main__")
 """
-"""run.py by its place, so that neither the caller's folder nor its PYTHONPATH can put another `run`
-(or `gateway`, `llm`, …) before ours. Standard input tells of the caller's end, however it came; the
-thread that waits for it does nothing else, so that gevent need not know of it."""
+"""Runs our run.py by its place, with its folder first on the path: neither the caller's folder nor
+its PYTHONPATH can put another `run` (or `gateway`, `llm`, …) before ours. Standard input ends with
+the caller, however it ends; the thread that waits for that does nothing else, so gevent need not
+know of it."""
 
 _PROVIDER_LISTENING = re.compile(r"listening on (?P<url>http://127\.0\.0\.1:(?P<port>\d+)/v1)\n")
 _HTTP_SECONDS = 10.0
@@ -45,36 +48,36 @@ _POLL_SECONDS = 0.005
 
 
 class StartFailed(Exception):
-    """A process ended, or said nothing in time, before it was ready; the message shows its log."""
+    """A process ended, or did not become ready in time; the message shows the end of its log."""
 
 
 class ProviderRequest(msgspec.Struct, frozen=True):
-    """One completion that the demo provider was asked for, as it saw it."""
+    """One completion that the demo provider was asked for."""
 
     number: int
     """In the order of arrival, from 1."""
     received_at: int
     """Milliseconds since the epoch."""
     has_key: bool
-    """Whether it came with a key. Which one, the provider does not keep."""
+    """Whether it came with a key. The provider does not keep the key."""
     model: str | None
-    """As the gateway asked for it: the scenario."""
+    """The scenario that the gateway asked for."""
     ended: Literal["finished", "client_closed", "cut"] | None
-    """How the answer to it ended: all was sent, the gateway closed the stream, or the provider did,
+    """How its answer ended: all was sent, the gateway closed the stream, or the provider closed it
     as its scenario says; None while it is live."""
     ended_at: int | None
     """Milliseconds since the epoch."""
     sent_bytes: int
-    """Of the answer, as far as the provider's kernel has taken them."""
+    """Bytes of the answer that the provider's kernel has taken."""
 
 
 class RunningProvider:
-    """A demo provider that runs."""
+    """A running demo provider."""
 
     def __init__(self, process: Process, found: re.Match[str]) -> None:
         self._process = process
         self.base_url = found["url"]
-        """As an OpenAI client takes it."""
+        """For an OpenAI client."""
         self._port = int(found["port"])
 
     @property
@@ -89,7 +92,7 @@ class RunningProvider:
         )
 
     def wait_ended(self, number: int | None = None, *, timeout: float = 5.0) -> ProviderRequest:
-        """Wait until a completion has ended; its end is seen a moment after an interrupt's ack.
+        """Wait until a completion has ended. The provider sees that a moment after the ack.
 
         Args:
             number: of the completion; None is the latest.
@@ -107,21 +110,21 @@ class RunningProvider:
             if time.monotonic() > deadline:
                 which = "the latest completion" if number is None else f"completion {number}"
                 raise WaitTimeout(f"{timeout} s are over, until {which} has ended: {requests}")
-            time.sleep(_POLL_SECONDS)  # the provider has no way to tell us
+            time.sleep(_POLL_SECONDS)  # the provider sends no event
 
     def forget_requests(self) -> None:
-        """From here on, `requests()` tells of later ones only."""
+        """Start over: from now on, `requests()` has later ones only."""
         _http(self._port, "DELETE", "/v1/demo/requests")
 
 
 class RunningGateway:
-    """A gateway that runs.
+    """A running gateway.
 
     Args:
         process: of the gateway.
         provider: behind it.
         timeout: seconds that any wait of its clients may take.
-        auth: what its clients register with.
+        auth: the credentials of its clients.
     """
 
     def __init__(
@@ -143,13 +146,13 @@ class RunningGateway:
 
     @property
     def provider(self) -> RunningProvider:
-        """The demo provider behind it. RuntimeError where it was started with another one."""
+        """The demo provider behind it. RuntimeError for a gateway with `llm_url`."""
         if self._provider is None:
             raise RuntimeError("this gateway was started with llm_url, without a demo provider")
         return self._provider
 
     def connect(self, *, timeout: float | None = None, **register: Any) -> ChatClient:
-        """A new client, registered; closed with the gateway at the latest.
+        """Connect a new client and register it; it is closed with the gateway at the latest.
 
         Args:
             timeout: seconds that any of its waits may take; None is the gateway's `client_timeout`.
@@ -157,7 +160,7 @@ class RunningGateway:
                 the gateway's.
 
         Raises:
-            FrameRefused: the gateway does not let it in.
+            FrameRefused: the gateway refused the registration.
         """
         timeout = self._client_timeout if timeout is None else timeout
         client = ChatClient(self.port, timeout=timeout, **self._register | register)
@@ -166,11 +169,28 @@ class RunningGateway:
 
     @property
     def log(self) -> str:
-        """What it has logged so far, a line for each event; still there when it has ended."""
+        """What it has logged so far, a line for each event; also after it has ended."""
         return self._process.log
 
+    @property
+    def log_size(self) -> int:
+        """How long its log is now, in bytes."""
+        return self._process.log_size
+
+    def recent_log(self, since: int = 0) -> str:
+        """The end of its log, with everything that happened before this call.
+
+        Args:
+            since: leave out what it had logged when `log_size` was this.
+        """
+
+        def read() -> str:
+            return self._process.log_since(since)
+
+        return last_lines(read() if self.exit_code is not None else complete_log(read, self.port))
+
     def health(self) -> dict[str, Any]:
-        """What it answers to `GET /health`."""
+        """The response to `GET /health`."""
         health: dict[str, Any] = json.loads(_http(self.port, "GET", "/health"))
         return health
 
@@ -180,7 +200,7 @@ class RunningGateway:
         return self._process.exit_code
 
     def terminate(self) -> None:
-        """Ask it to end, as an operator does: its clients get SHUTDOWN. Does not wait."""
+        """Ask it to stop, as an operator does: its clients get SHUTDOWN. Does not wait."""
         self._process.terminate()
 
     def kill(self) -> None:
@@ -188,7 +208,7 @@ class RunningGateway:
         self._process.kill()
 
     def drop_clients(self) -> None:
-        """Close the sockets of all its clients, without a word."""
+        """Close the sockets of all its clients at once."""
         for client in self._clients:
             client.drop()
 
@@ -209,15 +229,15 @@ def run_gateway(
     """Start a gateway, behind it a demo provider, and stop both on leaving.
 
     Args:
-        arguments: more of the gateway's command line, as `run.py serve --help` lists it.
-        model: what the gateway asks the provider for. The demo provider's models are scenarios:
-            `run.py demo-llm --help` lists them.
-        llm_url: another provider, in place of the demo one.
-        tokens_per_second: pace of the demo provider, above 0; at this one a story takes some 3 s.
-        port: of the gateway, on 127.0.0.1; 0 takes a free one.
-        env: more environment variables of the gateway. Those that begin with `OPENAI_` are not
-            handed down from ours.
-        auth: what clients register with, where the gateway asks for credentials (`--auth-file`):
+        arguments: more of the gateway's command line: see `bargein serve --help`.
+        model: that the gateway asks the provider for. The demo provider's models are scenarios: see
+            `bargein demo-llm --help`.
+        llm_url: of another provider, in place of the demo provider.
+        tokens_per_second: speed of the demo provider, above 0; at 300 a story takes about 3 s.
+        port: of the gateway, on 127.0.0.1; 0 takes a free port.
+        env: more environment variables of the gateway. It gets ours too, except those that start
+            with `OPENAI_`.
+        auth: the credentials of its clients, where the gateway needs some (`--auth-file`):
             `{"type": "API_KEY", "api_key": …}`, or `{"type": "ACCOUNT", …}` with `account` and
             `password`.
         log_level: of the gateway: debug, info, warning or error.
@@ -243,8 +263,14 @@ def run_gateway(
         stack.callback(gateway.drop_clients)  # else it would wait for them to say goodbye
         try:
             yield gateway
-        except Exception as error:
-            error.add_note(f"The end of the gateway's log:\n{process.log_tail()}")
+        except (GeneratorExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # what pytest.fail() raises is no Exception
+            marker = mark_log(gateway.port)
+            gateway.drop_clients()
+            process.stop()  # it writes its last lines
+            shown = last_lines(lines_before(process.log, marker))
+            error.add_note(f"The end of the gateway's log:\n{shown}")
             raise
 
 
@@ -255,7 +281,7 @@ def _start(
     ready: re.Pattern[str],
     timeout: float,
 ) -> tuple[Process, re.Match[str]]:
-    """Run run.py until it says that it is ready; the stack stops it."""
+    """Run a command of ours until it prints that it is ready; the stack stops it."""
     process = Process(
         ["-P", "-c", _LAUNCHER, str(ROOT), *arguments],
         env=environment(env),
@@ -266,11 +292,11 @@ def _start(
     try:
         return process, process.wait_for_line(ready)
     except ProcessFailed as error:
-        raise StartFailed(f"`run.py {' '.join(arguments)}` did not start: {error}") from None
+        raise StartFailed(f"`bargein {' '.join(arguments)}` did not start: {error}") from None
 
 
 def _http(port: int, method: str, path: str) -> bytes:
-    """The body of an answer of a server on this machine."""
+    """The body of a response from a server on this machine."""
     connection = HTTPConnection("127.0.0.1", port, timeout=_HTTP_SECONDS)
     with contextlib.closing(connection):
         connection.request(method, path)

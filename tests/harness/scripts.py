@@ -119,7 +119,7 @@ def call_events(
         index: None leaves it out.
         call_id: None leaves it out.
         piece_chars: length of a piece of the arguments.
-        later: what the pieces after the first have for a name and an id.
+        later: how the pieces after the first give the name and the id.
     """
     place = {} if index is None else {"index": index}
     first = place | ({} if call_id is None else {"id": call_id}) | {"type": "function"}
@@ -135,7 +135,7 @@ def call_events(
 
 
 def legacy_call_events(name: str, arguments: str, piece_chars: int = 8) -> list[bytes]:
-    """One function call as it was streamed before there were tools."""
+    """One function call in the older form `function_call`, which came before `tool_calls`."""
     first = {"role": "assistant", "content": None, "function_call": {"name": name, "arguments": ""}}
     pieces = _cut(arguments, piece_chars)
     return [
@@ -281,7 +281,7 @@ def raw(body_pieces: Iterable[bytes]) -> Script:
 
 
 def default_story() -> Iterator[Step]:
-    """ "tok0 tok1 ..." at 30 tokens a second, for ever."""
+    """ "tok0 tok1 ..." at 30 tokens a second, without end."""
     yield from opening()
     for number in itertools.count():
         yield from tokens([f"tok{number} "], rate=30)

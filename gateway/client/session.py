@@ -1,0 +1,378 @@
+"""A conversation with a gateway: register, ask, interrupt, and read what comes back.
+
+    session = Session(Connection(url, open_socket(host, port)))
+    session.register(auth={"type": "API_KEY", "api_key": key}, platform="WEB")
+    answer = session.ask("Tell me a story")
+    answer.wait_text()
+    ack = session.interrupt(answer)
+
+It reads only inside of a wait, and every wait has an end. It keeps every frame, in order, with the
+time it was read. One thread uses it at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from .answer import Answer
+from .connection import Connection
+from .envelope import Frame, decode_frame, encode_frame
+from .errors import ConnectionEnded, FrameRefused, WaitTimeout
+from .frames import (
+    Error,
+    FunctionCall,
+    Heartbeat,
+    InterruptAck,
+    RegisterAck,
+    Response,
+    Shutdown,
+)
+
+SHOWN_FRAMES = 10
+"""The last frames, in a failure's message."""
+
+_ids = itertools.count(1)
+
+T = TypeVar("T")
+P = TypeVar("P", bound=msgspec.Struct)
+
+
+@dataclass(eq=False)
+class Interruption:
+    """An INTERRUPT that was sent, and its answer."""
+
+    request_id: str | None
+    """Its target; None is every live request."""
+    sent_at: float
+    """`time.monotonic()`."""
+    ack: InterruptAck | None = None
+    ack_frame: Frame | None = None
+    """The frame of the ack: when it came, and in which order."""
+
+
+class Session:
+    """A conversation over one connection.
+
+    Args:
+        connection: an open one; it belongs to the session from here on.
+        timeout: seconds that any wait may take when it is not told otherwise.
+        id_prefix: how the ids of its requests begin.
+
+    Public attributes:
+        frames: all frames that were read so far, of every kind that this version knows.
+        answers: the answers by `request_id`, in the order in which they were asked for.
+        interruptions: the INTERRUPTs that were sent, in order.
+        refusals: the ERRORs that are about no request.
+        unexpected: frames that answer nothing that this session has sent.
+        goodbye: the gateway's SHUTDOWN, once it has come.
+    """
+
+    def __init__(
+        self, connection: Connection, *, timeout: float = 10.0, id_prefix: str = "req"
+    ) -> None:
+        self.connection = connection
+        self.timeout = timeout
+        self.frames: list[Frame] = []
+        self.answers: dict[str, Answer] = {}
+        self.interruptions: list[Interruption] = []
+        self.refusals: list[Error] = []
+        self.unexpected: list[Frame] = []
+        self.goodbye: Shutdown | None = None
+        self._id_prefix = id_prefix
+        self._registered: RegisterAck | None = None
+        self._taken: Counter[type[Any]] = Counter()
+        """Of each kind, up to which frame `wait_for` has looked."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self.drop()
+
+    # Sending.
+
+    def register(self, *, timeout: float | None = None, **fields: Any) -> RegisterAck:
+        """Send REGISTER, and wait for its REGISTER_ACK.
+
+        Args:
+            timeout: seconds; None is the session's own.
+            fields: of the frame: `auth`, `platform`, …
+
+        Raises:
+            FrameRefused: the gateway refused it.
+            WaitTimeout, ConnectionEnded: as every wait.
+        """
+        known = len(self.refusals)
+        self.send("REGISTER", **fields)
+
+        def look() -> RegisterAck | None:
+            self._raise_refusal(known)
+            return self._registered
+
+        return self.wait(look, "the REGISTER_ACK", timeout)
+
+    def ask(self, text: str, *, request_id: str | None = None, **fields: Any) -> Answer:
+        """Send a REQUEST; does not wait.
+
+        Args:
+            text: what the user says.
+            request_id: None makes a new one.
+            fields: more of the frame's fields, `system_prompt` for example.
+        """
+        answer = self._answer(request_id)
+        self.send(
+            "REQUEST",
+            request_id=answer.request_id,
+            data_type="TEXT",
+            content={"text": text},
+            **fields,
+        )
+        return answer
+
+    def interrupt(
+        self,
+        target: Answer | str | None = None,
+        *,
+        reason: str = "USER_STOP",
+        delivered_text_chars: int | None = None,
+        timeout: float | None = None,
+    ) -> InterruptAck:
+        """Send an INTERRUPT, and wait for its INTERRUPT_ACK.
+
+        Args:
+            target: an answer or a request's id; None is every live one.
+            reason: as the protocol names them.
+            delivered_text_chars: how many code points the user got, where that is known better.
+            timeout: seconds; None is the session's own.
+
+        Raises:
+            FrameRefused: the gateway refused it.
+            WaitTimeout, ConnectionEnded: as every wait.
+        """
+        known = len(self.refusals)
+        sent = self.send_interrupt(target, reason=reason, delivered_text_chars=delivered_text_chars)
+
+        def look() -> InterruptAck | None:
+            try:
+                self._raise_refusal(known)
+            except FrameRefused:
+                self.interruptions.remove(sent)  # it gets no ack
+                raise
+            return sent.ack
+
+        which = sent.request_id or "all requests"
+        return self.wait(look, f"the INTERRUPT_ACK for {which}", timeout)
+
+    def send_interrupt(
+        self,
+        target: Answer | str | None = None,
+        *,
+        reason: str = "USER_STOP",
+        delivered_text_chars: int | None = None,
+    ) -> Interruption:
+        """Send an INTERRUPT; does not wait. The arguments are those of `interrupt`."""
+        request_id = target.request_id if isinstance(target, Answer) else target
+        sent = Interruption(request_id, time.monotonic())
+        self.interruptions.append(sent)
+        self.send(
+            "INTERRUPT",
+            interrupt_request_id=request_id,
+            reason=reason,
+            delivered_text_chars=delivered_text_chars,
+        )
+        return sent
+
+    def send_function_result(
+        self, call: FunctionCall | str, result: Any, *, answer: Answer | None = None
+    ) -> Answer:
+        """Send a FUNCTION_RESULT, with which the model continues; does not wait.
+
+        Args:
+            call: the function call, or its id.
+            result: any JSON value.
+            answer: where the model made several calls at once: what the first of these returned.
+
+        Returns:
+            The answer that continues. It begins when every call has its result.
+        """
+        answer = answer or self._answer(None)
+        self.send(
+            "FUNCTION_RESULT",
+            call_id=call if isinstance(call, str) else call.call_id,
+            result=result,
+            request_id=answer.request_id,
+        )
+        return answer
+
+    def send(self, msg_type: str, **payload: Any) -> None:
+        """Send any frame; does not wait.
+
+        Raises:
+            ConnectionEnded: the connection has ended, or is closing.
+            OSError: the write failed, or took too long.
+        """
+        session_id = self._registered.session_id if self._registered else None
+        self.connection.send_text(encode_frame(msg_type, payload, session_id))
+
+    def one_packet(self) -> contextlib.AbstractContextManager[None]:
+        """A block; what is sent inside goes out in one write at its end."""
+        return self.connection.one_packet()
+
+    # Receiving.
+
+    @property
+    def registered(self) -> RegisterAck:
+        """The REGISTER_ACK. RuntimeError before it has come."""
+        if self._registered is None:
+            raise RuntimeError("this session is not registered")
+        return self._registered
+
+    @property
+    def session_id(self) -> str | None:
+        """The session's id; None before REGISTER_ACK."""
+        return self._registered.session_id if self._registered else None
+
+    def wait_for(self, kind: type[P], *, timeout: float | None = None) -> P:
+        """Wait for a frame, as in `wait_for(SessionInfo)`.
+
+        Args:
+            kind: a payload's type.
+            timeout: seconds; None is the session's own.
+
+        Returns:
+            The first of this kind that no earlier call has returned.
+
+        Raises:
+            WaitTimeout, ConnectionEnded: as every wait.
+        """
+
+        def look() -> P | None:
+            for frame in self.frames[self._taken[kind] :]:
+                self._taken[kind] += 1
+                if isinstance(frame.payload, kind):
+                    return frame.payload
+            return None
+
+        return self.wait(look, f"a {kind.__name__} frame", timeout)
+
+    def wait(self, look: Callable[[], T | None], what: str, timeout: float | None = None) -> T:
+        """Read frames until `look` finds something in them, and return that.
+
+        Args:
+            look: called before the first read and after each; None is nothing.
+            what: what is awaited, for the failure's message.
+            timeout: seconds; None is the session's own.
+
+        Raises:
+            WaitTimeout: the time is up.
+            ConnectionEnded: the connection ended before.
+            InvalidFrame: the gateway sent what is not a frame of the protocol.
+        """
+        timeout = self.timeout if timeout is None else timeout
+        until = time.monotonic() + timeout
+        while (found := look()) is None:
+            if not self.connection.is_open:
+                code = self.connection.close_code
+                how = f"the connection ended (close code {code})"
+                raise ConnectionEnded(f"{how}, waiting for {what}; {self._shown()}", code)
+            try:
+                self._read(until - time.monotonic())
+            except TimeoutError:
+                raise WaitTimeout(
+                    f"{timeout} s are over, waiting for {what}; {self._shown()}"
+                ) from None
+        return found
+
+    # Ending.
+
+    def close(self) -> None:
+        """Close the connection in order, and wait for its end; a second time, nothing.
+
+        Raises:
+            WaitTimeout: the gateway did not close its side.
+        """
+        until = time.monotonic() + self.timeout
+        try:
+            with contextlib.suppress(OSError):  # the gateway was faster
+                if self.connection.is_open:
+                    self.connection.send_close()
+            while not self.connection.has_ended:
+                self._read(until - time.monotonic())
+        except TimeoutError:
+            raise WaitTimeout(
+                f"{self.timeout} s are over, waiting for the end of the connection; {self._shown()}"
+            ) from None
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Close the socket at once, without a close frame."""
+        self.connection.drop()
+
+    # Inside.
+
+    def _answer(self, request_id: str | None) -> Answer:
+        request_id = request_id or f"{self._id_prefix}_{next(_ids)}"
+        answer = self.answers.get(request_id)
+        if answer is None or answer.ended:  # an id that was refused may be used again
+            answer = self.answers[request_id] = Answer(request_id, self, time.monotonic())
+        return answer
+
+    def _raise_refusal(self, known: int) -> None:
+        for error in self.refusals[known:]:
+            raise FrameRefused(error)
+
+    def _read(self, timeout: float) -> None:
+        for message in self.connection.receive(timeout):
+            if message.is_text:
+                frame = decode_frame(message.data, message.at, len(self.frames))
+                if frame is not None:
+                    self.frames.append(frame)
+                    self._take(frame)
+
+    def _take(self, frame: Frame) -> None:
+        match frame.payload:
+            case RegisterAck() as ack:
+                self._registered = ack
+            case Response(request_id=str(request_id)) | Error(request_id=str(request_id)):
+                if (answer := self.answers.get(request_id)) is not None:
+                    answer.add(frame)
+                else:
+                    self.unexpected.append(frame)
+            case Error() as error:
+                self.refusals.append(error)
+            case InterruptAck() as ack:
+                self._take_ack(ack, frame)
+            case Heartbeat():
+                with contextlib.suppress(OSError):  # the gateway may be gone again
+                    self.send("HEARTBEAT_REPLY")
+            case Shutdown() as goodbye:
+                self.goodbye = goodbye
+
+    def _take_ack(self, ack: InterruptAck, frame: Frame) -> None:
+        for sent in self.interruptions:
+            if sent.ack is None and sent.request_id == ack.interrupt_request_id:
+                sent.ack, sent.ack_frame = ack, frame
+                return
+        self.unexpected.append(frame)
+
+    def _shown(self) -> str:
+        shown = "".join(f"\n  {frame.payload}" for frame in self.frames[-SHOWN_FRAMES:])
+        return f"the last of {len(self.frames)} frames:{shown or ' none'}"
