@@ -45,7 +45,9 @@ from gateway.client import (
     open_socket,
     receive_bytes,
 )
-from gateway.wire import protocol as wire
+from gateway.wire import frames as wire
+from gateway.wire.decode import decode
+from gateway.wire.encode import encode
 
 FOLDER = Path(library.__file__).parent
 LIMIT = 10.0  # seconds; bounds a failure, and no success waits for it
@@ -108,7 +110,7 @@ def test_the_version_the_path_and_the_credentials_are_the_gateway_s_own() -> Non
 
 def test_what_it_sends_the_gateway_reads() -> None:
     data = encode_frame("INTERRUPT", {"interrupt_request_id": "r", "reason": "USER_STOP"}, "s")
-    frame = wire.decode(data)
+    frame = decode(data)
     assert frame.session_id == "s"
     assert frame.payload == wire.Interrupt("r", "USER_STOP")
 
@@ -120,7 +122,7 @@ def test_half_a_surrogate_pair_can_be_sent_as_browsers_do() -> None:
 
 def test_what_the_gateway_sends_it_reads() -> None:
     sent = wire.Response("r", 3, wire.ResponseContent(text="Hello"))
-    frame = decode_frame(wire.encode(sent, "s", 0), at=1.5, order=7)
+    frame = decode_frame(encode(sent, "s", 0), at=1.5, order=7)
     assert frame is not None
     assert frame.payload == Response("r", 3, library.ResponseContent(text="Hello"))
     assert (frame.msg_type, frame.text, frame.is_terminal) == ("RESPONSE", "Hello", False)

@@ -73,7 +73,7 @@ from actors.session.live import LiveRequest
 from actors.session.request_ids import RequestIds
 from actors.request import RequestActor
 from actors.outlet import Delivered
-from actors.session.conversation import Conversation
+from actors.session.answers import Answers
 from actors.session.interrupts import Interrupts
 from actors.session.live import LiveRequests
 from actors.session.port import CONNECTION_LOST
@@ -113,11 +113,11 @@ ConnectionReader.hang_up, RequestActor._stop_stages = hang_up_slowly, report_and
     "terminal frame twice": (
         {Promise.ONE_END},
         """
-forget = Conversation.forget
-def forget_and_repeat(conversation, live):
-    forget(conversation, live)
-    conversation._client.port.request_ended(live.end())
-Conversation.forget = forget_and_repeat
+forget = Answers.forget
+def forget_and_repeat(answers, live):
+    forget(answers, live)
+    answers._client.port.request_ended(live.end())
+Answers.forget = forget_and_repeat
 """,
     ),
     "interrupt clears the wrong request": (

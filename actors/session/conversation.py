@@ -1,4 +1,4 @@
-"""What a client asks, whether it is admitted, and in which order it is answered.
+"""What a client asks, and whether it is admitted.
 
 Text, results of functions, voice, and frames that could not be understood all come to one place,
 `_admit`: whatever would begin a request climbs the same ladder.
@@ -10,23 +10,17 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import pykka
 from msgspec import Struct
 
-from actors.actor import tell
-from actors.loop.lanes import lanes
-from actors.messages import Start, SupervisorMessage, TerminalSent
 from actors.outlet import RequestEnd
 from actors.quota import Quota
-from actors.request import RequestActor
-from actors.row import MakeStages
+from actors.session.answers import Answers
 from actors.session.books import Books
 from actors.session.history import Ending as TurnEnding
 from actors.session.history import History, Turn
 from actors.session.lifecycle import Lifecycle
-from actors.session.live import LiveRequest, LiveRequests
+from actors.session.live import LiveRequests
 from actors.session.messages import (
     FunctionReturned,
     NotUnderstood,
@@ -39,8 +33,6 @@ from actors.session.profile import Profile, SessionUpdate, UpdateError
 from actors.session.request_ids import RequestIds
 from actors.session.voice import OpenVoice
 from actors.words import ErrorCode, InterruptReason, OnNewRequest, Outcome
-from llm.chat.completions import Prompt, ToolCall
-from metrics.instruments import Metrics
 
 _LEAVING = "the gateway is shutting down, or the session is ending"
 _QUOTED_ID_CHARS = 64
@@ -69,71 +61,60 @@ class _Candidate(Struct, frozen=True):
     """The turn whose function results it continues from."""
     fault: NotUnderstood | None = None
     """Why it was not understood."""
+    impossible: str | None = None
+    """Why it cannot be done, where that is known already."""
     is_voice: bool = False
 
 
 class Conversation:
-    """The questions and answers of one session.
+    """What the client of one session asks.
 
     Args:
-        session_id: the session's.
-        session: the session's actor, which gets the reports.
         client: the session's client.
-        profile: what the client registered.
+        profile: what it registered.
         settings: what the conversation may do.
+        answers: what is answered.
         requests: the live ones.
         request_ids: of those that are not live.
         history: the turns.
         voice: the request whose voice is still coming.
         lifecycle: whether requests are taken.
         quota: of live requests, of all sessions together.
-        make_stages: makes the stages of a request.
-        tell_supervisor: puts a message in the supervisor's mailbox.
         books: counts and logs.
-        metrics: for request-actors.
-        clock: `time.monotonic`, or a test's.
         renew: called when a question is a sign of life.
+        clock: `time.monotonic`, or a test's.
     """
 
     def __init__(
         self,
         *,
-        session_id: str,
-        session: pykka.ActorRef[Any],
         client: Client,
         profile: Profile,
         settings: ConversationSettings,
+        answers: Answers,
         requests: LiveRequests,
         request_ids: RequestIds,
         history: History,
         voice: OpenVoice,
         lifecycle: Lifecycle,
         quota: Quota,
-        make_stages: MakeStages,
-        tell_supervisor: Callable[[SupervisorMessage], None],
         books: Books,
-        metrics: Metrics,
         renew: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._session_id = session_id
-        self._session = session
         self._client = client
         self.profile = profile
         self._settings = settings
+        self._answers = answers
         self._requests = requests
         self._request_ids = request_ids
         self._history = history
         self._voice = voice
         self._lifecycle = lifecycle
         self._quota = quota
-        self._make_stages = make_stages
-        self._tell_supervisor = tell_supervisor
         self._books = books
-        self._metrics = metrics
         self._renew = renew
         self._clock = clock
-        self._lanes = lanes()
 
     # What the client says.
 
@@ -156,10 +137,8 @@ class Conversation:
             detail = f"no call with call_id {returned.call_id[:_QUOTED_ID_CHARS]!r} is remembered"
             if request_id is None:
                 self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
-            elif self._is_used(request_id):
-                self._refuse_used(request_id)
             else:
-                self._refuse_for_good(request_id, ErrorCode.MALFORMED_PAYLOAD, detail)
+                self._admit(_Candidate(request_id, impossible=detail))
             return
         turn, call = found
         self._history.hold(turn)  # however long the result is, the model is told of it once
@@ -240,7 +219,7 @@ class Conversation:
         if candidate.continues is not None:
             self._renew()
         self.profile = profile
-        self._accept(request_id, candidate.text, candidate.continues)
+        self._answers.accept(request_id, candidate.text, candidate.continues, profile)
 
     def _is_used(self, request_id: str) -> bool:
         return (
@@ -255,6 +234,8 @@ class Conversation:
         Raises:
             UpdateError: it asks for something that cannot be done.
         """
+        if candidate.impossible is not None:
+            raise UpdateError(candidate.impossible)
         if candidate.continues is not None:
             continuation = self._continuation_of(candidate.continues)
             if continuation is not None:
@@ -322,77 +303,9 @@ class Conversation:
             return False
         return True
 
-    # Requests.
-
-    def _accept(self, request_id: str, text: str | None, continues: Turn | None) -> None:
-        outlet = self._client.port.open_outlet(request_id)
-        actor = RequestActor.start(
-            session_id=self._session_id,
-            request_id=request_id,
-            session=self._session,
-            tell_supervisor=self._tell_supervisor,
-            make_stages=self._make_stages,
-            outlet=outlet,
-            metrics=self._metrics,
-        )
-        turn = self._history.begin(request_id, text, continues)
-        slot = self._quota.slot()
-        wants_speech = self.profile.require_tts
-        self._requests.add(LiveRequest(request_id, outlet, actor, turn, slot, wants_speech))
-        slot.take()  # cannot fail: no other greenlet has run since the quota was checked
-
     def start_next(self) -> None:
         """Start the requests whose turn it is."""
-        for live in self._requests:
-            if live.can_start:
-                live.is_started = True
-                tell(live.actor, Start(self._prompt(live)))
-            if self._settings.on_new_request is not OnNewRequest.PARALLEL:
-                break  # later ones wait for the end of the one before
-
-    def _prompt(self, live: LiveRequest) -> Prompt:
-        system = self.profile.system_message()
-        messages = self._history.messages(live.turn)
-        return Prompt((*messages,) if system is None else (system, *messages), self.profile.tools())
-
-    def call_delivered(self, request_id: str, call: ToolCall) -> None:
-        """The client was given a function call."""
-        live = self._requests.get(request_id)
-        if live is not None:
-            self._history.add_call(live.turn, call)
-
-    def end_settled(self, awaits: Callable[[LiveRequest], bool]) -> None:
-        """End every stopped request that nothing waits for.
-
-        Args:
-            awaits: whether an acknowledgement has to come before the end of a request.
-        """
-        for live in self._requests:
-            if not live.is_stopping:
-                continue
-            if live.is_settled and not awaits(live):
-                self._client.port.request_ended(live.end())
-                self.forget(live)
-            elif self._settings.on_new_request is not OnNewRequest.PARALLEL:
-                break  # nothing of the next one before the end of this one
-
-    def forget(self, live: LiveRequest) -> None:
-        """A request is live no more: its end was sent, or there is no client to send it to."""
-        self._requests.remove(live)
-        delivered = live.delivered
-        self._request_ids.end(live.request_id, delivered.text_chars)
-        # Calls that were delivered a moment ago: their messages find no live request any more.
-        for call in delivered.calls[len(live.turn.calls) :]:
-            self._history.add_call(live.turn, call)
-        self._history.end(live.turn, *live.as_heard(live.outcome))
-        self._lanes.run_deferred(self._let_go, live, delivered.text_chars)
-
-    def _let_go(self, live: LiveRequest, chars: int) -> None:
-        tell(live.actor, TerminalSent())
-        self._books.text_delivered(chars)
-        self._books.request_ended(live.outcome)
-        if live.interrupted_by is not None:
-            self._books.request_interrupted(live.request_id, live.interrupted_by)
+        self._answers.start_next(self.profile)
 
     # Voice.
 

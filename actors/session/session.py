@@ -36,6 +36,7 @@ from actors.messages import (
 )
 from actors.quota import Quota, Slot
 from actors.row import MakeStages, Report
+from actors.session.answers import Answers
 from actors.session.books import Books
 from actors.session.conversation import Conversation, ConversationSettings
 from actors.session.history import History
@@ -182,24 +183,33 @@ class SessionActor(GreenletActor):
             voice=self._voice,
             books=self._books,
         )
-        self._conversation = Conversation(
+        on_new_request = registration.on_new_request or settings.on_new_request
+        self._answers = Answers(
             session_id=session_id,
             session=self.actor_ref,
             client=self._client,
+            requests=self._requests,
+            request_ids=self._request_ids,
+            history=self._history,
+            quota=requests,
+            make_stages=make_stages,
+            tell_supervisor=tell_supervisor,
+            is_parallel=on_new_request is OnNewRequest.PARALLEL,
+            books=self._books,
+            metrics=metrics,
+        )
+        self._conversation = Conversation(
+            client=self._client,
             profile=registration.profile,
-            settings=ConversationSettings(
-                registration.on_new_request or settings.on_new_request, settings.max_parallel
-            ),
+            settings=ConversationSettings(on_new_request, settings.max_parallel),
+            answers=self._answers,
             requests=self._requests,
             request_ids=self._request_ids,
             history=self._history,
             voice=self._voice,
             lifecycle=self._lifecycle,
             quota=requests,
-            make_stages=make_stages,
-            tell_supervisor=tell_supervisor,
             books=self._books,
-            metrics=metrics,
             renew=self._renew,
             clock=lambda: time.monotonic(),
         )
@@ -242,7 +252,7 @@ class SessionActor(GreenletActor):
                 self._conversation.function_returned(message)
                 self._settle()
             case CallDelivered(request_id, call):
-                self._conversation.call_delivered(request_id, call)
+                self._answers.call_delivered(request_id, call)
             case VoiceBegun():
                 self._renew()
                 self._conversation.begin_voice(message)
@@ -315,7 +325,7 @@ class SessionActor(GreenletActor):
     def _on_terminal_written(self, request_id: str) -> None:
         live = self._requests.get(request_id)
         if live is not None and live.outlet.is_done:
-            self._conversation.forget(live)
+            self._answers.forget(live)
             self._settle()
 
     def _on_reap(self, request_id: str, detail: str) -> None:
@@ -328,7 +338,7 @@ class SessionActor(GreenletActor):
         # Step 1. Acknowledgements, of interrupts whose targets have stopped.
         self._interrupts.acknowledge_ready()
         # Step 2. Terminal frames, of requests that no acknowledgement waits for.
-        self._conversation.end_settled(self._interrupts.awaits)
+        self._answers.end_settled(self._interrupts.awaits)
         # Step 3. New answers; or, where none is live, the goodbye.
         if self._requests:
             self._conversation.start_next()
@@ -388,7 +398,7 @@ class SessionActor(GreenletActor):
         for live in self._requests:
             if not self._requests.interrupt(live, goodbye.reason):
                 # Its terminal frame is with the kernel, or was begun on a lost connection.
-                self._conversation.forget(live)
+                self._answers.forget(live)
         self._settle()
 
 
