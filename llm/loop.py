@@ -16,7 +16,7 @@ class Readable(Protocol):
     """Where one reader greenlet at a time waits for a socket."""
 
     def wait(self) -> None:
-        """Suspend the calling greenlet until there is something to read, and it is its turn to.
+        """Suspend the calling greenlet until there is something to read and the loop resumes it.
 
         Must go through the loop each time, even when something is there already: a provider that
         sends without a pause must not starve everything else.

@@ -1,8 +1,8 @@
-"""A stage: one piece of work for a request that can be started, and stopped at any point.
+"""A stage: one piece of a request's work, which can be started, and stopped at any point.
 
-A request is a row of stages. Today the row has one, the generation of text (`llm/chat`);
-recognition of speech would come before it and speech behind it. Whoever owns the row closes every
-stage of it in one step, and waits for the reports.
+A request is a row of stages. Today the row has one, which generates text (`llm/chat`); recognition
+of speech would come before it, and speaking after it. The owner of the row closes all of its stages
+in one step, and waits for one report from each.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class Ending(enum.Enum):
 
     COMPLETED = "completed"
     CLOSED = "closed"
-    """It was told to close before it had completed."""
+    """It was closed before it had completed."""
     FAILED = "failed"
 
 
 class StageResult(Struct, frozen=True):
-    """The one report of a stage: its work is over and its connection is closed.
+    """The one report of a stage: its work is over, and its connection is closed or given back.
 
     Args:
         ending: how it ended.
-        error: why it failed; None where it did not.
-        closed_at: `time.monotonic()` of the moment its connection was closed or given back; None
-            where it never had one.
+        error: why it failed; None where it has not.
+        closed_at: `time.monotonic()` of the moment when its connection was closed or given back;
+            None where it was closed before it had started.
         stops_on_close: what its provider does when the connection closes; None where the provider
-            did not have the request.
-        name: which stage it is.
+            never got the request.
+        name: the stage's.
     """
 
     ending: Ending
@@ -46,10 +46,10 @@ class StageResult(Struct, frozen=True):
 
 
 class Stage(Protocol):
-    """One stage of a request, not started when it is made.
+    """One stage of a request. It is made with a function `on_end`, and does not start by itself.
 
-    Whoever makes it passes `on_end`, which the stage calls exactly once with its `StageResult`:
-    in the hub, so it must not block.
+    The stage calls `on_end` exactly once, with its `StageResult`. It is called in the hub, so it
+    must not block.
     """
 
     @property
@@ -58,14 +58,16 @@ class Stage(Protocol):
 
     @property
     def progress_at(self) -> float:
-        """`time.monotonic()` of the last byte from its provider, or of its start."""
+        """`time.monotonic()` of the last byte from its provider; before any, of its start."""
 
     def start(self) -> None:
-        """Begin, unless it was closed before."""
+        """Start, unless `close()` was called before."""
 
     def close(self) -> None:
-        """Stop, at whatever point it is. Never blocks; any greenlet may call it, any number of
-        times. `on_end` follows."""
+        """Stop, at whatever point it is; `on_end` follows.
+
+        Never blocks. Any greenlet may call it, any number of times: only the first call counts.
+        """
 
     def kill_again(self) -> None:
-        """The last resort for a stage that has not ended long after its `close()`."""
+        """The last resort, for a stage that has not ended long after `close()`. Never blocks."""

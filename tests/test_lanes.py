@@ -1,4 +1,4 @@
-"""The event loop's two lanes: what goes before what, and that nothing is left behind."""
+"""The lanes of the event loop: what runs before what, and that nothing is forgotten."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ def pairs() -> Iterator[list[tuple[gevent.socket.socket, gevent.socket.socket]]]
 
 
 def in_the_poll_phase(function: Callable[..., object], *args: object) -> None:
-    """Call it in the hub, between events, as an io watcher's callback is."""
+    """Call it in the hub, while events are handled, as the callback of an io watcher is."""
     timer = gevent.get_hub().loop.timer(0)
     timer.start(lambda: function(*args))
     done = gevent.event.Event()
@@ -43,7 +43,7 @@ def spin(seconds: float) -> None:
         pass
 
 
-def test_a_call_goes_before_the_data_that_came_with_it(
+def test_control_runs_before_the_data_that_was_reported_with_it(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     order: list[str] = []
@@ -53,18 +53,18 @@ def test_a_call_goes_before_the_data_that_came_with_it(
         readable.wait()
         readable.close()
         if not order:
-            # Long enough that the others wait for their turn when the call is made.
+            # Long enough that the others are still queued when control is asked for.
             spin(0.002)
         order.append("data")
         if len(order) == 1:
-            lanes().run_next(order.append, "call")
+            lanes().run_next(order.append, "control")
 
     readers = [gevent.spawn(read, one) for one, _ in pairs]
     gevent.sleep(0)
     for _, other in pairs:
         other.send(b"x")
     gevent.joinall(readers, LIMIT, raise_error=True)
-    assert order == ["data", "call", *["data"] * (len(pairs) - 1)]
+    assert order == ["data", "control", *["data"] * (len(pairs) - 1)]
 
 
 def test_a_client_is_heard_between_two_slices_of_data(
@@ -92,14 +92,14 @@ def test_a_client_is_heard_between_two_slices_of_data(
     gevent.sleep(0)
     for _, other in others:
         other.send(b"x")
-    # The client speaks while the first of them has its turn.
+    # The client sends while the first slice of data runs.
     in_the_poll_phase(client.send, b"INTERRUPT")
     gevent.joinall([listener, *readers], LIMIT, raise_error=True)
     assert order.index("client") <= 2
     assert order.count("data") == len(others)
 
 
-def test_whoever_waits_for_a_turn_gets_one() -> None:
+def test_every_greenlet_that_waits_for_a_turn_gets_one() -> None:
     turns: list[int] = []
 
     def work(number: int) -> None:
@@ -113,7 +113,7 @@ def test_whoever_waits_for_a_turn_gets_one() -> None:
     assert sorted(turns) == sorted([*range(5)] * 3)
 
 
-def test_one_that_is_killed_while_it_waits_for_its_turn_holds_nobody_up() -> None:
+def test_a_greenlet_that_is_killed_while_it_waits_for_its_turn_holds_up_no_other() -> None:
     killed = gevent.spawn(lanes().wait_turn)
     other = gevent.spawn(lanes().wait_turn)
     gevent.sleep(0)
@@ -124,7 +124,7 @@ def test_one_that_is_killed_while_it_waits_for_its_turn_holds_nobody_up() -> Non
 
 
 @pytest.mark.parametrize("phase", ["poll", "callbacks"])
-def test_a_call_that_raises_does_not_take_the_next_one_along(
+def test_control_that_raises_does_not_keep_the_next_from_running(
     phase: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = gevent.event.Event()
@@ -144,8 +144,8 @@ def test_a_call_that_raises_does_not_take_the_next_one_along(
     assert "RuntimeError: broken" in capsys.readouterr().err
 
 
-def test_what_a_call_asks_of_the_loop_is_not_forgotten() -> None:
-    """Between two polls libev would not look again before the next event."""
+def test_what_control_asks_of_gevents_loop_runs_without_another_event() -> None:
+    """Asked for just before a poll, it would wait until the poll returns."""
     done = gevent.event.Event()
     loop = gevent.get_hub().loop
     loop.run_callback(lambda: lanes().run_next(loop.run_callback, done.set))
@@ -154,7 +154,7 @@ def test_what_a_call_asks_of_the_loop_is_not_forgotten() -> None:
     assert time.monotonic() - started < LIMIT / 2
 
 
-def test_what_may_wait_comes_after_all_control_and_before_data() -> None:
+def test_reports_run_after_all_control_and_before_data() -> None:
     order: list[str] = []
     done = gevent.event.Event()
 
@@ -170,8 +170,8 @@ def test_what_may_wait_comes_after_all_control_and_before_data() -> None:
     assert order == ["control", "control's control", "report", "books"]
 
 
-def test_control_that_has_come_meanwhile_goes_before_what_may_wait() -> None:
-    """Two clients interrupt at once: both streams are closed before either is told."""
+def test_control_that_has_arrived_by_then_runs_before_reports() -> None:
+    """Two clients interrupt at once: both streams are closed before either gets its ack."""
     order: list[str] = []
     done = gevent.event.Event()
 
@@ -199,8 +199,8 @@ def test_control_that_has_come_meanwhile_goes_before_what_may_wait() -> None:
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])
-def test_what_goes_behind_reports_comes_right_behind_the_acks_and_before_data(before: int) -> None:
-    """Whether data has given way just before, which it does once, or not."""
+def test_what_runs_after_acks_runs_right_after_them_and_before_data(before: int) -> None:
+    """Whether or not data has just given way, which it does once."""
     order: list[str] = []
     done = gevent.event.Event()
 
@@ -212,9 +212,9 @@ def test_what_goes_behind_reports_comes_right_behind_the_acks_and_before_data(be
         order.append("report")
         lanes().run_next(lambda: lanes().run_next(order.append, "ack"))
 
-    def on_turn(looks: int) -> None:
-        if looks:
-            lanes().run_after_poll(on_turn, looks - 1)
+    def on_turn(polls: int) -> None:
+        if polls:
+            lanes().run_after_poll(on_turn, polls - 1)
             lanes().run_next(lambda: None)
         else:
             lanes().run_next(interrupt)
@@ -229,8 +229,8 @@ def test_what_goes_behind_reports_comes_right_behind_the_acks_and_before_data(be
     assert order[at : at + 3] == ["report", "ack", "free"]
 
 
-def test_control_without_end_does_not_keep_data_back() -> None:
-    """A client that says something in each turn of the loop must not stop everybody's answers."""
+def test_control_without_end_does_not_hold_up_data() -> None:
+    """A client that sends in each iteration of the loop must not stop the answers of all others."""
     loop: Any = gevent.get_hub().loop
     noise = loop.check(priority=loop.MAXPRI)
     noise.start(lambda: lanes().run_next(lambda: None))
@@ -244,7 +244,7 @@ def test_control_without_end_does_not_keep_data_back() -> None:
 
 
 def test_the_loop_sleeps_when_all_is_done() -> None:
-    """What keeps the loop from waiting ends by itself, or it would spin."""
+    """Polls block again when nothing is queued: otherwise the loop would spin."""
     done = gevent.event.Event()
     lanes().run_next(done.set)
     lanes().run_after_poll(done.set)
@@ -253,20 +253,20 @@ def test_the_loop_sleeps_when_all_is_done() -> None:
     wait_until(lambda: not lanes()._awake.active, "the loop may sleep")
 
 
-def test_what_nobody_reads_does_not_keep_the_loop_busy(
+def test_data_that_no_reader_waits_for_does_not_keep_the_loop_awake(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     mine, other = pairs[0]
     readable = lanes().readable(mine.fileno())
     other.send(b"x")
-    readable.wait()  # and then it is not read: its client is slow, say
+    readable.wait()  # and then it is not read, as when its client is slow
     wait_until(lambda: not readable._watcher.active, "the loop may sleep")
     with gevent.Timeout(LIMIT):
-        readable.wait()  # it is still there
+        readable.wait()  # the data is still there
     readable.close()
 
 
-def test_an_error_is_thrown_into_whoever_waits_to_read_and_he_may_wait_again(
+def test_an_error_can_be_thrown_into_a_waiting_reader_which_may_wait_again(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     mine, other = pairs[0]
@@ -293,7 +293,7 @@ def test_an_error_is_thrown_into_whoever_waits_to_read_and_he_may_wait_again(
     assert not lanes()._waiting
 
 
-def test_an_error_is_thrown_into_whoever_waits_for_something_else_or_for_his_start() -> None:
+def test_an_error_can_be_thrown_into_a_greenlet_that_waits_elsewhere_or_has_not_started() -> None:
     caught: list[BaseException] = []
 
     def wait() -> None:
@@ -312,7 +312,7 @@ def test_an_error_is_thrown_into_whoever_waits_for_something_else_or_for_his_sta
     assert beginner.dead
 
 
-def test_a_reader_is_woken_once_for_what_has_come_however_long_it_waits_for_its_turn(
+def test_a_reader_is_resumed_once_for_what_has_arrived_however_long_it_is_queued(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     order: list[int] = []
@@ -325,15 +325,15 @@ def test_a_reader_is_woken_once_for_what_has_come_however_long_it_waits_for_its_
                 readable.wait()
                 assert sock.recv(100) == b"x"
                 order.append(number)
-                spin(0.002)  # the others are kept waiting over several turns of the loop
+                spin(0.002)  # the others stay queued over several iterations of the loop
         finally:
             readable.close()
 
     readers = [gevent.spawn(read, number, mine) for number, (mine, _) in enumerate(pairs)]
     gevent.sleep(0)
     in_the_poll_phase(lambda: [other.send(b"x") for _, other in pairs])
-    wait_until(lambda: len(order) == len(pairs), "everybody has read")
-    lanes().wait_turn()  # whoever is woken once more has found nothing by now
+    wait_until(lambda: len(order) == len(pairs), "all have read")
+    lanes().wait_turn()  # a reader that is resumed once more finds nothing, and raises
     assert not any(reader.dead for reader in readers)
     gevent.killall(readers)
     assert sorted(order) == [*range(len(pairs))]

@@ -108,7 +108,7 @@ class Attempt:
 
         self.progress_at = time.monotonic()
         """`time.monotonic()` of the last byte from the provider; before any, of the start."""
-        self.stopping = False
+        self.is_stopping = False
         """Set when the reader is about to be killed."""
         self.has_token = False
         self.finish_reason: str | None = None
@@ -283,7 +283,7 @@ class Attempt:
         if calls:
             self._flush()
         for call in calls:
-            if self.stopping:  # the kill is on its way: it comes when the reader waits next
+            if self.is_stopping:  # the kill is on its way: it comes when the reader waits next
                 raise gevent.GreenletExit
             self._write(self._sink.call, call)
 

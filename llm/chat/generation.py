@@ -180,7 +180,7 @@ class Generation(Stage):
         self._prompt = prompt
         self._sink = sink
         self._on_end: Callable[[GenerationResult], None] | None = on_end
-        self._closing = False
+        self._is_closing = False
         self._attempt: Attempt | None = None
         self._without_usage: set[ProviderClient] = set()
         """The providers that rejected `stream_options` in this generation."""
@@ -199,7 +199,7 @@ class Generation(Stage):
 
     def start(self) -> None:
         """Start the reader, unless `close()` was called before."""
-        if not self._closing:
+        if not self._is_closing:
             self._started_at = time.monotonic()
             self._reader.start()
 
@@ -209,10 +209,10 @@ class Generation(Stage):
         Never blocks; `on_end` follows. Any greenlet may call it, any number of times: only the
         first call kills, because a second kill would interrupt the cleaning up after the first.
         """
-        if not self._closing:
-            self._closing = True
+        if not self._is_closing:
+            self._is_closing = True
             if self._attempt is not None:
-                self._attempt.stopping = True
+                self._attempt.is_stopping = True
             self._loop.run_next(self._kill)
 
     def _kill(self) -> None:
