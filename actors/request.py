@@ -249,7 +249,9 @@ class RequestActor(GreenletActor):
     def _send_report(self, results: tuple[StageResult, ...]) -> None:
         if self._report is not None:
             return
-        report = self._report = Report(results, self._outlet.delivered)
+        # A session discards the outlet before it says Stop, so after a Stop nothing more is sent.
+        is_final = self._told_to_stop is not None
+        report = self._report = Report(results, self._outlet.delivered, is_final)
         self._advance(self._final_state(report))
         # First what the client waits for: counting and logging follow when it has its ack.
         tell(self._session, RequestReported(self._request_id, report))

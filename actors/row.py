@@ -27,7 +27,8 @@ from llm.stage import Ending, Stage, StageResult
 
 MakeStages: TypeAlias = Callable[[Prompt, Sink, Callable[[StageResult], None]], Sequence[Stage]]
 """Makes the stages of a request, first to last, none of them started. Each calls the function that
-it is given when it has ended."""
+it is given when it has ended. Making a stage acquires nothing: one that was not started holds no
+connection, no file and no greenlet that runs."""
 
 _WORST_FIRST = (StopsOnClose.NO, StopsOnClose.UNKNOWN, StopsOnClose.YES)
 
@@ -37,11 +38,13 @@ class Report(Struct, frozen=True):
 
     Args:
         stages: their results, in the order in which they ended; none where none was started.
-        delivered: what the client got up to then. It is final where the request was stopped.
+        delivered: what the client got up to then.
+        is_final: whether nothing was sent since: the request was told to stop before.
     """
 
     stages: tuple[StageResult, ...]
     delivered: Delivered
+    is_final: bool = False
 
     @property
     def ending(self) -> Ending:
@@ -97,6 +100,7 @@ class Row:
         self._is_closing = False
         self._timer: Any = None
         self._stages = tuple(make_stages(prompt, sink, self._stage_ended))
+        assert self._stages, "a row has at least one stage"
 
     @property
     def has_ended(self) -> bool:

@@ -213,6 +213,7 @@ class Gateway:
         """
         limit = self.settings.drain_timeout
         self._is_draining = True
+        self.door.refuse_sessions()
         if not limit:
             return
         self._ends_at = time.monotonic() + limit

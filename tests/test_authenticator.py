@@ -435,6 +435,20 @@ def test_a_state_dump_shows_who_it_is_and_no_credentials(client: Given) -> None:
     assert KEY not in repr(dump)
 
 
+@pytest.mark.usefixtures("no_actor_left")
+def test_a_client_on_which_the_gateway_fails_ends_no_other_s_check(
+    native: NativeThread, checker: Authenticator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = AccountAuth("alice", PASSWORD)
+    failing, second, third = ask(checker, right), ask(checker, right), Given(authenticator=checker)
+    monkeypatch.setattr(failing.attachment, "_open_session", lambda *_: 1 / 0)
+    native.let_go()
+    second.outbox.wait_for("REGISTER_ACK")
+    assert failing.outbox.closed == (1011, "internal error")
+    third.tell(third.frame(Register(right)))
+    third.outbox.wait_for("REGISTER_ACK")
+
+
 # Its own bounds ----------------------------------------------------------------------------------
 
 

@@ -567,6 +567,9 @@ class Door:
     def __init__(self) -> None:
         self.spreads: list[float] = []
 
+    def refuse_sessions(self) -> None:
+        pass
+
     def drain(self, spread_seconds: float) -> None:
         self.spreads.append(spread_seconds)
 

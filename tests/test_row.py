@@ -225,6 +225,12 @@ def test_a_row_stops_on_close_as_its_worst_provider_does(
     assert Report(stages, Delivered()).stops_on_close is worst
 
 
+def test_a_row_without_a_stage_is_a_mistake() -> None:
+    sink: object = None
+    with pytest.raises(AssertionError, match="at least one stage"):
+        Row(lambda *_: [], PROMPT, sink, lambda _results: None)  # type: ignore[arg-type]
+
+
 def test_the_generation_is_found_among_the_stages() -> None:
     generation = GenerationResult(Ending.COMPLETED, finish_reason="stop")
     stages = (StageResult(Ending.COMPLETED, name="recognize"), generation)

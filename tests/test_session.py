@@ -26,13 +26,16 @@ from actors.messages import (
     RequestAccepted,
     RequestClosed,
     SessionEnded,
+    StagesEnded,
     Start,
     SupervisorMessage,
 )
 from actors.outlet import Delivered, RequestEnd
 from actors.quota import Quota
 from actors.request import RequestActor
+from actors.session import port
 from actors.session.messages import ConnectionLost, StopOverdue
+from actors.session.port import CONNECTION_LOST, Goodbye
 from actors.session.request_ids import MAX_REMEMBERED_IDS
 from actors.session.session import Sessions, SessionSettings
 from actors.words import ErrorCode, OnNewRequest
@@ -55,7 +58,8 @@ from gateway.wire.frames import (
     SessionQuery,
     Shutdown,
 )
-from llm.chat.completions import ToolCall, Usage
+from gateway.wire.port import CLOSE_CODES
+from llm.chat.completions import Delta, ToolCall, Usage
 from llm.chat.generation import GenerationResult
 from llm.errors import BadStatusError, LimitPassedError
 from llm.stage import Ending
@@ -78,6 +82,7 @@ class FakeOutbox:
 
     def __init__(self) -> None:
         self.frames: list[dict[str, Any]] = []
+        self.outlets: list[FakeOutlet] = []
         self.closed: tuple[int, str] | None = None
         self.hold = False
         self.finishing = gevent.event.Event()
@@ -89,7 +94,8 @@ class FakeOutbox:
         self._written: gevent.queue.SimpleQueue[dict[str, Any]] = gevent.queue.SimpleQueue()
 
     def outlet(self, encoder: AnswerEncoder) -> FakeOutlet:
-        return FakeOutlet(self, encoder)
+        self.outlets.append(FakeOutlet(self, encoder))
+        return self.outlets[-1]
 
     def send_control(
         self, payload: bytes, on_written: Callable[[float], None] | None = None
@@ -167,6 +173,8 @@ class FakeOutlet:
         self._encoder = encoder
         self._is_discarded = False
         self._queued: list[Callable[[], None]] = []
+        self.begun: Callable[[], None] | None = None
+        """Half written: whatever becomes of the outlet, the client gets it."""
 
     def put(self, text: str) -> None:
         def write() -> None:
@@ -200,10 +208,17 @@ class FakeOutlet:
             return False
         self._is_discarded = True
         self._queued.clear()
+        if self.begun is not None:
+            begun, self.begun = self.begun, None
+            begun()
         return True
 
     def progress_at(self) -> float:
         return 0.0
+
+    def begin(self) -> None:
+        """The kernel takes half of what is queued first."""
+        self.begun = self._queued.pop(0)
 
     def _do(self, write: Callable[[], None]) -> None:
         if self._is_discarded:
@@ -823,6 +838,59 @@ def test_ack_and_terminal_agree_when_an_interrupt_crosses_the_end(given: Given) 
     assert (ack["status"], terminal["outcome"]) == ("SUCCESS", "INTERRUPTED")
 
 
+@pytest.mark.parametrize("is_first", ["report", "interrupt"])
+def test_what_was_begun_when_an_interrupt_meets_the_end_of_the_stages_was_delivered(
+    given: Given, is_first: str
+) -> None:
+    """The interrupt is taken up before the report, which was made before or after that."""
+    given.request("req_1", text="one")
+    stream = given.source.next()
+    stream.say("Hello")
+    given.outbox.hold = True
+    stream.sink.put(Delta(", world"))
+    stream.sink.call(ToolCall("call_1", "look", "{}"))
+    (outlet,) = given.outbox.outlets
+    outlet.begin()
+    given.outbox.hold = False
+    actor = given.actor("req_1")
+    ended = StagesEnded((GenerationResult(Ending.COMPLETED, closed_at=time.monotonic()),))
+    if is_first == "report":
+        tell(actor, ended)
+        given.interrupt("req_1")
+    else:
+        given.interrupt("req_1")
+        tell(actor, ended)
+    (result,) = given.outbox.wait_ack()["results"]
+    assert result["delivered_text_chars"] == len("Hello, world")
+    given.outbox.wait_terminal("req_1")
+    given.request("req_2", text="two")
+    messages = asked(given.source.next())
+    assert messages[1]["content"] == "Hello, world [interrupted by the user]"
+
+
+@pytest.mark.parametrize("is_first", ["report", "interrupt"])
+def test_a_call_that_was_begun_then_is_remembered(given: Given, is_first: str) -> None:
+    given.request("req_1", text="one")
+    stream = given.source.next()
+    stream.sink.opened()
+    given.outbox.hold = True
+    stream.sink.call(ToolCall("call_1", "look", "{}"))
+    (outlet,) = given.outbox.outlets
+    outlet.begin()
+    given.outbox.hold = False
+    actor = given.actor("req_1")
+    ended = StagesEnded((GenerationResult(Ending.COMPLETED, closed_at=time.monotonic()),))
+    if is_first == "report":
+        tell(actor, ended)
+        given.interrupt("req_1")
+    else:
+        given.interrupt("req_1")
+        tell(actor, ended)
+    given.outbox.wait_terminal("req_1")
+    given.tell(given.frame(FunctionResult("call_1", "found", "req_2")))
+    assert asked(given.source.next())[-1]["content"] == "found"
+
+
 # Streams that do not close -----------------------------------------------------------------------
 
 
@@ -1192,6 +1260,61 @@ def test_a_session_that_fails_closes_its_connection_and_takes_only_its_own_reque
     assert not kept.close_asked.is_set()
     kept.complete()
     assert other.outbox.wait_terminal("req_1")["outcome"] == "COMPLETED"
+
+
+def test_a_client_on_which_the_gateway_fails_is_closed_and_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quota = Quota()
+    failing, other = Given(sessions=quota), Given(sessions=quota)
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.wire.attachment.profile_of", lambda _register: 1 / 0)
+        failing.tell(failing.frame(Register(ApiKeyAuth("key"))))
+    assert failing.outbox.closed == (1011, "internal error")
+    assert failing.door.unregistered == 0
+    failing.tell(failing.frame(HealthCheck()), VoiceReceived(b"voice"))
+    assert failing.outbox.frames == []
+    other.register()
+    with monkeypatch.context() as patch:
+        patch.setattr("gateway.wire.attachment.Attachment._words", lambda *_: 1 / 0)
+        other.request("req_1")
+    assert other.outbox.closed == (1011, "internal error")
+    assert other.ref.actor_stopped.wait(LIMIT)
+    assert quota.taken == 0
+
+
+def test_a_session_that_cannot_be_made_takes_no_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Given()
+    monkeypatch.setattr("actors.session.session.History", lambda *_: 1 / 0)
+    given.tell(given.frame(Register(ApiKeyAuth("key"))))
+    assert given.outbox.closed == (1011, "internal error")
+    assert given.sessions.taken == 0
+
+
+def test_a_client_that_cannot_be_told_to_go_keeps_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = Given()
+    second = FakeOutbox()
+    given.door.attach(second, "127.0.0.1:10")
+    for outbox in (given.outbox, second):
+        outbox.fail = RuntimeError("no")
+    given.door.drain(0)
+    assert given.door.unregistered == 0
+    assert given.outbox.closed == second.closed == (1011, "internal error")
+
+
+def test_a_client_is_registered_as_long_as_its_session_lives(given: Given) -> None:
+    assert given.attachment.is_registered
+    given.tell(given.frame(Shutdown()))
+    assert given.ref.actor_stopped.wait(LIMIT)
+    assert not given.attachment.is_registered
+
+
+def test_every_goodbye_has_its_way_to_close() -> None:
+    known = {one for one in vars(port).values() if isinstance(one, Goodbye)}
+    assert known == CLOSE_CODES.keys()
+    assert [one for one, code in CLOSE_CODES.items() if code is None] == [CONNECTION_LOST]
 
 
 def test_a_message_that_is_none_fails_the_session(given: Given) -> None:

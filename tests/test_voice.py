@@ -333,7 +333,9 @@ def test_a_binary_frame_outside_of_a_request_is_not_understood() -> None:
 
 def test_a_frame_out_of_order_breaks_a_request_and_its_rest_is_swallowed() -> None:
     voices = opened()
-    assert broken(voices.take_frame(frame(seq=7))).code is ErrorCode.STREAM_SEQ_ERROR
+    *words, alive = voices.take_frame(frame(seq=7))
+    assert [alive] == ALIVE
+    assert broken(words).code is ErrorCode.STREAM_SEQ_ERROR
     assert voices.take_frame(frame(seq=2)) == ALIVE
     assert voices.take_frame(frame(seq=-1)) == ALIVE
     assert voices.take_frame(frame()) == [VoiceBegun("r1")]  # as if it was never seen

@@ -7,26 +7,24 @@ from actors.loop.deferred_log import DeferredLog
 from actors.loop.lanes import lanes
 from actors.session.messages import InterruptAsked
 from actors.session.port import InterruptDone
-from actors.words import ErrorCode, InterruptOutcome, InterruptReason, Outcome
+from actors.words import ErrorCode, InterruptReason, Outcome
 from metrics.instruments import Metrics, exemplar
 from metrics.logs import get_logger
 
 _log = get_logger("ACTOR")  # for code that runs in the data lane already
 _deferred_log = DeferredLog(_log)
 
-_FOUND = (InterruptOutcome.STOPPED, InterruptOutcome.TIMED_OUT)
-
 
 class Books:
     """Counts and logs for one session.
 
     Args:
-        session_id: the session's.
+        session_id: the session's; None before there is one.
         peer: address of its client.
         metrics: where it is counted.
     """
 
-    def __init__(self, session_id: str, peer: str, metrics: Metrics) -> None:
+    def __init__(self, session_id: str | None, peer: str, metrics: Metrics) -> None:
         self._session_id = session_id
         self._peer = peer
         self._metrics = metrics
@@ -104,20 +102,27 @@ class Books:
         )
 
     def interrupt_done(
-        self, interrupt: InterruptAsked, live: list[str], done: InterruptDone
+        self, interrupt: InterruptAsked, live: list[str], done: InterruptDone, *, found: bool
     ) -> None:
-        """An interrupt was acknowledged. `live` are the requests that were live when it came."""
-        self._lanes.run_deferred(self._record_interrupt, interrupt, live, done)
+        """An interrupt was acknowledged.
+
+        Args:
+            interrupt: as it was asked.
+            live: the requests that were live when it came.
+            done: what it did.
+            found: whether one of them was its target.
+        """
+        self._lanes.run_deferred(self._record_interrupt, interrupt, live, done, found)
 
     def _record_interrupt(
-        self, interrupt: InterruptAsked, live: list[str], done: InterruptDone
+        self, interrupt: InterruptAsked, live: list[str], done: InterruptDone, found: bool
     ) -> None:
         _log.info(
             "Interrupt request details",
             session_id=self._session_id,
             interrupt_request_id=interrupt.target,
             active_requests=live,
-            found=any(one.outcome in _FOUND for one in done.results),
+            found=found,
         )
         _log.info("Interrupt acknowledged", session_id=self._session_id, status=done.status.value)
         reason = interrupt.reason.value

@@ -173,29 +173,32 @@ class Conversation:
         if self._is_used(request_id):
             if candidate.is_voice:
                 self._client.port.voice_unwanted(request_id)
-            if candidate.fault is not None:
-                self._refuse(candidate.fault.code, candidate.fault.detail)
-            else:
+            if candidate.fault is None:
                 self._refuse_used(request_id)
+            elif request_id == self._voice.request_id:
+                self._fail_voice(request_id, candidate.fault.code, candidate.fault.detail)
+            else:
+                self._refuse(candidate.fault.code, candidate.fault.detail)
             return
-        # Step 2. One that was interrupted before it came ends as interrupted, whatever is in it.
+        # Step 2. A session that is leaving takes nothing new. The id may come again, elsewhere.
         reason = self._request_ids.take_early(request_id, self._clock())
-        if reason is not None:
-            self._end_early(candidate, reason)
-            return
-        # Step 3. What was not understood cannot begin.
-        if candidate.fault is not None:
-            self._refuse_fault(candidate.fault, request_id)
-            return
-        # Step 4. A session that is leaving takes nothing new. The id may come again, elsewhere.
-        if not self._lifecycle.takes_requests:
+        is_refusable = reason is None and candidate.fault is None
+        if is_refusable and not self._lifecycle.takes_requests:
             if candidate.is_voice:
                 self._voice.drop(request_id)
             self._refuse_busy("shutdown", _LEAVING, request_id)
             return
-        # Step 5. What cannot be done is refused for good, and changes nothing.
-        if candidate.is_voice:
+        # Step 3. One voice at a time: the one that begins ends the one before.
+        if candidate.is_voice and candidate.fault is None:
             self._end_open_voice(request_id)
+        # Step 4. One that was interrupted before it came ends as interrupted, whatever is in it.
+        if reason is not None:
+            self._end_early(candidate, reason)
+            return
+        # Step 5. What was not understood, or cannot be done, is refused, and changes nothing.
+        if candidate.fault is not None:
+            self._refuse_fault(candidate.fault, request_id)
+            return
         try:
             profile = self._updated(candidate)
         except UpdateError as error:
@@ -206,7 +209,7 @@ class Conversation:
         # Step 6. What asks nothing is complete at once, and what is spoken first has to be heard.
         if candidate.is_voice:
             self.profile = profile
-            self._voice.begin(request_id, wants_speech=profile.require_tts)
+            self._voice.begin(request_id)
             return
         if candidate.continues is None and not candidate.text:
             self.profile = profile
@@ -316,7 +319,7 @@ class Conversation:
 
     def _end_open_voice(self, next_id: str) -> None:
         if self._voice.request_id is not None:
-            detail = f"the voice of {next_id!r} began before the last frame of this one"
+            detail = f"the voice of {next_id!r} began before the end of this one"
             self._fail_voice(self._voice.request_id, ErrorCode.STREAM_SEQ_ERROR, detail)
 
     def _fail_voice(self, request_id: str, code: ErrorCode, detail: str) -> None:

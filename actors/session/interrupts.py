@@ -121,7 +121,8 @@ class Interrupts:
         port.interrupt_done(done, self._ack_observer(pending))
         for end in pending.ends:
             port.request_ended(end)
-        self._books.interrupt_done(pending.asked, pending.live_ids, done)
+        found = any(isinstance(target, LiveRequest) for target in pending.targets.values())
+        self._books.interrupt_done(pending.asked, pending.live_ids, done, found=found)
 
     def _ack_observer(self, pending: _PendingInterrupt) -> Callable[[float], None]:
         first = next(iter(pending.targets), None)

@@ -76,6 +76,10 @@ class Lifecycle:
         """Take no more requests; what is live may finish."""
         self._advance(Phase.LEAVING)
 
+    def end_pause(self) -> None:
+        """The pause of a drain is over: it may say goodbye as soon as nothing is live."""
+        self.may_leave = True
+
     def end(self, goodbye: Goodbye) -> None:
         """Say this when nothing is live. The first reason to end is the one that is logged; the
         last goodbye is the one that is said."""
@@ -88,5 +92,6 @@ class Lifecycle:
         self._advance(Phase.OVER)
 
     def _advance(self, phase: Phase) -> None:
+        # A later reason to leave, or to end, finds the session on its way already.
         if phase in _TRANSITIONS[self.phase]:
             self.phase = phase

@@ -49,8 +49,6 @@ class LiveRequest(Struct, eq=False):
     reaped: str | None = None
     """What the reaper found."""
     report: Report | None = None
-    is_report_final: bool = False
-    """Whether it was told to stop before it reported, so that nothing was sent since."""
     is_timed_out: bool = False
     """Whether a stage still ran when the time for stopping it was up."""
     timer: Timer | None = None
@@ -83,7 +81,7 @@ class LiveRequest(Struct, eq=False):
     @property
     def delivered(self) -> Delivered:
         """What the client got of it."""
-        if self.report is not None and self.is_report_final:
+        if self.report is not None and self.report.is_final:
             return self.report.delivered
         return self.outlet.delivered
 
@@ -234,7 +232,6 @@ class LiveRequests:
         if live is None or live.report is not None:
             return None  # its interrupt was answered without waiting any longer
         live.report = report
-        live.is_report_final = live.is_stopping
         if live.timer is not None:
             live.timer.cancel()
         return live

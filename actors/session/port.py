@@ -1,8 +1,8 @@
 """What a session says to its client, in the session's own words.
 
 A *door* implements `Port` for one protocol (`gateway/wire` has wire protocol 1.0), and turns what
-the client says into the messages of `actors/messages.py`. Frames, sequence numbers and close codes
-exist in the door only: a new protocol is a new door, and no change here.
+the client says into those of `messages.py` beside this file. Frames, sequence numbers and close
+codes exist in the door only: a new protocol is a new door, and no change here.
 """
 
 from __future__ import annotations

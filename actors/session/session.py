@@ -173,7 +173,12 @@ class SessionActor(GreenletActor):
         self._books = Books(session_id, registration.peer, metrics)
         self._history = History(settings.history_messages, settings.history_chars)
         self._request_ids = RequestIds()
-        self._voice = OpenVoice(self._client, self._request_ids, self._books)
+        self._voice = OpenVoice(
+            self._client,
+            self._request_ids,
+            self._books,
+            wants_speech=lambda: self._conversation.profile.require_tts,
+        )
         self._requests = LiveRequests(self.actor_ref, settings.ack_timeout, self._books)
         self._interrupts = Interrupts(
             client=self._client,
@@ -289,7 +294,7 @@ class SessionActor(GreenletActor):
                 # A new supervisor says it once more, with a pause of its own.
                 self._pause = self._pause or Timer(pause_seconds, self.actor_ref, PauseIsOver())
             case PauseIsOver():
-                self._lifecycle.may_leave = True
+                self._lifecycle.end_pause()
                 self._settle()
             case EndSession():
                 self._end(SERVER_RESTART)
@@ -409,6 +414,11 @@ class Session:
         self._ref = ref
         self.session_id = session_id
 
+    @property
+    def is_alive(self) -> bool:
+        """False when the session has ended."""
+        return self._ref.is_alive()
+
     def tell(self, message: SessionMessage) -> None:
         """Say something to the session; lost where it has ended."""
         tell(self._ref, message)
@@ -452,15 +462,19 @@ class Sessions:
         if not slot.take():
             return None
         session_id = f"sess_{secrets.token_hex(8)}"
-        ref = SessionActor.start(
-            port=port,
-            session_id=session_id,
-            registration=registration,
-            slot=slot,
-            make_stages=self._make_stages,
-            tell_supervisor=self._tell_supervisor,
-            settings=self.settings,
-            requests=self.requests,
-            metrics=self._metrics,
-        )
+        try:
+            ref = SessionActor.start(
+                port=port,
+                session_id=session_id,
+                registration=registration,
+                slot=slot,
+                make_stages=self._make_stages,
+                tell_supervisor=self._tell_supervisor,
+                settings=self.settings,
+                requests=self.requests,
+                metrics=self._metrics,
+            )
+        except BaseException:
+            slot.release()  # there is no session that could
+            raise
         return Session(ref, session_id)

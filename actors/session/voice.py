@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from actors.outlet import RequestEnd
 from actors.session.books import Books
 from actors.session.port import Client
@@ -16,20 +18,26 @@ class OpenVoice:
         client: is told that the rest of a voice is not wanted.
         request_ids: learns which ids are used up.
         books: counts.
+        wants_speech: whether the client waits for the end of speech.
     """
 
-    def __init__(self, client: Client, request_ids: RequestIds, books: Books) -> None:
+    def __init__(
+        self,
+        client: Client,
+        request_ids: RequestIds,
+        books: Books,
+        wants_speech: Callable[[], bool],
+    ) -> None:
         self._client = client
         self._request_ids = request_ids
         self._books = books
+        self._wants_speech = wants_speech
         self.request_id: str | None = None
         """The id of the request whose voice is coming."""
-        self.wants_speech = False
 
-    def begin(self, request_id: str, *, wants_speech: bool) -> None:
+    def begin(self, request_id: str) -> None:
         """The voice of this request comes from now on."""
         self.request_id = request_id
-        self.wants_speech = wants_speech
 
     def drop(self, request_id: str) -> None:
         """Take no more of a voice, open or not: its id is used up, its rest is ignored."""
@@ -44,4 +52,6 @@ class OpenVoice:
         assert request_id is not None
         self.drop(request_id)
         self._books.request_ended(Outcome.INTERRUPTED)
-        return RequestEnd(request_id, Outcome.INTERRUPTED, reason, wants_speech=self.wants_speech)
+        return RequestEnd(
+            request_id, Outcome.INTERRUPTED, reason, wants_speech=self._wants_speech()
+        )

@@ -71,21 +71,25 @@ class Authenticator:
 
     def _work(self) -> None:
         """Check the queued passwords one after another, then end."""
-        while self._waiting:
-            auth, applicant = self._waiting.popleft()
-            if not applicant.is_waiting:
-                continue  # its client is gone
-            try:
-                found = self._threads.apply(_is_password, (self.credentials, auth))
-            except Exception as error:  # no thread could be started
-                found = error
-            if isinstance(found, Exception):
-                _log.error("Credentials could not be checked", error=type(found).__name__)
-                detail = "the credentials could not be checked"
-                applicant.reject(ErrorCode.INTERNAL_ERROR, detail)
-            else:
-                self._answer(applicant, auth.account if found else None)
-        self._is_working = False
+        try:
+            while self._waiting:
+                self._check_next()
+        finally:
+            self._is_working = False
+
+    def _check_next(self) -> None:
+        auth, applicant = self._waiting.popleft()
+        if not applicant.is_waiting:
+            return  # its client is gone
+        try:
+            found = self._threads.apply(_is_password, (self.credentials, auth))
+        except Exception as error:  # no thread could be started
+            found = error
+        if isinstance(found, Exception):
+            _log.error("Credentials could not be checked", error=type(found).__name__)
+            applicant.reject(ErrorCode.INTERNAL_ERROR, "the credentials could not be checked")
+        else:
+            self._answer(applicant, auth.account if found else None)
 
     def _answer(self, applicant: Applicant, client: str | None) -> None:
         if client is None:

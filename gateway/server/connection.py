@@ -61,9 +61,6 @@ class Attachment(Protocol):
     def connection_lost(self, reason: str) -> None:
         """Nothing can be read or written any more. May be told more than once."""
 
-    def fail(self) -> None:
-        """The gateway failed on what the client sent."""
-
 
 @dataclass(frozen=True)
 class ConnectionSettings:
@@ -267,17 +264,10 @@ class Connection:
             self._count_message()
 
     def _deliver(self, attachment: Attachment, message: bytes) -> None:
-        try:
-            if self._message_opcode is Opcode.BINARY:
-                attachment.binary(message)
-            else:
-                attachment.text(message, self._heard_at)
-        except Exception as error:
-            # Like a session that fails: its connection closes, and no other notices.
-            _deferred_log.error(
-                "Connection failed", peer=self._peer, error=repr(error), exc_info=error
-            )
-            attachment.fail()
+        if self._message_opcode is Opcode.BINARY:
+            attachment.binary(message)
+        else:
+            attachment.text(message, self._heard_at)
 
     def _answer_http(self, request: Request) -> None:
         protocol, services = self._protocol, self._services

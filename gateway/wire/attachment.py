@@ -7,7 +7,7 @@ session's words into frames.
 
     state         may become
     UNREGISTERED  CHECKING, REGISTERED, CLOSED
-    CHECKING      UNREGISTERED, REGISTERED, CLOSED
+    CHECKING      REGISTERED, CLOSED
     REGISTERED    CLOSED
     CLOSED        -
 """
@@ -24,6 +24,7 @@ from websockets.frames import CloseCode
 from actors.loop.deferred_log import DeferredLog
 from actors.loop.lanes import lanes
 from actors.outlet import RequestEnd
+from actors.session.books import Books
 from actors.session.messages import (
     ClientLeaves,
     ConnectionLost,
@@ -104,8 +105,17 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
+_TRANSITIONS: dict[State, frozenset[State]] = {
+    State.UNREGISTERED: frozenset({State.CHECKING, State.REGISTERED, State.CLOSED}),
+    State.CHECKING: frozenset({State.REGISTERED, State.CLOSED}),
+    State.REGISTERED: frozenset({State.CLOSED}),
+    State.CLOSED: frozenset(),
+}
+
+
 class Attachment:
-    """One client, with its outbox. Its methods run in the connection's greenlet, and never block.
+    """One client, with its outbox. Its methods never block, and what they raise ends this client
+    and no other. They run in the greenlet that calls: the connection's, or the authenticator's.
 
     Args:
         outbox: everything that goes to the client.
@@ -134,7 +144,7 @@ class Attachment:
         self._peer = peer
         self._sessions = sessions
         self._authenticator = authenticator
-        self._metrics = metrics
+        self._books = Books(None, peer, metrics)
         self._is_draining = is_draining
         self._on_settled = on_settled
         self._state = State.UNREGISTERED
@@ -149,13 +159,42 @@ class Attachment:
 
     @property
     def is_registered(self) -> bool:
-        """Whether its client was let in."""
-        return self._state is State.REGISTERED
+        """Whether its client was let in, and its session has not ended."""
+        return self._session is not None and self._session.is_alive
 
     def text(self, message: bytes, read_at: float) -> None:
         """The client sent a text frame, read at this `time.monotonic()`."""
         if self._state is State.CLOSED:
             return
+        try:
+            self._take(message, read_at)
+        except Exception as error:
+            self._fail(error)
+
+    def binary(self, message: bytes) -> None:
+        """The client sent a binary frame."""
+        if self._state is State.CLOSED:
+            return
+        try:
+            if self._session is None:
+                self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
+            else:
+                for word in self._voices.take_binary(message):
+                    self._session.tell(word)
+        except Exception as error:
+            self._fail(error)
+
+    def connection_lost(self, reason: str) -> None:
+        """Nothing can be read or written any more. May be told more than once."""
+        if self._state is State.CLOSED:
+            return
+        if self._session is not None:
+            self._session.tell(ConnectionLost(reason))
+        self._advance(State.CLOSED)
+
+    # Frames.
+
+    def _take(self, message: bytes, read_at: float) -> None:
         try:
             frame = decode(message)
         except FrameError as fault:
@@ -165,26 +204,6 @@ class Attachment:
             # that comes of the frame.
             self._lanes.run_deferred(_log_received, frame)
             self._receive(frame, read_at)
-
-    def binary(self, message: bytes) -> None:
-        """The client sent a binary frame."""
-        if self._state is State.CLOSED:
-            return
-        if self._session is None:
-            self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
-            return
-        for word in self._voices.take_binary(message):
-            self._session.tell(word)
-
-    def connection_lost(self, reason: str) -> None:
-        """Nothing can be read or written any more. May be told more than once."""
-        if self._state is State.CLOSED:
-            return
-        if self._session is not None:
-            self._session.tell(ConnectionLost(reason))
-        self._settle(State.CLOSED)
-
-    # Frames.
 
     def _receive(self, frame: ClientFrame, read_at: float) -> None:
         payload = frame.payload
@@ -263,7 +282,8 @@ class Attachment:
         if self._authenticator is None:
             self._open_session(register, None)
         else:
-            self._state, self._register = State.CHECKING, register
+            self._register = register
+            self._advance(State.CHECKING)
             self._authenticator.check(register.auth, self)
 
     @property
@@ -273,38 +293,41 @@ class Attachment:
 
     def accept(self, client_name: str) -> None:
         """See `Applicant`."""
-        register = self._take_register()
-        if register is not None:
-            self._open_session(register, client_name)
+        register = self._register
+        if register is not None:  # else the client has left meanwhile
+            self._register = None
+            try:
+                self._open_session(register, client_name)
+            except Exception as error:
+                self._fail(error)
 
     def reject(self, code: ErrorCode, detail: str) -> None:
         """See `Applicant`."""
-        register = self._take_register()
-        if register is None:
-            return
+        register = self._register
+        if register is not None:
+            self._register = None
+            try:
+                self._refuse_registration(register, code, detail)
+            except Exception as error:
+                self._fail(error)
+
+    def _refuse_registration(self, register: Register, code: ErrorCode, detail: str) -> None:
         match code:
             case ErrorCode.AUTH_FAILED:
-                self._metrics.refused.labels("auth").inc()
+                self._books.busy("auth")
             case ErrorCode.SERVER_BUSY:
-                self._metrics.refused.labels("auth_busy").inc()
+                self._books.busy("auth_busy")
         # Neither what was wrong, nor for which account: it may be a password in the wrong field.
         _deferred_log.warning(
             "Refused registration", peer=self._peer, code=code.value, auth=_kind(register.auth)
         )
         self._port.refused(code, detail)
         self._port.close(_CLOSE_BY_REFUSAL[code], "registration refused")
-        self._settle(State.CLOSED)
-
-    def _take_register(self) -> Register | None:
-        register, self._register = self._register, None
-        if self._state is not State.CHECKING:
-            return None  # the client has left meanwhile
-        self._state = State.UNREGISTERED
-        return register
+        self._advance(State.CLOSED)
 
     def _open_session(self, register: Register, client_name: str | None) -> None:
         if self._is_draining():
-            self._metrics.refused.labels("shutdown").inc()
+            self._books.busy("shutdown")
             self._refuse(ErrorCode.SERVER_BUSY, "the gateway is shutting down")
             self.leave()
             return
@@ -317,45 +340,47 @@ class Attachment:
         )
         self._session = self._sessions.open(self._port, registration)
         if self._session is not None:
-            self._settle(State.REGISTERED)
+            self._advance(State.REGISTERED)
             return
         detail = "session limit reached"
-        self._metrics.refused.labels("max_sessions").inc()
+        self._books.busy("max_sessions")
         self._refuse(ErrorCode.SERVER_BUSY, detail)
         self._port.close(CloseCode.TRY_AGAIN_LATER, detail)
-        self._settle(State.CLOSED)
+        self._advance(State.CLOSED)
 
     # The end.
 
     def leave(self) -> None:
         """Say goodbye to a client that has not registered: the gateway shuts down."""
         if self._state in (State.UNREGISTERED, State.CHECKING):
-            self._port.goodbye(SERVER_RESTART)
-            self._settle(State.CLOSED)
+            try:
+                self._port.goodbye(SERVER_RESTART)
+                self._advance(State.CLOSED)
+            except Exception as error:
+                self._fail(error)
 
-    def fail(self) -> None:
-        """The gateway failed on what the client sent: close."""
-        self._port.session_failed()
+    def _fail(self, error: Exception) -> None:
+        """The gateway failed on this client: close its connection, as for a session that fails."""
+        _deferred_log.error("Client failed", peer=self._peer, error=repr(error), exc_info=error)
         self.connection_lost("the gateway failed")
+        self._port.session_failed()
 
-    def _settle(self, state: State) -> None:
+    def _advance(self, state: State) -> None:
+        if state not in _TRANSITIONS[self._state]:
+            return  # the client has left meanwhile
         self._state = state
-        self._on_settled(self)
+        if state is State.CLOSED:
+            self._register = None  # it holds the credentials
+        if state is not State.CHECKING:
+            self._on_settled(self)
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
         """Refuse what the client said before it has a session."""
-        _deferred_log.info(
-            "Refused message",
-            code=code.value,
-            detail=detail,
-            session_id=None,
-            peer=self._peer,
-            request_id=request_id,
-        )
+        self._books.refused(code, detail, request_id)
         if request_id is None:
             self._port.refused(code, detail)
         else:
-            self._metrics.requests.labels("failed").inc()
+            self._books.request_ended(Outcome.FAILED)
             end = RequestEnd(request_id, Outcome.FAILED, code=code, detail=detail)
             self._port.request_ended(end)
 

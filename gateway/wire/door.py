@@ -37,8 +37,9 @@ class WireDoor:
         self._health = health
         self._metrics = metrics
         self._unregistered: set[Attachment] = set()
+        self._is_draining = False
         self._spread_seconds: float | None = None
-        """Over how many seconds those leave who have not registered; None while all may come."""
+        """Over how many seconds unregistered clients leave; None while they may stay."""
 
     @property
     def unregistered(self) -> int:
@@ -59,7 +60,7 @@ class WireDoor:
             authenticator=self._authenticator,
             health=self._health,
             metrics=self._metrics,
-            is_draining=lambda: self._spread_seconds is not None,
+            is_draining=lambda: self._is_draining,
             on_settled=self._unregistered.discard,
         )
         self._unregistered.add(attachment)
@@ -67,9 +68,14 @@ class WireDoor:
             self._dismiss(attachment, self._spread_seconds)
         return attachment
 
+    def refuse_sessions(self) -> None:
+        """Make no more sessions. Clients that are there may stay."""
+        self._is_draining = True
+
     def drain(self, spread_seconds: float) -> None:
-        """Make no more sessions. Clients that have not registered are told to go, each after a
+        """Make no more sessions, and tell clients that have not registered to go: each after a
         random delay of at most so many seconds. (Sessions are the supervisor's.)"""
+        self.refuse_sessions()
         self._spread_seconds = spread_seconds
         for attachment in list(self._unregistered):
             self._dismiss(attachment, spread_seconds)

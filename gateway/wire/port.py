@@ -13,6 +13,7 @@ from websockets.frames import CloseCode
 from actors.outlet import Outlet, RequestEnd
 from actors.session.port import (
     CLIENT_LEFT,
+    CONNECTION_LOST,
     SERVER_RESTART,
     SESSION_EXPIRED,
     Goodbye,
@@ -45,12 +46,13 @@ _OUTCOME_WORDS = {
 }
 """For the `message` of an INTERRUPT_ACK."""
 
-CLOSE_CODES: dict[Goodbye, CloseCode] = {
+CLOSE_CODES: dict[Goodbye, CloseCode | None] = {
     CLIENT_LEFT: CloseCode.NORMAL_CLOSURE,
     SESSION_EXPIRED: CloseCode.POLICY_VIOLATION,
     SERVER_RESTART: CloseCode.SERVICE_RESTART,
+    CONNECTION_LOST: None,  # there is no connection to close
 }
-"""What a client is closed with. One whose connection was lost is told nothing."""
+"""What a client is closed with, for every goodbye that a session says."""
 
 
 class Outbox(Protocol):
@@ -159,7 +161,7 @@ class WirePort:
         self.on_voice_unwanted(request_id)
 
     def goodbye(self, goodbye: Goodbye) -> None:
-        code = CLOSE_CODES.get(goodbye)
+        code = CLOSE_CODES[goodbye]
         if code is not None:
             self.send(Shutdown(goodbye.text))
             self.close(code, goodbye.text)

@@ -177,7 +177,7 @@ class VoiceFrames:
             try:
                 intake.add_frame(mode, request.stream_flag, request.stream_seq, content.voice)
             except VoiceError as error:
-                words.append(self._broken(request_id, error.code, error.detail))
+                words += [self._broken(request_id, error.code, error.detail), SignOfLife()]
             else:
                 if intake.complete:
                     del self._intakes[request_id]
