@@ -39,18 +39,18 @@ from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
 _MAX_TOKENS = 1_000_000_000
-"""Of one generation, as its provider says. A larger or negative number is no count, and the counter
-would raise."""
+"""A count above this, or below 0, is a provider's mistake and is not added: a counter raises on a
+negative number."""
 
 _KILL_AGAIN_SECONDS = 60.0
-"""Between two attempts to end a stage whose actor has failed: as often as the reaper looks."""
+"""Interval of the attempts to kill a stage whose actor has failed: the reaper's own interval."""
 
-_log = get_logger("LLM")  # for code that runs in the data lane already
+_log = get_logger("LLM")  # for code that already runs in the data lane
 _deferred_log = DeferredLog(_log)
 
 
 class RequestState(enum.StrEnum):
-    """Where a request is. The last four are terminal: nothing leads out of them."""
+    """The state of a request. The last four are terminal: they have no transitions."""
 
     CONNECTING = "connecting"
     WAITING = "waiting"  # for the first token
@@ -81,20 +81,19 @@ _TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 
 
 class RequestActor(GreenletActor):
-    """Runs the stages of one request and reports their end to its session, exactly once.
+    """Runs the stages of one request and reports their end to the session, exactly once.
 
-    It lives until it has reported and its session has said that the client has its terminal frame.
-    The report comes when the last stage has ended, whatever made it end, and also when this actor
-    itself fails.
+    The report is sent when the last stage has ended, for whatever reason, and also when this actor
+    fails. The actor ends when it has reported and has received `TerminalSent`.
 
     Args:
-        session_id: the session's.
-        request_id: the client's.
-        session: gets the report.
+        session_id: the session's id, for the log.
+        request_id: the id that the client gave the request.
+        session: the session-actor, which gets the report.
         tell_supervisor: puts a message in the supervisor's mailbox.
-        make_stages: makes the row of stages.
+        make_stages: makes the stages of the row.
         outlet: where the answer goes.
-        metrics: counts.
+        metrics: where it is counted.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class RequestActor(GreenletActor):
         self._started_at: float | None = None
         self._told_to_stop: Stop | None = None
         self._results: tuple[StageResult, ...] | None = None
-        """Set as soon as the last stage has ended."""
+        """Set when the last stage has ended."""
         self._is_client_served = self._is_recorded = False
         metrics.requests_active.labels(self._state).inc()
 
@@ -164,14 +163,14 @@ class RequestActor(GreenletActor):
 
     def closed(self, error: BaseException | None) -> None:
         if error is not None and not self._is_client_served:
-            # No TerminalSent will reach it.
+            # The actor has failed, so no TerminalSent can reach it.
             self._tell_supervisor(RequestClosed(self.actor_urn))
         if self._report is not None:
             self._record(_deferred_log)
         elif self._row is None or self._row.has_ended:
             self._report_failure()
         else:
-            self._row.outlive_owner(_KILL_AGAIN_SECONDS)  # its end reports
+            self._row.outlive_owner(_KILL_AGAIN_SECONDS)  # `_stages_ended` will report
 
     def _register(self) -> None:
         self._tell_supervisor(
@@ -215,7 +214,7 @@ class RequestActor(GreenletActor):
             else:
                 self._row.close()
         elif stop.is_reaped and self._row is not None:
-            self._row.kill_again()  # a whole interval of the reaper was not enough
+            self._row.kill_again()  # the stages did not end within an interval of the reaper
 
     def _end(self, results: tuple[StageResult, ...]) -> None:
         self._send_report(results)
@@ -233,8 +232,8 @@ class RequestActor(GreenletActor):
         self._record()
 
     def _stages_ended(self, results: tuple[StageResult, ...]) -> None:
-        # Runs in the hub. If the actor has failed meanwhile, or fails before it gets the message,
-        # its request still gets its report.
+        # Runs in the hub. The session gets a report even if the actor has failed in the meantime,
+        # or fails before it reads this message.
         self._results = results
         if self._is_closed or not tell(self.actor_ref, StagesEnded(results)):
             self._report_failure()
@@ -251,11 +250,11 @@ class RequestActor(GreenletActor):
             return
         report = self._report = Report(results, self._outlet.delivered)
         self._advance(self._final_state(report))
-        # First what the client waits for: counting and logging follow when it has its ack.
+        # The client waits for its ack, so the report goes first; counting and logging come later.
         tell(self._session, RequestReported(self._request_id, report))
         lanes().run_deferred(self._tell_supervisor, GenerationEnded(self.actor_urn))
         if self._is_closed:
-            self._record(_deferred_log)  # it has failed: no TerminalSent will reach it
+            self._record(_deferred_log)  # the actor has failed: no TerminalSent can reach it
 
     def _record(self, log: Any = _log) -> None:
         report = self._report
@@ -320,7 +319,7 @@ def _kind(error: StreamError) -> str:
 
 
 class _Sink:
-    """What the generation writes to: text goes to the outlet, milestones to the mailboxes. Its
+    """Takes what the generation produces: text goes to the outlet, milestones go to mailboxes. Its
     methods run in the generation's reader."""
 
     def __init__(
@@ -353,7 +352,7 @@ class _Sink:
 
     def falling_back(self, provider: str, error: StreamError | None) -> None:
         self._metrics.llm_fallbacks.inc()
-        why = "it failed too often" if error is None else str(error)
+        why = "the provider failed too often" if error is None else str(error)
         _log.info("Asking the fallback", error=why, provider=provider, **self._log_fields)
 
     def opened(self) -> None:
@@ -368,7 +367,7 @@ class _Sink:
 
     def call(self, call: ToolCall) -> None:
         def sent() -> None:
-            # At once, so that the session knows of the call before the client's result can come.
+            # Not deferred: the session must know of the call before the client's result can arrive.
             tell(self._session, CallDelivered(self._log_fields["request_id"], call))
 
         self._outlet.put_call(call, sent)
