@@ -1,9 +1,9 @@
 """One client of wire protocol 1.0, from the handshake to the end of its connection.
 
-The handshake makes an *attachment*. It owns what comes before a session: it answers HEALTH_CHECK,
-refuses what comes too early, and has the credentials of REGISTER checked. REGISTER makes a session;
-from then on the attachment turns frames into the session's words, and `WirePort` turns the
-session's words into frames.
+The handshake makes an *attachment*. Before there is a session, the attachment answers HEALTH_CHECK,
+refuses frames that come too early, and has the credentials of REGISTER checked. REGISTER makes a
+session. From then on the attachment turns frames into messages to the session, and `WirePort` turns
+what the session says into frames.
 
     state         may become
     UNREGISTERED  CHECKING, REGISTERED, CLOSED
@@ -61,42 +61,42 @@ from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
 _MAX_LOGGED_CHARS = 64
-"""Of a `session_id`, which is whatever the client says."""
+"""How much of a `session_id` is logged: the client may send any text."""
 
 _CLOSE_BY_REFUSAL = {
     ErrorCode.AUTH_FAILED: CloseCode.POLICY_VIOLATION,
     ErrorCode.SERVER_BUSY: CloseCode.TRY_AGAIN_LATER,
     ErrorCode.INTERNAL_ERROR: CloseCode.INTERNAL_ERROR,
 }
-"""When credentials were not accepted, or could not be checked."""
+"""The close code when credentials were not accepted, or could not be checked."""
 
-_log = get_logger("WS")  # for code that runs in the data lane already
+_log = get_logger("WS")  # for code that already runs in the data lane
 _deferred_log = DeferredLog(get_logger("ACTOR"))
 
 
 class Applicant(Protocol):
-    """Waits for its credentials to be checked."""
+    """A client that waits for its credentials to be checked."""
 
     @property
     def is_waiting(self) -> bool:
-        """False when the answer is of no use any more: the client has left."""
+        """False once the client has left, so that no answer is needed."""
 
     def accept(self, client_name: str) -> None:
-        """The credentials are right; they are this client's."""
+        """The credentials are valid, and belong to `client_name`."""
 
     def reject(self, code: ErrorCode, detail: str) -> None:
-        """They are wrong (`AUTH_FAILED`), or could not be checked."""
+        """The credentials are not valid (`AUTH_FAILED`), or could not be checked."""
 
 
 class Authenticator(Protocol):
-    """Says who may register (`gateway.access.authenticator.Authenticator`)."""
+    """Decides who may register (`gateway.access.authenticator.Authenticator`)."""
 
     def check(self, auth: ApiKeyAuth | AccountAuth, applicant: Applicant) -> None:
-        """Accept or reject the applicant once, at once or later, if it still waits then."""
+        """Accept or reject the applicant, now or later, exactly once, if it still waits then."""
 
 
 class State(enum.Enum):
-    """Where an attachment is."""
+    """The state of an attachment."""
 
     UNREGISTERED = "unregistered"
     CHECKING = "checking"
@@ -105,17 +105,17 @@ class State(enum.Enum):
 
 
 class Attachment:
-    """One client, with its outbox. Its methods run in the connection's greenlet, and never block.
+    """One client, with its outbox. The methods run in the connection's greenlet, and never block.
 
     Args:
-        outbox: everything that goes to the client.
-        peer: address of the client.
+        outbox: takes the frames for the client.
+        peer: the client's address.
         sessions: makes the session.
-        authenticator: checks credentials; None lets everybody in.
-        health: what HEALTH_CHECK is answered with.
+        authenticator: checks credentials; None accepts every client.
+        health: returns the answer to HEALTH_CHECK.
         metrics: counts refusals.
-        is_draining: whether no new sessions are made.
-        on_settled: called with the attachment when it is registered or closed.
+        is_draining: returns True once no new sessions may be made.
+        on_settled: called with the attachment when it becomes registered or closed.
     """
 
     def __init__(
@@ -139,17 +139,17 @@ class Attachment:
         self._on_settled = on_settled
         self._state = State.UNREGISTERED
         self._register: Register | None = None
-        """The one whose credentials are being checked."""
+        """The REGISTER whose credentials are being checked."""
         self._session: Session | None = None
         self._voices = VoiceFrames(sessions.settings.max_voice_bytes)
         self._port.on_voice_unwanted = self._voices.ignore
         self._lanes = lanes()
 
-    # What the connection tells.
+    # What the connection calls.
 
     @property
     def is_registered(self) -> bool:
-        """Whether its client was let in."""
+        """Whether the client has a session."""
         return self._state is State.REGISTERED
 
     def text(self, message: bytes, read_at: float) -> None:
@@ -161,8 +161,8 @@ class Attachment:
         except FrameError as fault:
             self._fault(fault)
         else:
-            # Deferred, since it takes longer than an interrupt does; but queued before anything
-            # that comes of the frame.
+            # Deferred, since writing the line takes longer than an interrupt; but queued first, so
+            # that it comes before the lines that the frame causes.
             self._lanes.run_deferred(_log_received, frame)
             self._receive(frame, read_at)
 
@@ -177,7 +177,7 @@ class Attachment:
             self._session.tell(word)
 
     def connection_lost(self, reason: str) -> None:
-        """Nothing can be read or written any more. May be told more than once."""
+        """The connection is closed or broken. May be called more than once."""
         if self._state is State.CLOSED:
             return
         if self._session is not None:
@@ -190,7 +190,7 @@ class Attachment:
         payload = frame.payload
         if self._session is not None:
             if isinstance(payload, Register):
-                detail = "this connection has sent REGISTER already"
+                detail = "this connection has already sent REGISTER"
                 self._session.tell(NotUnderstood(ErrorCode.MALFORMED_PAYLOAD, detail))
             elif isinstance(payload, HealthCheck):
                 self._session.tell(DoorAsked(payload.check_fields))
@@ -207,11 +207,11 @@ class Attachment:
         elif self._state is State.UNREGISTERED:
             self._on_register(payload)
         else:
-            detail = "this connection has sent REGISTER already"
+            detail = "this connection has already sent REGISTER"
             self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
 
     def _words(self, frame: ClientFrame, read_at: float) -> list[SessionMessage]:
-        """What a frame says, in the words of a session."""
+        """Turn a frame into messages to the session."""
         payload = frame.payload
         match payload:
             case Interrupt():
@@ -239,14 +239,14 @@ class Attachment:
             case Shutdown():
                 return [ClientLeaves()]
             case Register() | HealthCheck():
-                return []  # not for a session
+                return []  # `_receive` has handled them
             case _:
                 assert_never(payload)
 
     def _fault(self, fault: FrameError) -> None:
         if self._session is None:
             self._refuse(fault.code, fault.detail, fault.request_id)
-        elif fault.of_voice and fault.request_id is not None:
+        elif fault.is_voice and fault.request_id is not None:
             for word in self._voices.take_fault(fault.request_id, fault.code, fault.detail):
                 self._session.tell(word)
         else:
@@ -287,7 +287,7 @@ class Attachment:
                 self._metrics.refused.labels("auth").inc()
             case ErrorCode.SERVER_BUSY:
                 self._metrics.refused.labels("auth_busy").inc()
-        # Neither what was wrong, nor for which account: it may be a password in the wrong field.
+        # The log gets no account name: the client may have put the password in the wrong field.
         _deferred_log.warning(
             "Refused registration", peer=self._peer, code=code.value, auth=_kind(register.auth)
         )
@@ -298,7 +298,7 @@ class Attachment:
     def _take_register(self) -> Register | None:
         register, self._register = self._register, None
         if self._state is not State.CHECKING:
-            return None  # the client has left meanwhile
+            return None  # the client has left in the meantime
         self._state = State.UNREGISTERED
         return register
 
@@ -328,13 +328,13 @@ class Attachment:
     # The end.
 
     def leave(self) -> None:
-        """Say goodbye to a client that has not registered: the gateway shuts down."""
+        """The gateway shuts down: say goodbye to a client that has not registered."""
         if self._state in (State.UNREGISTERED, State.CHECKING):
             self._port.goodbye(SERVER_RESTART)
             self._settle(State.CLOSED)
 
     def fail(self) -> None:
-        """The gateway failed on what the client sent: close."""
+        """The gateway failed to handle a message of the client: close the connection."""
         self._port.session_failed()
         self.connection_lost("the gateway failed")
 
@@ -343,7 +343,7 @@ class Attachment:
         self._on_settled(self)
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
-        """Refuse what the client said before it has a session."""
+        """Refuse a message of a client that has no session."""
         _deferred_log.info(
             "Refused message",
             code=code.value,
@@ -361,7 +361,7 @@ class Attachment:
 
 
 def profile_of(register: Register) -> Profile:
-    """What a client registers. Older clients say `client_type` for `platform`."""
+    """The profile that a REGISTER asks for. Older clients send `client_type` for `platform`."""
     return Profile(
         register.platform or register.client_type,
         register.require_tts,
@@ -383,5 +383,5 @@ def _log_received(frame: ClientFrame) -> None:
 
 
 def _kind(auth: ApiKeyAuth | AccountAuth) -> str:
-    """What kind of credentials they are, as the wire calls it."""
+    """The kind of credentials, as the protocol names it."""
     return str(auth.__struct_config__.tag)

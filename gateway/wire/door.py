@@ -1,4 +1,4 @@
-"""The door of wire protocol 1.0: makes an attachment of each connection, and closes in order."""
+"""The door of wire protocol 1.0: makes the attachment of each connection, and drains them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from metrics.instruments import Metrics
 
 
 class WireDoor:
-    """Where clients of wire protocol 1.0 come in.
+    """Makes the attachments of all clients of wire protocol 1.0.
 
     Args:
         sessions: makes sessions.
-        authenticator: checks credentials; None lets everybody in.
-        health: what HEALTH_CHECK is answered with.
+        authenticator: checks credentials; None accepts every client.
+        health: returns the answer to HEALTH_CHECK.
         metrics: counts refusals.
     """
 
@@ -38,7 +38,8 @@ class WireDoor:
         self._metrics = metrics
         self._unregistered: set[Attachment] = set()
         self._spread_seconds: float | None = None
-        """Over how many seconds those leave who have not registered; None while all may come."""
+        """Over how many seconds the goodbyes to unregistered clients are spread; None until the
+        drain begins."""
 
     @property
     def unregistered(self) -> int:
@@ -49,8 +50,8 @@ class WireDoor:
         """Make the attachment of a connection.
 
         Args:
-            outbox: of the connection.
-            peer: address of the client.
+            outbox: the outbox of the connection.
+            peer: the client's address.
         """
         attachment = Attachment(
             outbox,
@@ -68,8 +69,12 @@ class WireDoor:
         return attachment
 
     def drain(self, spread_seconds: float) -> None:
-        """Make no more sessions. Clients that have not registered are told to go, each after a
-        random delay of at most so many seconds. (Sessions are the supervisor's.)"""
+        """Make no more sessions, and say goodbye to the clients that have not registered. (The
+        supervisor drains the sessions.)
+
+        Args:
+            spread_seconds: each client is told after a random delay of at most this long.
+        """
         self._spread_seconds = spread_seconds
         for attachment in list(self._unregistered):
             self._dismiss(attachment, spread_seconds)
