@@ -132,7 +132,7 @@ class Profile:
             if op is FunctionOp.ADD and name in known:
                 raise UpdateError(f"function {name!r}: `name` exists; use UPDATE to change it")
             if op in (FunctionOp.UPDATE, FunctionOp.DELETE) and name not in known:
-                raise UpdateError(f"function {name!r}: no function of this session has this `name`")
+                raise UpdateError(f"function {name!r}: `name` does not exist in this session")
         match op:
             case FunctionOp.REPLACE:
                 known = definitions
