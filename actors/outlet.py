@@ -31,7 +31,7 @@ class Delivered(Struct, frozen=True):
 
 
 class RequestEnd(Struct, frozen=True):
-    """The end of a request, as the client is told it. Each request has exactly one.
+    """The end of a request, as reported to the client. Each request has exactly one.
 
     Args:
         request_id: the id that the client gave the request.

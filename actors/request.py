@@ -121,7 +121,7 @@ class RequestActor(GreenletActor):
         self._report: Report | None = None
         self._created_at = time.monotonic()
         self._started_at: float | None = None
-        self._told_to_stop: Stop | None = None
+        self._stop_message: Stop | None = None
         self._results: tuple[StageResult, ...] | None = None
         """Set when the last stage has ended."""
         self._is_client_served = self._is_recorded = False
@@ -133,7 +133,7 @@ class RequestActor(GreenletActor):
             "state": self._state,
             "seconds": round(now - self._created_at, 1),
             "seconds_without_progress": round(now - self._progress_at(), 1),
-            "told_to_stop": self._told_to_stop is not None,
+            "told_to_stop": self._stop_message is not None,
             "reported": self._report is not None,
         }
 
@@ -192,7 +192,7 @@ class RequestActor(GreenletActor):
         return max(begun_at, self._outlet.progress_at())
 
     def _start(self, prompt: Prompt) -> None:
-        if self._told_to_stop is None and self._started_at is None:
+        if self._stop_message is None and self._started_at is None:
             self._started_at = time.monotonic()
             sink = _Sink(
                 self.actor_ref, self._session, self._log_fields, self._outlet, self._metrics
@@ -207,8 +207,8 @@ class RequestActor(GreenletActor):
             self._metrics.time_to_first_chunk_seconds.observe(waited)
 
     def _stop_stages(self, stop: Stop) -> None:
-        if self._told_to_stop is None:
-            self._told_to_stop = stop
+        if self._stop_message is None:
+            self._stop_message = stop
             if self._row is None:
                 self._end(())
             else:
@@ -264,7 +264,7 @@ class RequestActor(GreenletActor):
         self._metrics.requests_active.labels(self._active_state).dec()
         self._count(report)
         if self._state is RequestState.INTERRUPTED and self._started_at is not None:
-            reason = self._told_to_stop.reason if self._told_to_stop else ""
+            reason = self._stop_message.reason if self._stop_message else ""
             log.info("LLM stream cancelled by user", reason=reason, **self._log_fields)
         elif self._state is RequestState.FAILED:
             generation = report.generation
@@ -282,7 +282,7 @@ class RequestActor(GreenletActor):
             case Ending.FAILED:
                 return RequestState.FAILED
             case Ending.CLOSED:
-                is_reaped = self._told_to_stop is not None and self._told_to_stop.is_reaped
+                is_reaped = self._stop_message is not None and self._stop_message.is_reaped
                 return RequestState.REAPED if is_reaped else RequestState.INTERRUPTED
 
     def _count(self, report: Report) -> None:

@@ -34,7 +34,7 @@ from actors.session.request_ids import RequestIds
 from actors.session.voice import OpenVoice
 from actors.words import ErrorCode, InterruptReason, OnNewRequest, Outcome
 
-_LEAVING = "the gateway is shutting down, or the session is ending"
+_LEAVING_DETAIL = "the gateway is shutting down, or the session is ending"
 _QUOTED_ID_CHARS = 64
 
 
@@ -191,7 +191,7 @@ class Conversation:
         if not self._lifecycle.takes_requests:
             if candidate.is_voice:
                 self._voice.drop(request_id)
-            self._refuse_busy("shutdown", _LEAVING, request_id)
+            self._refuse_busy("shutdown", _LEAVING_DETAIL, request_id)
             return
         # Step 5. It asks for something that cannot be done: no part of it is applied, and its id is
         # used up.

@@ -46,7 +46,7 @@ class LiveRequest(Struct, eq=False):
     wants_speech: bool = False
     is_started: bool = False
     interrupted_by: InterruptReason | None = None
-    reaped: str | None = None
+    reap_detail: str | None = None
     """Why the reaper ended it; None if it did not."""
     report: Report | None = None
     is_report_final: bool = False
@@ -60,7 +60,7 @@ class LiveRequest(Struct, eq=False):
     @property
     def is_stopping(self) -> bool:
         """True once it was told to stop."""
-        return self.interrupted_by is not None or self.reaped is not None
+        return self.interrupted_by is not None or self.reap_detail is not None
 
     @property
     def is_settled(self) -> bool:
@@ -112,7 +112,7 @@ class LiveRequest(Struct, eq=False):
         """How it ends. An interrupt takes precedence over a reap, and both over the report."""
         if self.interrupted_by is not None:
             return Outcome.INTERRUPTED
-        if self.reaped is not None:
+        if self.reap_detail is not None:
             return Outcome.REAPED
         is_complete = self.report is not None and self.report.ending is Ending.COMPLETED
         return Outcome.COMPLETED if is_complete else Outcome.FAILED
@@ -129,9 +129,9 @@ class LiveRequest(Struct, eq=False):
         code, detail = None, ""
         if self.outcome in (Outcome.FAILED, Outcome.REAPED):
             error = None if self.report is None else self.report.error
-            is_late = self.reaped is not None or isinstance(error, LimitPassedError)
+            is_late = self.reap_detail is not None or isinstance(error, LimitPassedError)
             code = ErrorCode.REQUEST_TIMEOUT if is_late else ErrorCode.INTERNAL_ERROR
-            detail = self.reaped or str(error or "the generation was stopped")
+            detail = self.reap_detail or str(error or "the generation was stopped")
         return RequestEnd(
             self.request_id,
             self.outcome,
@@ -220,7 +220,7 @@ class LiveRequests:
         can no longer be held back."""
         if live.is_stopping or not self._stop(live, Stop(is_reaped=True)):
             return False
-        live.reaped = detail
+        live.reap_detail = detail
         self._books.request_reaped()
         return True
 

@@ -171,7 +171,7 @@ class Attachment:
         if self._state is State.CLOSED:
             return
         if self._session is None:
-            self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
+            self._refuse(ErrorCode.SESSION_INVALID, self._too_early_detail())
             return
         for word in self._voices.take_binary(message):
             self._session.tell(word)
@@ -203,7 +203,7 @@ class Attachment:
         elif isinstance(payload, HealthCheck):
             self._port.door_answers(payload.check_fields)
         elif not isinstance(payload, Register):
-            self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
+            self._refuse(ErrorCode.SESSION_INVALID, self._too_early_detail())
         elif self._state is State.UNREGISTERED:
             self._on_register(payload)
         else:
@@ -252,7 +252,7 @@ class Attachment:
         else:
             self._session.tell(NotUnderstood(fault.code, fault.detail, fault.request_id))
 
-    def _too_early(self) -> str:
+    def _too_early_detail(self) -> str:
         if self._state is State.CHECKING:
             return "wait for REGISTER_ACK"
         return "the first message must be REGISTER"

@@ -140,7 +140,7 @@ def decode(data: bytes) -> ClientFrame:
         raise FrameError(
             ErrorCode.MALFORMED_PAYLOAD, f"unknown msg_type {envelope.msg_type[:64]!r}"
         )
-    if len(data) > MAX_TEXT_BYTES and not _reads(_voice_decoder, envelope.payload):
+    if len(data) > MAX_TEXT_BYTES and not _can_decode(_voice_decoder, envelope.payload):
         detail = f"a text frame of {len(data)} bytes; without voice the limit is {MAX_TEXT_BYTES}"
         raise _refusal(ErrorCode.PAYLOAD_TOO_LARGE, detail, _begun_by(envelope))
     try:
@@ -257,7 +257,7 @@ def _refusal(code: ErrorCode, detail: str, begun: _Begun | None) -> FrameError:
     return FrameError(code, detail, begun.request_id, is_voice=begun.data_type == "VOICE")
 
 
-def _reads(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw) -> bool:
+def _can_decode(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw) -> bool:
     try:
         decoder.decode(raw)
     except msgspec.DecodeError:

@@ -84,19 +84,19 @@ class VoiceIntake:
         """
         if mode != self.mode:
             raise _out_of_order(f"a frame in {self.mode} mode", f"one in {mode} mode")
-        is_all = mode == "BASE64" and not stream_flag and self._frames == 0
-        if not is_all:
+        is_only_frame = mode == "BASE64" and not stream_flag and self._frames == 0
+        if not is_only_frame:
             self._check_place(stream_flag, stream_seq)
-        last = is_all or stream_seq == _LAST
+        is_last = is_only_frame or stream_seq == _LAST
         if mode == "BASE64":
             if voice is not None:
                 self._count(voice)
-            elif is_all or not last:
+            elif is_only_frame or not is_last:
                 raise VoiceError(
                     ErrorCode.MALFORMED_PAYLOAD, "a VOICE request must have `payload.content.voice`"
                 )
         self._frames += 1
-        self.is_complete = last
+        self.is_complete = is_last
 
     def add_binary(self, data: bytes) -> None:
         """Add a binary frame.
@@ -168,7 +168,7 @@ class VoiceFrames:
         assert mode is not None  # `decode` has checked it
         words: list[SessionMessage] = []
         intake = self._intakes.get(request_id)
-        if intake is None and request_id in self._ignored and not _is_all(request):
+        if intake is None and request_id in self._ignored and not _is_only_frame(request):
             words.append(SignOfLife())
         else:
             if intake is None:
@@ -185,7 +185,7 @@ class VoiceFrames:
                     words.append(VoiceEnded(request_id))
                 elif not words:
                     words.append(SignOfLife())
-        if _is_all(request) or request.stream_seq == _LAST:
+        if _is_only_frame(request) or request.stream_seq == _LAST:
             self._ignored.pop(request_id, None)  # it was the last frame
         return words
 
@@ -228,7 +228,7 @@ class VoiceFrames:
             self._ignored.popitem(last=False)
 
 
-def _is_all(request: Request) -> bool:
+def _is_only_frame(request: Request) -> bool:
     return request.content.voice_mode == "BASE64" and not request.stream_flag
 
 
