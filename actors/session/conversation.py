@@ -178,7 +178,7 @@ class Conversation:
             else:
                 self._refuse_used(request_id)
             return
-        # Step 2. It was interrupted before it arrived: it ends so, even if it is faulty.
+        # Step 2. An interrupt came before it: it ends as interrupted, even if it is faulty.
         reason = self._request_ids.take_early(request_id, self._clock())
         if reason is not None:
             self._end_early(candidate, reason)
@@ -187,7 +187,7 @@ class Conversation:
         if candidate.fault is not None:
             self._refuse_fault(candidate.fault, request_id)
             return
-        # Step 4. The session is leaving. The id is not used up: another session may get it.
+        # Step 4. The session is leaving. The client may send the same request in another session.
         if not self._lifecycle.takes_requests:
             if candidate.is_voice:
                 self._voice.drop(request_id)
