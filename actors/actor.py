@@ -1,8 +1,8 @@
 """The Pykka actor type that runs on a greenlet, with one way to die.
 
-Pykka calls `on_stop` or `on_failure`, or neither when `on_start` fails, and an escaped
-BaseException stops every actor there is. Here whatever ends an actor goes through `closed`, once,
-and nothing escapes.
+Pykka calls either `on_stop` or `on_failure`, neither of them when `on_start` fails, and stops every
+actor in the process when a BaseException escapes from one. Here every ending of an actor calls
+`closed`, exactly once, and no exception escapes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _log = DeferredLog(get_logger("ACTOR"))
 
 
 class ActorFailedError(Exception):
-    """What Pykka is told when an actor fails, in place of whatever was raised."""
+    """An actor has failed. Raised to Pykka in place of the original error, which is its cause."""
 
 
 class _Mailbox:
-    """An actor's messages, in order. Its actor is woken through the control lane, so that a message
-    is handled before any data that waits."""
+    """An actor's messages, in order. A new message wakes the actor through the control lane, so the
+    actor handles it before any queued data is written."""
 
     def __init__(self) -> None:
         self._messages: deque[Any] = deque()
@@ -59,14 +59,14 @@ class _Mailbox:
 
 
 class GreenletActor(pykka.Actor):
-    """An actor on a greenlet of its own, which must not be killed: actors end by `stop()`.
+    """An actor on a greenlet of its own. End it with `stop()`; never kill its greenlet.
 
-    Subclasses implement `handle`, and `opened` and `closed` where they need them. All three run in
-    the actor's greenlet. (Beware of Pykka's own private names, such as `_stop`.)
+    Subclasses implement `handle`, and override `opened` and `closed` if they need to. All three run
+    in the actor's greenlet. Do not reuse Pykka's private names, such as `_stop`.
     """
 
     alive: ClassVar[weakref.WeakSet[GreenletActor]] = weakref.WeakSet()
-    """Those that have not ended."""
+    """Every actor that has not ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class GreenletActor(pykka.Actor):
         self.alive.add(self)
 
     def describe(self, now: float) -> dict[str, Any]:
-        """Its state, for a log. Called from any greenlet.
+        """Return the actor's state, for the log. May be called from any greenlet.
 
         Args:
             now: `time.monotonic()`.
@@ -82,20 +82,20 @@ class GreenletActor(pykka.Actor):
         return {}
 
     def opened(self) -> None:
-        """Called before the first message."""
+        """Called once, before the first message."""
 
     def handle(self, message: Any) -> Any:
-        """Handle one message; what it returns is the answer to an `ask`."""
+        """Handle one message. The return value is the answer to an `ask`."""
         raise NotImplementedError
 
     def closed(self, error: BaseException | None) -> None:
-        """Called exactly once, after the last message, whatever ended the actor.
+        """Called exactly once, after the last message, however the actor ended.
 
         Args:
-            error: what escaped from `opened` or `handle`; None after `stop()`.
+            error: the exception that escaped from `opened` or `handle`; None after `stop()`.
         """
 
-    # Pykka's side.
+    # What Pykka calls.
 
     @staticmethod
     def _create_actor_inbox() -> Any:
@@ -123,7 +123,7 @@ class GreenletActor(pykka.Actor):
         try:
             return self.handle(message)
         except BaseException as error:
-            # Closed here, and not in `on_failure`, which does not run for a message that was asked.
+            # Pykka does not call `on_failure` when the message came from `ask`, so close here.
             self._close(error)
             raise ActorFailedError from error
 
@@ -138,7 +138,7 @@ class GreenletActor(pykka.Actor):
         exception_value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        pass  # `on_receive` has closed it
+        pass  # `on_receive` has closed the actor already
 
     def _close(self, error: BaseException | None) -> None:
         if self._is_closed:
@@ -148,28 +148,29 @@ class GreenletActor(pykka.Actor):
         if error is not None:
             name = type(self).__name__
             _log.error("Actor failed", actor=name, error=repr(error), exc_info=error, **self._ids())
-            self.stop()  # Pykka lets an actor live on that failed while it was asked
+            self.stop()  # Pykka keeps an actor running that failed during an `ask`
         try:
             self.closed(error)
         except BaseException as second:
             _log.error("Actor failed to close", actor=type(self).__name__, error=repr(second))
 
     def _ids(self) -> dict[str, Any]:
-        """Whose actor it was, as far as one that is broken can say."""
+        """The ids for the log; none if the failed actor cannot describe itself any more."""
         with contextlib.suppress(Exception):
-            told = self.describe(time.monotonic())
-            return {name: told[name] for name in ("session_id", "request_id") if name in told}
+            state = self.describe(time.monotonic())
+            return {name: state[name] for name in ("session_id", "request_id") if name in state}
         return {}
 
 
 def queued_messages() -> int:
-    """How many messages wait in all mailboxes. Lets others have a turn, so not for the hub."""
+    """Count the messages in all mailboxes. Yields to other greenlets, so it must not run in the
+    hub."""
     inboxes: list[Any] = [actor.actor_inbox for actor in GreenletActor.alive]
     return sum(len(inbox) for inbox in in_slices(inboxes))
 
 
 def tell(ref: pykka.ActorRef[Any], message: object) -> bool:
-    """Put a message in an actor's mailbox; False when it has just ended, which is no error."""
+    """Put a message in an actor's mailbox. Returns False if the actor has ended already."""
     try:
         ref.tell(message)
     except pykka.ActorDeadError:
@@ -178,12 +179,12 @@ def tell(ref: pykka.ActorRef[Any], message: object) -> bool:
 
 
 class Timer:
-    """Puts a message in a mailbox later, without a greenlet. The hub runs it.
+    """Puts a message in an actor's mailbox later. It costs a timer of the event loop, no greenlet.
 
     Args:
-        seconds: when, from now.
-        ref: whose mailbox.
-        message: what.
+        seconds: the delay.
+        ref: the actor that gets the message.
+        message: the message.
     """
 
     def __init__(self, seconds: float, ref: pykka.ActorRef[Any], message: object) -> None:
@@ -191,7 +192,7 @@ class Timer:
         self._timer.start(self._fire, ref, message)
 
     def cancel(self) -> None:
-        """Send nothing any more."""
+        """Stop the timer: the message is not sent."""
         self._timer.stop()
         self._timer.close()
 

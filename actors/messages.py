@@ -1,6 +1,6 @@
-"""What actors tell one another: frozen, one union per actor, matched exhaustively.
+"""The messages that actors send each other: frozen, one union per actor, matched exhaustively.
 
-What a door tells a session is in `actors/session/messages.py`.
+The messages from a door to a session are in `actors/session/messages.py`.
 
 Mailboxes carry control only; tokens go through the outlet. Times are `time.monotonic()` seconds.
 """
@@ -21,42 +21,43 @@ from llm.stage import StageResult
 
 
 class RequestReported(Struct, frozen=True):
-    """A request-actor's one report: every stage has ended, and its connection is closed."""
+    """The one report of a request-actor: every stage has ended, and its connection is closed."""
 
     request_id: str
     report: Report
 
 
 class CallDelivered(Struct, frozen=True):
-    """A function call of the model was handed to the kernel."""
+    """A function call was handed to the kernel, on its way to the client."""
 
     request_id: str
     call: ToolCall
 
 
 class ReapRequest(Struct, frozen=True):
-    """The supervisor found a request without progress, or too old."""
+    """The supervisor found a request that makes no progress or is too old."""
 
     request_id: str
     detail: str
 
 
 class Leave(Struct, frozen=True):
-    """The gateway drains: take no more requests, and say goodbye when none is live, but not before
-    a pause, so that not all clients come back at once."""
+    """The gateway drains: accept no more requests, and say goodbye once none is live and
+    `pause_seconds` have passed. The pause differs per session, so that clients do not all reconnect
+    at the same moment."""
 
     pause_seconds: float
 
 
 class EndSession(Struct, frozen=True):
-    """The gateway shuts down: stop what is live, and say goodbye."""
+    """The gateway shuts down: stop every live request, then say goodbye."""
 
 
 # To a request.
 
 
 class Start(Struct, frozen=True):
-    """Begin: nothing that must end first is left. `prompt` is what the model is asked."""
+    """Start generating: every request that must end first has ended. `prompt` goes to the model."""
 
     prompt: Prompt
 
@@ -66,19 +67,19 @@ class StreamOpened(Struct, frozen=True):
 
 
 class FirstToken(Struct, frozen=True):
-    """The first token of any kind came."""
+    """The first token arrived: of text, or of a function call."""
 
 
 class Stop(Struct, frozen=True):
-    """Close every stage. From the reaper for the second time: kill those that have not ended."""
+    """Close every stage. When the reaper sends it a second time: kill the stages that still run."""
 
     is_reaped: bool = False
     reason: str = ""
-    """Why, for the log."""
+    """The reason, for the log."""
 
 
 class TerminalSent(Struct, frozen=True):
-    """The client has its terminal frame, or is gone: nothing is owed to it any more."""
+    """The terminal frame was sent, or the client is gone: the session is done with the request."""
 
 
 class StagesEnded(Struct, frozen=True):
@@ -88,13 +89,13 @@ class StagesEnded(Struct, frozen=True):
 
 
 class AskProgress(Struct, frozen=True):
-    """The supervisor asks for the time of the last progress; `now` comes back with it."""
+    """The supervisor asks when the request last made progress. The answer carries `now` back."""
 
     now: float
 
 
 class RegisterAgain(Struct, frozen=True):
-    """A new supervisor asks the requests that are alive to register with it."""
+    """A restarted supervisor asks every running request to register again."""
 
 
 RequestMessage: TypeAlias = (
@@ -118,13 +119,13 @@ class SessionStarted(Struct, frozen=True):
 
 
 class SessionEnded(Struct, frozen=True):
-    """A session is over, and so is everything that it owed its client."""
+    """A session is over: its client has had everything that the session had to send."""
 
     session_urn: str
 
 
 class RequestAccepted(Struct, frozen=True):
-    """A request is live from now on."""
+    """A request became live."""
 
     request: pykka.ActorRef[Any]
     session: pykka.ActorRef[Any]
@@ -134,7 +135,7 @@ class RequestAccepted(Struct, frozen=True):
 
 
 class RequestClosed(Struct, frozen=True):
-    """The client has its terminal frame, or is gone: the request is live no more."""
+    """The terminal frame was sent, or the client is gone: the request is no longer live."""
 
     request_urn: str
 
@@ -154,7 +155,7 @@ class ProgressTold(Struct, frozen=True):
 
 
 class Reap(Struct, frozen=True):
-    """Find stale requests."""
+    """Look for stale requests. Times are compared with `now`."""
 
     now: float
 
@@ -164,9 +165,9 @@ class TakeCensus(Struct, frozen=True):
 
 
 class Census(Struct, frozen=True):
-    """What is alive.
+    """How many sessions, live requests and streams there are.
 
-    `streams` counts requests with a stage that has not ended yet, live or not.
+    `streams` counts the requests with a stage that still runs, whether or not they are live.
     """
 
     sessions: int
@@ -175,9 +176,9 @@ class Census(Struct, frozen=True):
 
 
 class Drain(Struct, frozen=True):
-    """Let every session leave when it has nothing live; `done` is called when none is left.
+    """Let every session leave once it has no live request. Calls `done` when no session is left.
 
-    The first may leave at once, the last after `spread_seconds`.
+    Each session waits for a random time of at most `spread_seconds` first.
     """
 
     spread_seconds: float
@@ -185,9 +186,9 @@ class Drain(Struct, frozen=True):
 
 
 class ShutDown(Struct, frozen=True):
-    """End every session in order; `done` is called when none is left.
+    """End every session. Calls `done` when no session and no running stage is left.
 
-    The first may be told at once, the last after `spread_seconds`.
+    Each session is told after a random time of at most `spread_seconds`.
     """
 
     spread_seconds: float

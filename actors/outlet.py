@@ -1,4 +1,4 @@
-"""One request's way to its client, as its stages and its session use it."""
+"""The outlet of a request: where its stages put the answer, and what was delivered of it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from llm.chat.completions import ToolCall, Usage
 
 
 class Delivered(Struct, frozen=True):
-    """What the client got of one answer: what was handed to the kernel in whole.
+    """What the client got of one answer: the frames that were handed to the kernel completely.
 
     Args:
-        text: in order.
-        calls: function calls that the client was given, in order.
+        text: the text of those frames, in order.
+        calls: the function calls in those frames, in order.
         voice_ms: milliseconds of speech.
     """
 
@@ -31,17 +31,17 @@ class Delivered(Struct, frozen=True):
 
 
 class RequestEnd(Struct, frozen=True):
-    """How a request ended, as its client is told. There is exactly one for each.
+    """The end of a request, as reported to the client. Each request has exactly one.
 
     Args:
-        request_id: the client's.
+        request_id: the id that the client gave the request.
         outcome: how it ended.
-        reason: why, where it was interrupted.
-        code: what kind of failure, where it failed, was refused or reaped.
-        detail: that failure in words for the client.
-        finish_reason: the provider's, such as ``stop``.
-        usage: tokens; None where no provider had the request.
-        wants_speech: whether the client asked to hear the answer, and waits for the end of speech.
+        reason: why it was interrupted; None if it was not.
+        code: the kind of failure, if it failed, was refused or was reaped; else None.
+        detail: a description of the failure for the client.
+        finish_reason: the provider's finish reason, such as ``stop``.
+        usage: the tokens used; None if no provider received the request.
+        wants_speech: whether the client asked for speech, and so waits for the end of it.
     """
 
     request_id: str
@@ -55,46 +55,48 @@ class RequestEnd(Struct, frozen=True):
 
 
 class Outlet(Protocol):
-    """Takes one answer piece by piece, and keeps what of it was delivered.
+    """Takes one answer piece by piece, and keeps account of what was delivered.
 
-    A stage puts pieces in; its session finishes it, or discards what has not left.
+    Stages put pieces in. The session finishes the answer, or discards what was not sent yet.
     """
 
     @property
     def delivered(self) -> Delivered:
-        """What the client got up to now."""
+        """What the client has got so far."""
 
     @property
     def is_done(self) -> bool:
-        """True when the end was handed to the kernel, or cannot be held back any more."""
+        """True once the end was handed to the kernel, or can no longer be held back."""
 
     def put(self, text: str) -> None:
-        """Take a piece of text. May block the stage that calls, and no other."""
+        """Send a piece of text. Blocks the calling stage, and only that, while the client is
+        behind."""
 
     def put_call(self, call: ToolCall, on_sent: Callable[[], None]) -> None:
-        """Take a function call, behind all text. May block, too.
+        """Send a function call, after all text. May block, like `put`.
 
         Args:
-            call: what the client is to call.
-            on_sent: called when the kernel has all of it.
+            call: the function call.
+            on_sent: called once the kernel has the whole frame.
         """
 
     def finish(self, end: RequestEnd, on_sent: Callable[[], None]) -> None:
-        """Take the end of the answer, behind all data.
+        """Send the end of the answer, after all data.
 
         Args:
             end: how the request ended.
-            on_sent: called when the kernel has all of it; never once the outlet was discarded.
+            on_sent: called once the kernel has the whole frame; never after `discard()`.
         """
 
     def discard(self) -> bool:
-        """Send nothing from here on, and drop what is queued.
+        """Drop what is queued, and send nothing more.
 
-        A frame that was begun is still finished; it counts as delivered already.
+        A frame of which the kernel has a part is still completed, and counts as delivered at once.
 
         Returns:
-            False, and nothing is done, when the end cannot be held back any more.
+            False if `is_done`; then nothing has changed.
         """
 
     def progress_at(self) -> float:
-        """`time.monotonic()` of the client's last progress while it is waited for, else 0."""
+        """`time.monotonic()` when the client last took data, while the outlet waits for it; else
+        0."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 class Quota:
-    """How many of one kind may exist at once, over all clients.
+    """A limit on how many of one kind may exist at once, over all clients.
 
     Args:
-        limit: the most slots that may be taken at once; 0 is no limit.
+        limit: how many slots may be taken at once; 0: no limit.
     """
 
     def __init__(self, limit: int = 0) -> None:
@@ -16,11 +16,11 @@ class Quota:
 
     @property
     def is_full(self) -> bool:
-        """True when no further slot can be taken."""
+        """True when every slot is taken."""
         return 0 < self.limit <= self.taken
 
     def slot(self) -> Slot:
-        """A new slot, not taken yet."""
+        """Return a new slot, which is not taken yet."""
         return Slot(self)
 
 
@@ -32,7 +32,7 @@ class Slot:
         self.is_taken = False
 
     def take(self) -> bool:
-        """Take the slot; False when the quota is full."""
+        """Take the slot. Returns False if the quota is full."""
         if self._quota.is_full:
             return False
         self._quota.taken += 1

@@ -39,18 +39,18 @@ from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
 _MAX_TOKENS = 1_000_000_000
-"""Of one generation, as its provider says. A larger or negative number is no count, and the counter
-would raise."""
+"""A count above this, or below 0, is a provider's mistake and is not added: a counter raises on a
+negative number."""
 
 _KILL_AGAIN_SECONDS = 60.0
-"""Between two attempts to end a stage whose actor has failed: as often as the reaper looks."""
+"""Interval of the attempts to kill a stage whose actor has failed: the reaper's own interval."""
 
-_log = get_logger("LLM")  # for code that runs in the data lane already
+_log = get_logger("LLM")  # for code that already runs in the data lane
 _deferred_log = DeferredLog(_log)
 
 
 class RequestState(enum.StrEnum):
-    """Where a request is. The last four are terminal: nothing leads out of them."""
+    """The state of a request. The last four are terminal: they have no transitions."""
 
     CONNECTING = "connecting"
     WAITING = "waiting"  # for the first token
@@ -81,20 +81,19 @@ _TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 
 
 class RequestActor(GreenletActor):
-    """Runs the stages of one request and reports their end to its session, exactly once.
+    """Runs the stages of one request and reports their end to the session, exactly once.
 
-    It lives until it has reported and its session has said that the client has its terminal frame.
-    The report comes when the last stage has ended, whatever made it end, and also when this actor
-    itself fails.
+    The report is sent when the last stage has ended, for whatever reason, and also when this actor
+    fails. The actor ends when it has reported and has received `TerminalSent`.
 
     Args:
-        session_id: the session's.
-        request_id: the client's.
-        session: gets the report.
+        session_id: the session's id, for the log.
+        request_id: the id that the client gave the request.
+        session: the session-actor, which gets the report.
         tell_supervisor: puts a message in the supervisor's mailbox.
-        make_stages: makes the row of stages.
+        make_stages: makes the stages of the row.
         outlet: where the answer goes.
-        metrics: counts.
+        metrics: where it is counted.
     """
 
     def __init__(
@@ -122,9 +121,9 @@ class RequestActor(GreenletActor):
         self._report: Report | None = None
         self._created_at = time.monotonic()
         self._started_at: float | None = None
-        self._told_to_stop: Stop | None = None
+        self._stop_message: Stop | None = None
         self._results: tuple[StageResult, ...] | None = None
-        """Set as soon as the last stage has ended."""
+        """Set when the last stage has ended."""
         self._is_client_served = self._is_recorded = False
         metrics.requests_active.labels(self._state).inc()
 
@@ -134,7 +133,7 @@ class RequestActor(GreenletActor):
             "state": self._state,
             "seconds": round(now - self._created_at, 1),
             "seconds_without_progress": round(now - self._progress_at(), 1),
-            "told_to_stop": self._told_to_stop is not None,
+            "told_to_stop": self._stop_message is not None,
             "reported": self._report is not None,
         }
 
@@ -164,14 +163,14 @@ class RequestActor(GreenletActor):
 
     def closed(self, error: BaseException | None) -> None:
         if error is not None and not self._is_client_served:
-            # No TerminalSent will reach it.
+            # The actor has failed, so no TerminalSent can reach it.
             self._tell_supervisor(RequestClosed(self.actor_urn))
         if self._report is not None:
             self._record(_deferred_log)
         elif self._row is None or self._row.has_ended:
             self._report_failure()
         else:
-            self._row.outlive_owner(_KILL_AGAIN_SECONDS)  # its end reports
+            self._row.outlive_owner(_KILL_AGAIN_SECONDS)  # `_stages_ended` will report
 
     def _register(self) -> None:
         self._tell_supervisor(
@@ -193,7 +192,7 @@ class RequestActor(GreenletActor):
         return max(begun_at, self._outlet.progress_at())
 
     def _start(self, prompt: Prompt) -> None:
-        if self._told_to_stop is None and self._started_at is None:
+        if self._stop_message is None and self._started_at is None:
             self._started_at = time.monotonic()
             sink = _Sink(
                 self.actor_ref, self._session, self._log_fields, self._outlet, self._metrics
@@ -208,14 +207,14 @@ class RequestActor(GreenletActor):
             self._metrics.time_to_first_chunk_seconds.observe(waited)
 
     def _stop_stages(self, stop: Stop) -> None:
-        if self._told_to_stop is None:
-            self._told_to_stop = stop
+        if self._stop_message is None:
+            self._stop_message = stop
             if self._row is None:
                 self._end(())
             else:
                 self._row.close()
         elif stop.is_reaped and self._row is not None:
-            self._row.kill_again()  # a whole interval of the reaper was not enough
+            self._row.kill_again()  # the stages did not end within an interval of the reaper
 
     def _end(self, results: tuple[StageResult, ...]) -> None:
         self._send_report(results)
@@ -233,8 +232,8 @@ class RequestActor(GreenletActor):
         self._record()
 
     def _stages_ended(self, results: tuple[StageResult, ...]) -> None:
-        # Runs in the hub. If the actor has failed meanwhile, or fails before it gets the message,
-        # its request still gets its report.
+        # Runs in the hub. The session gets a report even if the actor has failed in the meantime,
+        # or fails before it reads this message.
         self._results = results
         if self._is_closed or not tell(self.actor_ref, StagesEnded(results)):
             self._report_failure()
@@ -250,14 +249,14 @@ class RequestActor(GreenletActor):
         if self._report is not None:
             return
         # A session discards the outlet before it says Stop, so after a Stop nothing more is sent.
-        is_final = self._told_to_stop is not None
+        is_final = self._stop_message is not None
         report = self._report = Report(results, self._outlet.delivered, is_final)
         self._advance(self._final_state(report))
-        # First what the client waits for: counting and logging follow when it has its ack.
+        # The client waits for its ack, so the report goes first; counting and logging come later.
         tell(self._session, RequestReported(self._request_id, report))
         lanes().run_deferred(self._tell_supervisor, GenerationEnded(self.actor_urn))
         if self._is_closed:
-            self._record(_deferred_log)  # it has failed: no TerminalSent will reach it
+            self._record(_deferred_log)  # the actor has failed: no TerminalSent can reach it
 
     def _record(self, log: Any = _log) -> None:
         report = self._report
@@ -267,7 +266,7 @@ class RequestActor(GreenletActor):
         self._metrics.requests_active.labels(self._active_state).dec()
         self._count(report)
         if self._state is RequestState.INTERRUPTED and self._started_at is not None:
-            reason = self._told_to_stop.reason if self._told_to_stop else ""
+            reason = self._stop_message.reason if self._stop_message else ""
             log.info("LLM stream cancelled by user", reason=reason, **self._log_fields)
         elif self._state is RequestState.FAILED:
             generation = report.generation
@@ -285,7 +284,7 @@ class RequestActor(GreenletActor):
             case Ending.FAILED:
                 return RequestState.FAILED
             case Ending.CLOSED:
-                is_reaped = self._told_to_stop is not None and self._told_to_stop.is_reaped
+                is_reaped = self._stop_message is not None and self._stop_message.is_reaped
                 return RequestState.REAPED if is_reaped else RequestState.INTERRUPTED
 
     def _count(self, report: Report) -> None:
@@ -322,7 +321,7 @@ def _kind(error: StreamError) -> str:
 
 
 class _Sink:
-    """What the generation writes to: text goes to the outlet, milestones to the mailboxes. Its
+    """Takes what the generation produces: text goes to the outlet, milestones go to mailboxes. Its
     methods run in the generation's reader."""
 
     def __init__(
@@ -355,7 +354,7 @@ class _Sink:
 
     def falling_back(self, provider: str, error: StreamError | None) -> None:
         self._metrics.llm_fallbacks.inc()
-        why = "it failed too often" if error is None else str(error)
+        why = "the provider failed too often" if error is None else str(error)
         _log.info("Asking the fallback", error=why, provider=provider, **self._log_fields)
 
     def opened(self) -> None:
@@ -370,7 +369,7 @@ class _Sink:
 
     def call(self, call: ToolCall) -> None:
         def sent() -> None:
-            # At once, so that the session knows of the call before the client's result can come.
+            # Not deferred: the session must know of the call before the client's result can arrive.
             tell(self._session, CallDelivered(self._log_fields["request_id"], call))
 
         self._outlet.put_call(call, sent)

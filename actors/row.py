@@ -1,13 +1,13 @@
-"""The stages of one request as one thing: started, closed in one step, and reported once.
+"""The stages of one request as one unit: started and closed together, reported once.
 
-Whatever ends a stage, its `on_end` comes exactly once (`llm/stage.py`). So only three things can
-happen to a row:
+Every stage calls its `on_end` exactly once, however it ends (`llm/stage.py`). So only three things
+can happen to a row:
 
-- Every stage completes: the row reports when the last one has.
-- A stage fails: the rest would work for nothing, so the row closes it, and reports when the last
-  stage has ended.
-- The owner closes the row: every stage is closed in that one step, and the row reports when the
+- Every stage completes. The row reports when the last one has completed.
+- A stage fails. The work of the others is now useless, so the row closes them. It reports when the
   last one has ended.
+- The owner closes the row. That closes every stage in one step. The row reports when the last one
+  has ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WORST_FIRST = (StopsOnClose.NO, StopsOnClose.UNKNOWN, StopsOnClose.YES)
 
 
 class Report(Struct, frozen=True):
-    """The one report of a request: every stage has ended.
+    """The one report of a request, made when every stage has ended.
 
     Args:
         stages: their results, in the order in which they ended; none where none was started.
@@ -48,7 +48,7 @@ class Report(Struct, frozen=True):
 
     @property
     def ending(self) -> Ending:
-        """How the row ended: failed if a stage failed, completed if all of them completed."""
+        """Failed if any stage failed, completed if all of them completed, else closed."""
         endings = {stage.ending for stage in self.stages}
         if Ending.FAILED in endings:
             return Ending.FAILED
@@ -56,24 +56,24 @@ class Report(Struct, frozen=True):
 
     @property
     def error(self) -> StreamError | None:
-        """Why it failed: the first failure; None where there was none."""
+        """The first failure of a stage; None if no stage failed."""
         return next((stage.error for stage in self.stages if stage.error is not None), None)
 
     @property
     def closed_at(self) -> float | None:
-        """`time.monotonic()` of the last connection's close; None where there was none."""
+        """`time.monotonic()` when the last connection was closed; None if there was none."""
         times = [stage.closed_at for stage in self.stages if stage.closed_at is not None]
         return max(times, default=None)
 
     @property
     def stops_on_close(self) -> StopsOnClose | None:
-        """The worst that is known of the providers that had the request; None where none had it."""
+        """The worst value among the providers that got the request; None if none got it."""
         known = {stage.stops_on_close for stage in self.stages}
         return next((value for value in _WORST_FIRST if value in known), None)
 
     @property
     def generation(self) -> GenerationResult | None:
-        """The result of the generation; None where it was not started."""
+        """The result of the generation; None if it was not started."""
         return next((one for one in self.stages if isinstance(one, GenerationResult)), None)
 
 
@@ -81,11 +81,11 @@ class Row:
     """The stages of one request, in order.
 
     Args:
-        make_stages: makes them.
+        make_stages: makes the stages.
         prompt: what the model is asked.
-        sink: gets what the generation brings.
-        on_end: called once with the results when the last stage has ended; in the hub, so it must
-            not block.
+        sink: takes what the generation produces.
+        on_end: called once with the results when the last stage has ended. It runs in the hub, so
+            it must not block.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Row:
 
     @property
     def progress_at(self) -> float:
-        """`time.monotonic()` of the last progress of any stage."""
+        """`time.monotonic()` when a stage last made progress."""
         return max(stage.progress_at for stage in self._stages)
 
     def start(self) -> None:
@@ -118,20 +118,20 @@ class Row:
             stage.start()
 
     def close(self) -> None:
-        """Close every stage, in one step. Never blocks, and may be called more than once."""
+        """Close every stage in one step. Never blocks; may be called more than once."""
         self._is_closing = True
         for stage in self._stages:
             stage.close()
 
     def kill_again(self) -> None:
-        """The last resort for stages that have not ended long after `close()`."""
+        """Kill the stages that still run long after `close()`: the last resort."""
         if not self.has_ended:
             for stage in self._stages:
                 stage.kill_again()
 
     def outlive_owner(self, seconds: float) -> None:
-        """Close without an owner: where stages do not end, kill them again, each time after so
-        many seconds."""
+        """Close the row, whose owner has failed. While a stage still runs, kill it every so many
+        seconds."""
         self.close()
         if not self.has_ended:
             self._timer = gevent.get_hub().loop.timer(seconds, seconds)
@@ -144,7 +144,7 @@ class Row:
                 self._timer.stop()
                 self._timer.close()
             if self._on_end is not None:
-                on_end, self._on_end = self._on_end, None  # no cycle is left for the collector
+                on_end, self._on_end = self._on_end, None  # breaks a reference cycle
                 on_end(tuple(self._results))
         elif result.ending is Ending.FAILED and not self._is_closing:
             self.close()

@@ -20,7 +20,7 @@ from actors.actor import GreenletActor
 from actors.loop.slices import in_slices
 
 _WAITING_PACKAGES = ("gevent", "greenlet", "actors.loop.lanes", "actors.loop.readable")
-"""Their functions wait on behalf of a caller, and only the caller is informative."""
+"""Functions in these packages wait on behalf of a caller; the dump shows the caller instead."""
 
 _ROOT = Path(__file__).parents[1]
 
@@ -54,8 +54,8 @@ def state_dump() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def track_greenlets() -> None:
-    """Keep all greenlets that exist now in later dumps. Call it before `gc.freeze()`: the
-    garbage collector no longer lists objects that are frozen."""
+    """Remember all greenlets that exist now, for later dumps. Call it before `gc.freeze()`: the
+    garbage collector does not list frozen objects."""
     _tracked.update(_greenlets())
 
 
@@ -67,12 +67,12 @@ def _describe(actor: GreenletActor, now: float) -> dict[str, Any]:
     try:
         return actor.describe(now)
     except Exception as error:
-        # A broken actor must be in the dump. The error's text may contain a user's data.
+        # A broken actor must be in the dump too. Only the type: the text may hold a user's data.
         return {"actor": actor.actor_urn, "failed_to_describe": type(error).__name__}
 
 
 def _greenlets() -> set[greenlet]:
-    # By type: isinstance() raises for a weak proxy whose object is gone.
+    # By type, since isinstance() raises for a weak proxy whose object is gone.
     listed = {one for one in gc.get_objects() if issubclass(type(one), greenlet)}
     return listed | set(_tracked)
 

@@ -1,4 +1,4 @@
-"""All live requests: the reaper, failures of actors, ordered shutdown."""
+"""The supervisor: knows all sessions and requests, reaps stale requests, drains and shuts down."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from metrics.logs import get_logger
 
 MAX_RESTARTS = 5
 RESTART_WINDOW_SECONDS = 60.0
-"""A supervisor that fails more often than this cannot be helped by starting it again."""
+"""More than `MAX_RESTARTS` failures within this time: restarting does not help, so give up."""
 
 _CENSUS_SECONDS = 1.0
 
@@ -49,12 +49,12 @@ _log = DeferredLog(get_logger("SYS"))
 
 @dataclass(frozen=True)
 class SupervisorSettings:
-    """What the reaper takes for stale.
+    """When the reaper ends a request.
 
     Args:
-        stale_after: seconds without progress until a request is reaped; 0 is no limit.
-        reap_interval: seconds between two looks.
-        request_max_age: seconds until a request is reaped whatever it does; 0 is no limit.
+        stale_after: reap a request after this many seconds without progress; 0: never.
+        reap_interval: seconds between two checks; 0: the reaper does not run.
+        request_max_age: reap a request at this age in seconds, even if it makes progress; 0: never.
     """
 
     stale_after: float = 300.0
@@ -66,18 +66,18 @@ class SupervisorSettings:
 class _Entry:
     request: RequestAccepted
     is_closed: bool = False
-    """The client has its terminal frame."""
+    """The terminal frame was sent, or the client is gone."""
     has_ended: bool = False
     """Every stage has ended."""
     is_reaped: bool = False
-    """Its session was told to reap it."""
+    """The session was told to reap it."""
 
 
 class SupervisorActor(GreenletActor):
-    """Knows every session and every request; they tell it when they begin and end.
+    """Knows every session and every request: they report their start and their end to it.
 
     Args:
-        settings: what is stale.
+        settings: when a request is reaped.
         on_fail: called when this actor fails, with the sessions that it knew.
     """
 
@@ -108,7 +108,7 @@ class SupervisorActor(GreenletActor):
             case SessionEnded(urn):
                 self._on_session_ended(urn)
             case RequestAccepted():
-                # If its session has failed meanwhile, no RequestClosed will come.
+                # If the session has failed in the meantime, it will send no RequestClosed.
                 is_orphan = message.session.actor_urn not in self._sessions
                 self._requests[message.request.actor_urn] = _Entry(message, is_closed=is_orphan)
             case RequestClosed(urn):
@@ -177,14 +177,14 @@ class SupervisorActor(GreenletActor):
         if self._sessions:
             return
         if self._drain is not None:
-            self._drain.done()  # does not wait for streams that outlive their requests
+            self._drain.done()  # even if a stage of a closed request still runs
         if self._shut_down is not None and not self._requests:
             self._shut_down.done()
 
     # The reaper.
 
     def _check_requests(self, now: float) -> None:
-        """Reap requests that are too old, and ask the others for their progress."""
+        """Reap the requests that are too old, and ask the others when they last made progress."""
         for entry in list(self._requests.values()):
             age = now - entry.request.accepted_at
             if 0 < self._settings.request_max_age <= age:
@@ -206,25 +206,26 @@ class SupervisorActor(GreenletActor):
             request_id=request.request_id,
             reason=reason,
         )
-        # Only three things can be true of a stale request.
-        # 1. Its session owes the client an end, and was not told yet: the session reaps it.
+        # A stale request is in one of three situations.
+        # 1. The client has no terminal frame yet, and the session was not told: it reaps it now.
         if not entry.is_reaped and not entry.is_closed:
             entry.is_reaped = True
             if tell(request.session, ReapRequest(request.request_id, reason)):
                 return
-        # 2. Its session is done with it, or is gone.
-        # 3. Its session was told an interval ago, and a stage still runs.
-        # In both the request-actor closes its stages; told so twice, it kills them.
+        # 2. The session is done with it, or has ended.
+        # 3. The session was told an interval ago, and a stage still runs.
+        # In 2 and 3 the request-actor closes its stages; on the second Stop it kills them.
         tell(request.request, Stop(is_reaped=True))
 
 
 class Supervision:
-    """Keeps one supervisor alive, and is where it is looked up.
+    """Starts the supervisor, restarts it when it fails, and forwards messages to the current one.
 
     Args:
-        settings: what the reaper takes for stale.
-        on_give_up: called when it failed over `MAX_RESTARTS` times within a minute.
-        clock: `time.monotonic`, or a test's.
+        settings: when a request is reaped.
+        on_give_up: called when the supervisor fails more than `MAX_RESTARTS` times within
+            `RESTART_WINDOW_SECONDS`.
+        clock: `time.monotonic`, or a test's clock.
     """
 
     def __init__(
@@ -242,24 +243,24 @@ class Supervision:
         self.ref = self._start_one()
 
     def start(self) -> None:
-        """Begin to look for stale requests."""
+        """Start the reaper."""
         if self._settings.reap_interval > 0:
             self._reaper = gevent.spawn(self._reap_for_ever)
 
     def stop(self) -> None:
-        """Stop the supervisor."""
+        """Stop the reaper and the supervisor."""
         if self._reaper is not None:
             self._reaper.kill()
         self.ref.stop()
 
     def tell(self, message: SupervisorMessage) -> None:
-        """Put a message in the mailbox of the present supervisor."""
+        """Put a message in the mailbox of the current supervisor."""
         if isinstance(message, Drain | ShutDown):
-            self._leaving.append(message)  # for a supervisor that is started later
+            self._leaving.append(message)  # a restarted supervisor must get it too
         tell(self.ref, message)
 
     def census(self) -> Census | None:
-        """What is alive; None when the supervisor does not answer."""
+        """Count sessions, requests and streams; None if the supervisor does not answer."""
         try:
             census: Census = self.ref.ask(TakeCensus(), block=True, timeout=_CENSUS_SECONDS)
         except (pykka.ActorDeadError, pykka.Timeout, ActorFailedError):
@@ -280,8 +281,9 @@ class Supervision:
         self._failures.append(now)
         _log.error("Supervisor restarted")
         self.ref = self._start_one()
-        # Those that are alive, each once: also sessions whose start was lost with the mailbox. They
-        # come first, since a drain is done when there is none, and a request belongs to one.
+        # Announce every session that is alive, each once. The old mailbox may have held some
+        # SessionStarted, so the known ones are not enough. Sessions come before requests, which
+        # belong to them, and before a Drain, which is done when no session is known.
         sessions = {one.actor_urn: one for one in [*known, *_alive(SessionActor)]}
         for session in sessions.values():
             if session.is_alive():

@@ -1,7 +1,7 @@
-"""The words of the domain: why something was stopped, refused or failed, and how it ended.
+"""The enums of the domain: why something was refused, stopped or failed, and how it ended.
 
-A session and its doors share them (`actors/session/port.py`). A door gives them the form of its
-protocol; the values are those of wire protocol 1.0, and the log and the metrics use them too.
+Sessions and doors share them (`actors/session/port.py`). The values are those of wire protocol 1.0,
+and the log and the metrics use the same ones. Another door may translate them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class ErrorCode(enum.StrEnum):
 
 
 class InterruptReason(enum.StrEnum):
-    """Why a request was interrupted: what clients say, and the gateway's own reasons."""
+    """Why a request was interrupted: the reasons that clients give, and the gateway's own."""
 
     USER_NEW_INPUT = "USER_NEW_INPUT"
     USER_STOP = "USER_STOP"
@@ -55,7 +55,7 @@ class InterruptOutcome(enum.StrEnum):
 
 
 class AckStatus(enum.StrEnum):
-    """Whether every target of an interrupt was stopped, some, or none."""
+    """Whether an interrupt stopped all of its targets, some of them, or none."""
 
     SUCCESS = "SUCCESS"
     PARTIAL = "PARTIAL"

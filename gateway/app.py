@@ -1,4 +1,4 @@
-"""The composition root: everything is put together here, and taken down again in reverse."""
+"""The composition root: builds and starts the parts of the gateway, and stops them in reverse."""
 
 from __future__ import annotations
 
@@ -33,25 +33,26 @@ from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
 _CALLBACK_SECONDS = 0.001
-"""How long the loop may run what is ready before it looks for more. Long, so that an interrupt's
-few steps from mailbox to mailbox follow each other at once, whatever else came in; a greenlet that
-always has work yields to the whole loop (`llm/http/lines.py`)."""
+"""How long the loop runs ready callbacks before it polls again. Long enough that the steps of an
+interrupt, from mailbox to mailbox, all run before the next poll. A greenlet that always has work
+yields to the whole loop (`llm/http/lines.py`)."""
 
 _GOODBYES_PER_SECOND = 100
-"""How many clients are told to go, on the average: all of them will be back at once, somewhere."""
+"""The average rate at which clients are told to leave: each will reconnect elsewhere at once."""
 
 _SPREAD_SHARE = 0.5
-"""Of a part of the shutdown: whoever goes last is gone well before its end."""
+"""The part of the available time in which clients are told to leave. The rest is for the last ones
+to close."""
 
-_END_SHARE, _MOST_END_SECONDS = 0.5, 5.0
-"""What is kept of the drain's limit, at its end, for those who are left: they are interrupted, told
-to go one after another, and waited for."""
+_END_SHARE, _MAX_END_SECONDS = 0.5, 5.0
+"""The last part of the drain's time limit, at most this long. It is for the clients that are left:
+their requests are interrupted, then they are told to leave, at random times."""
 
 _STOP_SECONDS = 2.0
-"""The same, where nothing is drained."""
+"""The time limit for the same steps without a drain."""
 
-_TEARDOWN_SHARE, _MOST_TEARDOWN_SECONDS = 0.3, 0.5
-"""And of that, what is kept for whatever comes after the clients, up to the process's end."""
+_TEARDOWN_SHARE, _MAX_TEARDOWN_SECONDS = 0.3, 0.5
+"""The last part of either, at most this long, is for the teardown after the clients have left."""
 
 _log = get_logger("SYS")
 
@@ -65,11 +66,11 @@ def bargein_version() -> str:
 
 
 class Gateway:
-    """The daemon without its command line: `start()`, and `stop()` in the reverse order.
+    """The daemon without its command line. `stop()` takes down what `start()` built, in reverse.
 
     Args:
-        settings: everything that can be set.
-        on_give_up: called when it cannot go on.
+        settings: all settings.
+        on_give_up: called when the supervisor keeps failing and the gateway cannot go on.
     """
 
     def __init__(self, settings: Settings, on_give_up: Callable[[], None] = lambda: None) -> None:
@@ -80,7 +81,7 @@ class Gateway:
         self._teardown = contextlib.ExitStack()
         self._is_up = self._is_draining = False
         self._ends_at: float | None = None
-        """When all of a shutdown must be over, as `time.monotonic()`."""
+        """`time.monotonic()` when the shutdown must be complete; None without a drain limit."""
         self.sessions = Quota(settings.server.max_sessions)
         self.requests = Quota(settings.session.max_requests)
         self.ops: OpsServer | None = None
@@ -89,7 +90,7 @@ class Gateway:
         """Start everything.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the gateway cannot listen on the address.
         """
         try:
             self._start()
@@ -166,11 +167,11 @@ class Gateway:
 
     @property
     def is_serving(self) -> bool:
-        """Whether it has started, and is not told to stop."""
+        """Whether the gateway has started, and was not told to stop."""
         return self._is_up and not self._is_draining
 
     def unready(self) -> str | None:
-        """Why new clients are not welcome, in words; None when they are."""
+        """The reason why new clients should go elsewhere, for people; None if they are welcome."""
         if self._is_draining:
             return "draining"
         if not self._is_up:
@@ -182,24 +183,26 @@ class Gateway:
         return None
 
     def reload(self, settings: Settings) -> None:
-        """From the next generation on, ask the providers of these settings; those that run go on.
+        """Use the providers of these settings from the next generation on. Running generations
+        continue with the old ones.
 
         Args:
-            settings: the embedded demo provider is in them if it was at the start, and only then.
+            settings: the new settings. They must use the embedded demo provider if the gateway was
+                started with it, and must not if it was not.
 
         Raises:
             OSError: certificates cannot be read. Nothing has changed then.
-            ValueError: a URL is none. Nothing has changed then.
+            ValueError: a URL is not valid. Nothing has changed then.
         """
         provider = self._provider_of(settings)
         self._client.reload(provider, settings.fallback)
         self.provider = provider
 
     def reload_credentials(self, credentials: Credentials) -> bool:
-        """From the next REGISTER on, let these in and nobody else; sessions that stand go on.
+        """Accept only these credentials from the next REGISTER on. Open sessions continue.
 
         Returns:
-            False when nothing has changed: it was started without authentication.
+            False if the gateway was started without authentication; then nothing has changed.
         """
         if self._authenticator is None:
             return False
@@ -207,9 +210,9 @@ class Gateway:
         return True
 
     def drain(self) -> None:
-        """Take no more requests, and wait until every session has left, but not for ever.
+        """Accept no more requests, and wait until every session has left.
 
-        What is left of the limit then is for `stop()`.
+        Returns before the drain's time limit is over, so that `stop()` has the rest of it.
         """
         limit = self.settings.drain_timeout
         self._is_draining = True
@@ -217,9 +220,9 @@ class Gateway:
         if not limit:
             return
         self._ends_at = time.monotonic() + limit
-        seconds = limit - min(limit * _END_SHARE, _MOST_END_SECONDS)
+        seconds = limit - min(limit * _END_SHARE, _MAX_END_SECONDS)
         census = self.supervision.census()
-        # Where the supervisor has just failed, the next one lets them go.
+        # If the supervisor has just failed, its successor gets the Drain.
         sessions = self._clients(census)
         _log.info("Draining", sessions=sessions, requests=census.requests if census else None)
         all_gone = gevent.event.Event()
@@ -231,21 +234,22 @@ class Gateway:
             _log.warning("Drain timed out", seconds=seconds)
 
     def stop(self) -> None:
-        """Interrupt what is live, tell the clients, close everything; a second time, nothing.
+        """Interrupt live requests, tell the clients to leave, close everything. A second call does
+        nothing.
 
-        It takes no longer than is left of the drain's limit, whatever clients do.
+        It returns within the rest of the drain's time limit, whatever clients do.
         """
         if not self._is_up:
             return
         self._is_up, self._is_draining = False, True
         self.server.stop_listening()
         self._end_sessions()
-        lanes().wait_turn()  # the last books are kept
+        lanes().wait_turn()  # until the deferred counts and log lines of the sessions are written
         self._teardown.close()
-        lanes().wait_turn()  # and what came of that
+        lanes().wait_turn()  # and those of the teardown
 
     def lifetime(self) -> dict[str, object]:
-        """What there was from the start to now, for the log."""
+        """Uptime and totals since the start, for the log."""
         return {
             "uptime_seconds": round(time.monotonic() - self._started_at, 3),
             "sessions": self.metrics.sessions.total(),
@@ -257,8 +261,8 @@ class Gateway:
         if self._ends_at is None:
             seconds = _STOP_SECONDS
         else:
-            seconds = min(max(0.0, self._ends_at - now), _MOST_END_SECONDS)
-        seconds -= min(seconds * _TEARDOWN_SHARE, _MOST_TEARDOWN_SECONDS)
+            seconds = min(max(0.0, self._ends_at - now), _MAX_END_SECONDS)
+        seconds -= min(seconds * _TEARDOWN_SHARE, _MAX_TEARDOWN_SECONDS)
         until = now + seconds
         census = self.supervision.census()
         if census is None:
@@ -283,7 +287,7 @@ class Gateway:
         return settings.provider or dataclasses.replace(settings.demo, base_url=self._demo_url)
 
     def _clients(self, census: Census | None) -> int:
-        """How many clients there are, registered or not; without a census, connections."""
+        """The number of clients, registered or not; the number of connections if census is None."""
         return (
             self.server.connections if census is None else census.sessions + self.door.unregistered
         )
@@ -300,20 +304,20 @@ class Gateway:
 
 
 def _spread(seconds: float, clients: int) -> float:
-    """Over how many of these seconds so many clients are told to go, each at random."""
+    """Over how many of the available seconds the goodbyes to so many clients are spread."""
     return min(seconds * _SPREAD_SHARE, clients / _GOODBYES_PER_SECOND)
 
 
 class _CpuMeter:
-    """This process's use of the processor, lately."""
+    """The recent CPU use of this process."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.monotonic(), time.process_time()
         self._percent: float | None = None
 
     def percent(self) -> float:
-        """Percent of one core, over the time since this was last found out: a second at least,
-        however many ask."""
+        """Percent of one core since the last measurement. Measures at most once a second, however
+        often it is called."""
         wall, cpu = time.monotonic(), time.process_time()
         if self._percent is None or wall - self._wall >= 1:
             self._percent = round(100 * (cpu - self._cpu) / max(wall - self._wall, 1e-6), 1)

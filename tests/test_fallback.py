@@ -590,7 +590,7 @@ def test_after_so_many_failures_in_a_row_only_the_fallback_is_asked(pair: Pair) 
     for _ in range(3):
         pair.answers(SECOND)
     *_, line = pair.stand.lines("Asking the fallback")
-    assert line["error"] == "it failed too often"
+    assert line["error"] == "the provider failed too often"
     assert line["provider"] == pair.stand.gateway.provider.name
     assert pair.stand.sample("llm_fallbacks_total") == FAILURES + 3
     pair.now.seconds += OPEN_SECONDS - 0.1

@@ -190,20 +190,20 @@ def test_an_empty_result_is_a_result() -> None:
     turn = add(conversation, "r1", "Go", "", calls=[tool_call("c1")])
     conversation.set_result(turn.calls[0], "")
     assert told(conversation)[2:] == [result("c1", "")]
-    assert turn.resolved
+    assert turn.is_resolved
 
 
 def test_a_turn_is_resolved_when_every_call_has_its_result() -> None:
     conversation = history()
     turn = conversation.begin("r1", "Go")
-    assert turn.resolved
+    assert turn.is_resolved
     conversation.add_call(turn, tool_call("c1"))
     conversation.add_call(turn, tool_call("c2"))
-    assert not turn.resolved
+    assert not turn.is_resolved
     conversation.set_result(turn.calls[0], "1")
-    assert not turn.resolved
+    assert not turn.is_resolved
     conversation.set_result(turn.calls[1], "null")
-    assert turn.resolved
+    assert turn.is_resolved
 
 
 def test_the_newest_call_with_an_id_is_found() -> None:

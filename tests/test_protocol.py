@@ -516,4 +516,4 @@ def test_a_refused_function_result_keeps_the_id_of_the_request_it_would_have_beg
 ) -> None:
     fault = refused(frame("FUNCTION_RESULT", payload))
     assert fault.request_id == "req_1"
-    assert not fault.of_voice
+    assert not fault.is_voice

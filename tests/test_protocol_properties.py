@@ -814,7 +814,7 @@ class Talk:
                 self._check_error(got, fault.code)
         else:
             self._check_error(got, fault.code, None if request_id in self._used else request_id)
-            if fault.of_voice and request_id is not None:
+            if fault.is_voice and request_id is not None:
                 self._voices.add(request_id)  # the rest of it is nobody's fault
 
     def _check_request(self, request: Request) -> None:

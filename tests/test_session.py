@@ -1423,7 +1423,7 @@ def test_the_id_of_voice_that_still_comes_is_taken(given: Given) -> None:
     given.tell(given.frame(voice("req_1", 0)))
     given.request("req_1")
     refused = given.outbox.wait_for("ERROR")
-    assert "'req_1' was used" in refused["error_detail"]
+    assert "'req_1' was already used" in refused["error_detail"]
     assert "request_id" not in refused
     given.tell(given.frame(voice("req_1", -1)))
     assert given.outbox.wait_terminal("req_1")["error_code"] == "INTERNAL_ERROR"

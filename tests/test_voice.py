@@ -40,41 +40,46 @@ def refused(
     voice: VoiceIntake, mode: VoiceMode, flag: bool, seq: int, data: bytes | None = b"ab"
 ) -> VoiceError:
     """What a frame is refused with, which leaves the intake as it was."""
-    before = (voice.size, voice.complete)
+    before = (voice.size, voice.is_complete)
     with pytest.raises(VoiceError) as caught:
         voice.add_frame(mode, flag, seq, data)
-    assert (voice.size, voice.complete) == before
+    assert (voice.size, voice.is_complete) == before
     return caught.value
 
 
 def refused_binary(voice: VoiceIntake, data: bytes = b"ab") -> VoiceError:
-    before = (voice.size, voice.complete)
+    before = (voice.size, voice.is_complete)
     with pytest.raises(VoiceError) as caught:
         voice.add_binary(data)
-    assert (voice.size, voice.complete) == before
+    assert (voice.size, voice.is_complete) == before
     return caught.value
 
 
 def test_a_new_intake_has_nothing() -> None:
     voice = intake("BINARY")
-    assert (voice.request_id, voice.mode, voice.size, voice.complete) == ("r1", "BINARY", 0, False)
+    assert (voice.request_id, voice.mode, voice.size, voice.is_complete) == (
+        "r1",
+        "BINARY",
+        0,
+        False,
+    )
 
 
 @pytest.mark.parametrize("seq", [-1, 0, 7])
 def test_one_base64_frame_is_complete_whatever_its_seq(seq: int) -> None:
     voice = intake()
     voice.add_frame("BASE64", False, seq, b"abc")
-    assert voice.complete
+    assert voice.is_complete
     assert voice.size == 3
 
 
 @pytest.mark.parametrize(("last", "size"), [(b"xyz", 9), (b"", 6), (None, 6)])
 def test_a_base64_stream_is_complete_with_its_last_frame(last: bytes | None, size: int) -> None:
     voice = streaming(0, 1, 2)
-    assert not voice.complete
+    assert not voice.is_complete
     assert voice.size == 6
     voice.add_frame("BASE64", True, -1, last)
-    assert voice.complete
+    assert voice.is_complete
     assert voice.size == size
 
 
@@ -132,7 +137,7 @@ def test_a_stream_goes_on_after_a_refused_frame() -> None:
     refused(voice, "BASE64", True, 5)
     voice.add_frame("BASE64", True, 1, b"ab")
     voice.add_frame("BASE64", True, -1, None)
-    assert voice.complete
+    assert voice.is_complete
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,7 @@ def test_a_base64_frame_without_voice_is_refused(
 def test_an_empty_voice_is_a_voice() -> None:
     voice = intake()
     voice.add_frame("BASE64", False, 0, b"")
-    assert voice.complete
+    assert voice.is_complete
 
 
 @pytest.mark.parametrize("flag", [False, True])
@@ -163,16 +168,16 @@ def test_binary_voice_comes_between_two_frames(flag: bool) -> None:
     voice.add_frame("BINARY", flag, 0, None)
     voice.add_binary(b"abc")
     voice.add_binary(b"de")
-    assert not voice.complete
+    assert not voice.is_complete
     voice.add_frame("BINARY", flag, -1, None)
-    assert voice.complete
+    assert voice.is_complete
     assert voice.size == 5
 
 
 def test_binary_voice_may_be_nothing() -> None:
     voice = recording()
     voice.add_frame("BINARY", True, -1, None)
-    assert (voice.complete, voice.size) == (True, 0)
+    assert (voice.is_complete, voice.size) == (True, 0)
 
 
 @pytest.mark.parametrize("seq", [-1, 1])
@@ -231,7 +236,7 @@ def test_as_much_voice_as_the_limit_is_taken() -> None:
     voice = intake(max_bytes=4)
     voice.add_frame("BASE64", True, 0, b"ab")
     voice.add_frame("BASE64", True, -1, b"cd")
-    assert (voice.complete, voice.size) == (True, 4)
+    assert (voice.is_complete, voice.size) == (True, 4)
 
 
 @pytest.mark.parametrize("seq", [1, -1])
@@ -322,7 +327,7 @@ def test_binary_frames_are_of_the_newest_request() -> None:
 
 
 def test_a_binary_frame_outside_of_a_request_is_not_understood() -> None:
-    detail = "a binary frame outside of a request"
+    detail = "a binary frame outside a VOICE request"
     refused = NotUnderstood(ErrorCode.MALFORMED_PAYLOAD, detail)
     voices = VoiceFrames(100)
     assert voices.take_binary(b"voice") == [refused]

@@ -22,7 +22,7 @@ from tests.harness.provider_process import ProviderProcess
 from tests.test_session import Given, VoiceReceived
 
 MakeGateway: TypeAlias = Callable[..., Gateway]
-NO_RECOGNITION = "no speech recognition is configured"
+NO_RECOGNITION = "speech recognition is not configured"
 VOICE = base64.b64encode(b"\0\1" * 160).decode()
 
 

@@ -1,4 +1,4 @@
-"""The answers of one session: which request runs, how its end is told, what remains of it."""
+"""The answers of one session: starts requests, ends them, and records them in the history."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Answers:
     """Runs the accepted requests of one session, in order.
 
     Args:
-        session_id: the session's.
-        session: the session's actor, which gets the reports.
+        session_id: the session's id, for the request-actors.
+        session: the session-actor, which gets the reports.
         client: the session's client.
-        requests: the live ones.
-        request_ids: of those that are not live.
-        history: the turns.
-        quota: of live requests, of all sessions together.
+        requests: the live requests of the session.
+        request_ids: the ids of requests that are not live.
+        history: the turns of the session.
+        quota: the server-wide quota of live requests.
         make_stages: makes the stages of a request.
         tell_supervisor: puts a message in the supervisor's mailbox.
-        is_parallel: whether requests run side by side; else one after another.
+        is_parallel: True if requests run side by side, False if they run one after another.
         books: counts and logs.
-        metrics: for request-actors.
+        metrics: for the request-actors.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Answers:
     def accept(
         self, request_id: str, text: str | None, continues: Turn | None, profile: Profile
     ) -> None:
-        """Make a request live. There is room for it.
+        """Make a request live. The caller has checked that the quota is not full.
 
         Args:
-            request_id: the client's.
-            text: what the user said; None where it continues.
-            continues: the turn whose function results it continues from.
-            profile: of the session, as the request found it.
+            request_id: the id that the client gave the request.
+            text: what the user said; None if the request continues a turn.
+            continues: the turn that it continues, after its function results; else None.
+            profile: the session's profile, with the updates of this request.
         """
         outlet = self._client.port.open_outlet(request_id)
         actor = RequestActor.start(
@@ -99,13 +99,13 @@ class Answers:
         slot.take()  # cannot fail: no other greenlet has run since the quota was checked
 
     def start_next(self, profile: Profile) -> None:
-        """Start the requests whose turn it is. The model is asked as the profile says now."""
+        """Start every request that may start now. Its prompt is made from the current profile."""
         for live in self._requests:
             if live.can_start:
                 live.is_started = True
                 tell(live.actor, Start(self._prompt(live, profile)))
             if not self._is_parallel:
-                break  # later ones wait for the end of the one before
+                break  # the next request waits until this one has ended
 
     def _prompt(self, live: LiveRequest, profile: Profile) -> Prompt:
         system = profile.system_message()
@@ -113,16 +113,16 @@ class Answers:
         return Prompt((*messages,) if system is None else (system, *messages), profile.tools())
 
     def call_delivered(self, request_id: str, call: ToolCall) -> None:
-        """The client was given a function call."""
+        """Record a function call that was delivered to the client."""
         live = self._requests.get(request_id)
         if live is not None:
             self._history.add_call(live.turn, call)
 
     def end_settled(self, awaits: Callable[[LiveRequest], bool]) -> None:
-        """End every stopped request that nothing waits for.
+        """Send the terminal frame of every stopped request that may end now.
 
         Args:
-            awaits: whether an acknowledgement has to come before the end of a request.
+            awaits: returns True if an acknowledgement must be sent before the request ends.
         """
         for live in self._requests:
             if not live.is_stopping:
@@ -131,20 +131,21 @@ class Answers:
                 self._client.port.request_ended(live.end())
                 self.forget(live)
             elif not self._is_parallel:
-                break  # nothing of the next one before the end of this one
+                break  # frames of the next request come after the end of this one
 
     def forget(self, live: LiveRequest) -> None:
-        """A request is live no more: its end was sent, or there is no client to send it to."""
+        """Take a request out of the live ones: its end was sent, or its client is gone."""
         self._requests.remove(live)
         delivered = live.delivered
         self._request_ids.end(live.request_id, delivered.text_chars)
-        # Calls that were delivered a moment ago: their messages find no live request any more.
+        # Some calls were delivered so recently that their CallDelivered is still in the mailbox. It
+        # will find no live request, so add them here.
         for call in delivered.calls[len(live.turn.calls) :]:
             self._history.add_call(live.turn, call)
         self._history.end(live.turn, *live.as_heard(live.outcome))
-        self._lanes.run_deferred(self._let_go, live, delivered.text_chars)
+        self._lanes.run_deferred(self._close, live, delivered.text_chars)
 
-    def _let_go(self, live: LiveRequest, chars: int) -> None:
+    def _close(self, live: LiveRequest, chars: int) -> None:
         tell(live.actor, TerminalSent())
         self._books.text_delivered(chars)
         self._books.request_ended(live.outcome)

@@ -1,5 +1,5 @@
-"""What a session counts and logs. Lines and slow counts are deferred: an interrupt of another
-client may be waiting."""
+"""What a session counts and logs. Log lines and slow counts are deferred, so that they do not delay
+an interrupt of another client."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from actors.words import ErrorCode, InterruptReason, Outcome
 from metrics.instruments import Metrics, exemplar
 from metrics.logs import get_logger
 
-_log = get_logger("ACTOR")  # for code that runs in the data lane already
+_log = get_logger("ACTOR")  # for code that already runs in the data lane
 _deferred_log = DeferredLog(_log)
 
 
@@ -31,7 +31,12 @@ class Books:
         self._lanes = lanes()
 
     def session_opened(self, client_name: str | None, auth: str) -> None:
-        """The session stands. `auth` is the kind of credentials, where they were checked."""
+        """The session is registered.
+
+        Args:
+            client_name: the owner of the credentials; None if they were not checked.
+            auth: the kind of the credentials.
+        """
         self._metrics.sessions_active.inc()
         fields = {"session_id": self._session_id, "peer": self._peer}
         if client_name is not None:
@@ -39,7 +44,7 @@ class Books:
         _deferred_log.info("Session registered", **fields)
 
     def session_ended(self, error: BaseException | None, reason: str) -> None:
-        """The session is over; `error` is what it failed with."""
+        """The session is over. `error` is the exception that it failed with, if it failed."""
         self._metrics.sessions_active.dec()
         self._metrics.sessions.labels("failed" if error else "ended").inc()
         _deferred_log.info(
@@ -50,15 +55,15 @@ class Books:
         )
 
     def request_ended(self, outcome: Outcome) -> None:
-        """A request has ended: what its terminal frame says is what is counted."""
+        """A request has ended. Counts the outcome that its terminal frame gives."""
         self._metrics.requests.labels(outcome.value.lower()).inc()
 
     def text_delivered(self, chars: int) -> None:
-        """So many Unicode code points of an answer were handed to the kernel."""
+        """A part of an answer was handed to the kernel. `chars` counts Unicode code points."""
         self._metrics.text_chars.inc(chars)
 
     def request_interrupted(self, request_id: str, reason: InterruptReason) -> None:
-        """The client was told of an interrupted request. Runs in the data lane."""
+        """An interrupted request has ended. Must be called in the data lane."""
         _log.info(
             "Request interrupted",
             session_id=self._session_id,
@@ -71,11 +76,11 @@ class Books:
         self._metrics.requests_reaped.inc()
 
     def busy(self, reason: str) -> None:
-        """A request was refused for this reason."""
+        """A request was refused with `SERVER_BUSY`, for this reason."""
         self._metrics.refused.labels(reason).inc()
 
     def refused(self, code: ErrorCode, detail: str, request_id: str | None) -> None:
-        """Something that the client said was refused."""
+        """A message of the client was refused."""
         _deferred_log.info(
             "Refused message",
             code=code.value,
@@ -86,7 +91,7 @@ class Books:
         )
 
     def stop_overdue(self, request_id: str, seconds: float) -> None:
-        """A stage still runs so long after it was told to close."""
+        """A stage still runs this many seconds after it was told to close."""
         self._metrics.streams_open_after_ack.inc()
         _deferred_log.error(
             "Stream still open after interrupt",
@@ -96,7 +101,8 @@ class Books:
         )
 
     def ack_sent(self, seconds: float, request_id: str | None) -> None:
-        """The kernel has an acknowledgement, so long after its interrupt was read."""
+        """An acknowledgement was handed to the kernel, this many seconds after its interrupt was
+        read."""
         self._lanes.run_deferred(
             self._metrics.acknowledged_seconds.observe, seconds, exemplar(request_id)
         )

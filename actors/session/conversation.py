@@ -1,7 +1,7 @@
 """What a client asks, and whether it is admitted.
 
-Text, results of functions, voice, and frames that could not be understood all come to one place,
-`_admit`: whatever would begin a request climbs the same ladder.
+Text, function results, voice and messages that the door refused all go through one method,
+`_admit`. It takes everything that would begin a request through the same numbered steps.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from actors.session.request_ids import RequestIds
 from actors.session.voice import OpenVoice
 from actors.words import ErrorCode, InterruptReason, OnNewRequest, Outcome
 
-_LEAVING = "the gateway is shutting down, or the session is ending"
+_LEAVING_DETAIL = "the gateway is shutting down, or the session is ending"
 _QUOTED_ID_CHARS = 64
 
 
 @dataclass(frozen=True)
 class ConversationSettings:
-    """What a conversation may do.
+    """How a conversation treats a new request while another is live.
 
     Args:
-        on_new_request: what a new request does while another is live.
-        max_parallel: live requests, where they may run side by side.
+        on_new_request: the policy.
+        max_parallel: how many requests may be live at once under `OnNewRequest.PARALLEL`.
     """
 
     on_new_request: OnNewRequest
@@ -52,7 +52,7 @@ class ConversationSettings:
 
 
 class _Candidate(Struct, frozen=True):
-    """Something that would begin a request."""
+    """A message that would begin a request."""
 
     request_id: str
     text: str | None = None
@@ -60,9 +60,9 @@ class _Candidate(Struct, frozen=True):
     continues: Turn | None = None
     """The turn whose function results it continues from."""
     fault: NotUnderstood | None = None
-    """Why it was not understood."""
+    """Why the door refused it, if it did."""
     impossible: str | None = None
-    """Why it cannot be done, where that is known already."""
+    """Why it cannot be done, if that is known already."""
     is_voice: bool = False
 
 
@@ -71,18 +71,18 @@ class Conversation:
 
     Args:
         client: the session's client.
-        profile: what it registered.
-        settings: what the conversation may do.
-        answers: what is answered.
-        requests: the live ones.
-        request_ids: of those that are not live.
-        history: the turns.
-        voice: the request whose voice is still coming.
-        lifecycle: whether requests are taken.
-        quota: of live requests, of all sessions together.
+        profile: what the client registered.
+        settings: how to treat a new request while another is live.
+        answers: runs the accepted requests.
+        requests: the live requests of the session.
+        request_ids: the ids of requests that are not live.
+        history: the turns of the session.
+        voice: the request whose voice is still arriving.
+        lifecycle: says whether the session accepts requests.
+        quota: the server-wide quota of live requests.
         books: counts and logs.
-        renew: called when a question is a sign of life.
-        clock: `time.monotonic`, or a test's.
+        renew: called when a function result counts as a sign of life.
+        clock: `time.monotonic`, or a test's clock.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Conversation:
         self._admit(_Candidate(asked.request_id, asked.text, asked.updates))
 
     def not_understood(self, fault: NotUnderstood) -> None:
-        """The client said something that the door refuses."""
+        """The door refused a message of the client."""
         if fault.request_id is None:
             self._refuse(fault.code, fault.detail)
         else:
@@ -134,14 +134,14 @@ class Conversation:
         request_id = returned.request_id
         found = self._history.find_call(returned.call_id)
         if found is None:
-            detail = f"no call with call_id {returned.call_id[:_QUOTED_ID_CHARS]!r} is remembered"
+            detail = f"unknown or forgotten call_id {returned.call_id[:_QUOTED_ID_CHARS]!r}"
             if request_id is None:
                 self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
             else:
                 self._admit(_Candidate(request_id, impossible=detail))
             return
         turn, call = found
-        self._history.hold(turn)  # however long the result is, the model is told of it once
+        self._history.hold(turn)  # the model gets the result once, even over the bounds
         self._history.set_result(call, returned.result)
         if request_id is not None and request_id != self._continuation_of(turn):
             self._admit(_Candidate(request_id, continues=turn))
@@ -153,22 +153,22 @@ class Conversation:
         self._admit(_Candidate(begun.request_id, updates=begun.updates, is_voice=True))
 
     def break_voice(self, broken: VoiceBroken) -> None:
-        """The voice that is coming cannot be used."""
+        """The voice that was arriving broke off or is invalid."""
         if broken.request_id == self._voice.request_id:
             self._fail_voice(broken.request_id, broken.code, broken.detail)
 
     def end_voice(self, request_id: str) -> None:
-        """The voice has come in whole."""
+        """The voice of a request is complete."""
         if request_id == self._voice.request_id:
-            detail = "no speech recognition is configured"
+            detail = "speech recognition is not configured"
             self._fail_voice(request_id, ErrorCode.INTERNAL_ERROR, detail)
 
-    # Who is admitted.
+    # Admission.
 
     def _admit(self, candidate: _Candidate) -> None:
-        """Let a request begin, or say why not: the first step that applies decides."""
+        """Begin a request or refuse it. The first step that applies decides."""
         request_id = candidate.request_id
-        # Step 1. An id names one request of the session. The refusal does not carry the id: it
+        # Step 1. The id is used already. The refusal does not carry the id: to the client, that
         # would end the request that has it.
         if self._is_used(request_id):
             if candidate.is_voice:
@@ -180,22 +180,23 @@ class Conversation:
             else:
                 self._refuse(candidate.fault.code, candidate.fault.detail)
             return
-        # Step 2. A session that is leaving takes nothing new. The id may come again, elsewhere.
+        # Step 2. The session is leaving. The client may send the request in another session.
         reason = self._request_ids.take_early(request_id, self._clock())
         is_refusable = reason is None and candidate.fault is None
         if is_refusable and not self._lifecycle.takes_requests:
             if candidate.is_voice:
                 self._voice.drop(request_id)
-            self._refuse_busy("shutdown", _LEAVING, request_id)
+            self._refuse_busy("shutdown", _LEAVING_DETAIL, request_id)
             return
-        # Step 3. One voice at a time: the one that begins ends the one before.
+        # Step 3. A session hears one voice at a time: the new one ends the one before.
         if candidate.is_voice and candidate.fault is None:
             self._end_open_voice(request_id)
-        # Step 4. One that was interrupted before it came ends as interrupted, whatever is in it.
+        # Step 4. An interrupt came before it: it ends as interrupted, even if it is faulty.
         if reason is not None:
             self._end_early(candidate, reason)
             return
-        # Step 5. What was not understood, or cannot be done, is refused, and changes nothing.
+        # Step 5. The door refused it, or it asks for something that cannot be done: no part of it
+        # is applied.
         if candidate.fault is not None:
             self._refuse_fault(candidate.fault, request_id)
             return
@@ -206,7 +207,8 @@ class Conversation:
                 self._voice.drop(request_id)
             self._refuse_for_good(request_id, ErrorCode.MALFORMED_PAYLOAD, str(error))
             return
-        # Step 6. What asks nothing is complete at once, and what is spoken first has to be heard.
+        # Step 6. There is nothing to answer: voice has to arrive first, and a request without text
+        # only updates the session.
         if candidate.is_voice:
             self.profile = profile
             self._voice.begin(request_id)
@@ -215,7 +217,7 @@ class Conversation:
             self.profile = profile
             self._end_unasked(request_id, Outcome.COMPLETED)
             return
-        # Step 7. Others of the session make way, or it waits for another time.
+        # Step 7. Other requests of the session make way for it, or it is refused as busy.
         if not self._apply_concurrency_policy(request_id, candidate.continues):
             return
         # Step 8. Accepted.
@@ -232,21 +234,21 @@ class Conversation:
         )
 
     def _updated(self, candidate: _Candidate) -> Profile:
-        """The profile after what the candidate changes.
+        """The profile with the candidate's updates.
 
         Raises:
-            UpdateError: it asks for something that cannot be done.
+            UpdateError: the candidate asks for something that cannot be done.
         """
         if candidate.impossible is not None:
             raise UpdateError(candidate.impossible)
         if candidate.continues is not None:
             continuation = self._continuation_of(candidate.continues)
             if continuation is not None:
-                raise UpdateError(f"{continuation!r} continues this answer already")
+                raise UpdateError(f"request {continuation!r} already continues this answer")
         return self.profile.updated(candidate.updates)
 
     def _continuation_of(self, turn: Turn) -> str | None:
-        """The id of the queued request that continues a turn."""
+        """The id of the queued request that continues a turn; None if there is none."""
         for live in self._requests:
             if live.turn.continues is turn and live.is_queued:
                 return live.request_id
@@ -254,7 +256,7 @@ class Conversation:
 
     def _end_early(self, candidate: _Candidate, reason: InterruptReason) -> None:
         request_id = candidate.request_id
-        with contextlib.suppress(UpdateError):  # it ends as interrupted all the same
+        with contextlib.suppress(UpdateError):  # it ends as interrupted in any case
             self.profile = self.profile.updated(candidate.updates)
         if candidate.is_voice:
             self._voice.drop(request_id)
@@ -266,7 +268,7 @@ class Conversation:
     def _end_unasked(
         self, request_id: str, outcome: Outcome, reason: InterruptReason | None = None
     ) -> None:
-        """A request ends without a request-actor."""
+        """End a request that never had a request-actor."""
         self._request_ids.end(request_id, 0)
         self._books.request_ended(outcome)
         self._client.port.request_ended(
@@ -274,22 +276,22 @@ class Conversation:
         )
 
     def _apply_concurrency_policy(self, request_id: str, beside: Turn | None) -> bool:
-        """Make way for a new request; False when it was refused.
+        """Make way for a new request. Returns False if it was refused.
 
         Args:
-            request_id: the new one.
-            beside: a turn that it continues, and so does not compete with.
+            request_id: the id of the new request.
+            beside: the turn that it continues, whose request does not have to make way.
         """
         others = [live for live in self._requests if live.turn is not beside]
-        # A client that interrupts and asks again does not wait for the ack in between.
+        # A client need not wait for the ack before it asks again, so stopping ones do not count.
         running = sum(not live.is_stopping for live in others)
         match self._settings.on_new_request:
             case OnNewRequest.INTERRUPT:
                 for live in others:
                     self._requests.interrupt(live, InterruptReason.USER_NEW_INPUT)
-                    live.slot.release()  # also of one whose end is on its way already
+                    live.slot.release()  # even if its end can no longer be held back
             case OnNewRequest.PARALLEL if running >= self._settings.max_parallel:
-                detail = f"the limit of {running} live requests of this session is reached"
+                detail = f"session limit of {running} live requests reached"
                 self._refuse_busy("request", detail, request_id)
                 return False
             case OnNewRequest.REJECT if running:
@@ -297,9 +299,9 @@ class Conversation:
                 return False
         for live in self._requests:
             if live.turn is beside:
-                live.slot.release()  # this one begins when that one has ended
-        # A request that made way has released its slot: so one that is refused here has interrupted
-        # nothing.
+                live.slot.release()  # the new request starts when this one has ended
+        # Every request that made way has released its slot. So if the quota is full now, none has,
+        # and a refusal interrupts no request.
         if self._quota.is_full:
             detail = "server-wide limit on live requests reached"
             self._refuse_busy("max_requests", detail, request_id)
@@ -307,19 +309,19 @@ class Conversation:
         return True
 
     def start_next(self) -> None:
-        """Start the requests whose turn it is."""
+        """Start every request that may start now."""
         self._answers.start_next(self.profile)
 
     # Voice.
 
     def interrupt_voice(self, reason: InterruptReason) -> None:
-        """End the request whose voice is coming, if there is one."""
+        """End the request whose voice is still arriving, if there is one."""
         if self._voice.request_id is not None:
             self._client.port.request_ended(self._voice.interrupt(reason))
 
     def _end_open_voice(self, next_id: str) -> None:
         if self._voice.request_id is not None:
-            detail = f"the voice of {next_id!r} began before the end of this one"
+            detail = f"the voice of {next_id!r} began before the voice of this request had ended"
             self._fail_voice(self._voice.request_id, ErrorCode.STREAM_SEQ_ERROR, detail)
 
     def _fail_voice(self, request_id: str, code: ErrorCode, detail: str) -> None:
@@ -335,16 +337,16 @@ class Conversation:
             self._refuse(fault.code, fault.detail, request_id)
 
     def _refuse_used(self, request_id: str) -> None:
-        detail = f"request_id {request_id!r} was used in this session"
+        detail = f"request_id {request_id!r} was already used in this session"
         self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
 
     def _refuse_for_good(self, request_id: str, code: ErrorCode, detail: str) -> None:
-        """Refuse a request, whose id is used up with that."""
+        """Refuse a request and use up its id."""
         self._request_ids.end(request_id, 0)
         self._refuse(code, detail, request_id)
 
     def _refuse_busy(self, reason: str, detail: str, request_id: str) -> None:
-        """Refuse a request that may come again."""
+        """Refuse a request that the client may send again under the same id."""
         self._books.busy(reason)
         self._refuse(ErrorCode.SERVER_BUSY, detail, request_id)
 
@@ -354,7 +356,7 @@ class Conversation:
             self._client.port.refused(code, detail)
             return
         self._request_ids.refuse(request_id)
-        self._books.request_ended(Outcome.FAILED)  # to the client, the request ends with this
+        self._books.request_ended(Outcome.FAILED)  # the refusal is its terminal frame
         self._client.port.request_ended(
             RequestEnd(request_id, Outcome.FAILED, code=code, detail=detail)
         )

@@ -1,10 +1,10 @@
-"""The conversation as the user got it, and what the model is sent of it. Pure: no I/O, no clock.
+"""The conversation as the user got it, and as the model is sent it. Pure: no I/O, no clock.
 
-The order of turns is the order in which requests were accepted, but that one which goes on after
-the results of functions follows the turn that asked for them. A turn runs until `History.end`;
-only ended turns are told to the model, and only they count against the bounds. Whatever happened
-to a turn, what is sent of it is what providers accept: each call of a function is followed by
-its result, a stand-in where there is none, before anything else.
+Turns are in the order in which their requests were accepted, with one exception: a turn that
+continues after function results follows the turn that made the calls. A turn runs until
+`History.end`. Only ended turns are sent to the model, and only they count against the bounds.
+However a turn ended, its messages are valid for every provider: each function call is directly
+followed by its result, or by a stand-in if there is none.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from dataclasses import dataclass, field
 from llm.chat.completions import Message, ToolCall
 
 INTERRUPTED_MARK = " [interrupted by the user]"
-"""Follows the part of an answer that the user got, so that the model does not take the rest for
-said."""
+"""Appended to the part of an answer that the user got, so that the model knows that the rest was
+not said."""
 
 INTERRUPTED_BEFORE_TEXT = "[interrupted by the user before the answer began]"
-"""Stands for an answer of which the user got nothing. Where calls were made before the interrupt,
-they are the answer, and there is no mark: the content is None."""
+"""Replaces an answer of which the user got nothing. If function calls were delivered before the
+interrupt, they are the answer: there is no mark, and the content is None."""
 
 BROKEN_MARK = " [the answer broke off here]"
-"""Follows the part of an answer that came before it failed or was reaped."""
+"""Appended to the part of an answer that arrived before it failed or was reaped."""
 
 NO_RESULT = '{"error":"interrupted: the function returned no result"}'
-"""Stands for a result that has not come: providers refuse a call without one."""
+"""Replaces a result that has not arrived: providers refuse a call without a result."""
 
 
 class Ending(enum.Enum):
-    """How a turn ended, to the user."""
+    """How a turn ended for the user."""
 
     COMPLETED = enum.auto()
     INTERRUPTED = enum.auto()
@@ -40,33 +40,33 @@ class Ending(enum.Enum):
 
 @dataclass
 class Call:
-    """A function of the client that the model asked for, and what it returned."""
+    """A function call of the model, and its result."""
 
     call: ToolCall
     result: str | None = None
-    """As the model is to read it; None until it comes. Set by `History.set_result`."""
+    """The text that the model gets; None until it arrives. Set by `History.set_result`."""
 
 
 @dataclass(eq=False)
 class Turn:
-    """What the user said and what came of it."""
+    """What the user said and what was answered."""
 
     request_id: str
     user_text: str | None
-    """None for a turn that goes on after the results of functions."""
+    """None for a turn that continues after function results."""
     text: str = ""
     """What the user got of the answer; empty while the turn runs."""
     calls: list[Call] = field(default_factory=list)
-    """The calls that the client was given, in order."""
+    """The function calls that were delivered to the client, in order."""
     ending: Ending | None = None
     """None while the turn runs."""
     continues: Turn | None = None
-    """The turn after whose results it goes on."""
+    """The turn that this one continues, after its function results."""
     holds: int = 0
-    """How often it is held: see `History.hold`."""
+    """How many times it is held: see `History.hold`."""
 
     @property
-    def resolved(self) -> bool:
+    def is_resolved(self) -> bool:
         """True when every call has its result."""
         return all(call.result is not None for call in self.calls)
 
@@ -74,15 +74,15 @@ class Turn:
 class History:
     """The turns of one session.
 
-    Over a bound the oldest ended turns are forgotten, whole, so that no call loses its result;
-    the newest too, where it alone is over the bound. A turn that goes on after results
-    (`user_text` None) goes with the question that it belongs to, since no conversation begins with
-    an answer. Running turns, and those that are held, are never forgotten.
+    Over a bound, the oldest ended turns are dropped. They are dropped whole, so that no call loses
+    its result; the newest is dropped too if it alone is over the bound. A turn that continues after
+    function results (`user_text` None) is dropped together with the turn of its question, since no
+    conversation may begin with an answer. Running turns and held turns are never dropped.
 
     Args:
-        max_messages: how many messages `messages` may give for all ended turns; 0 keeps no history.
-        max_chars: how many Unicode code points these may have: user texts, answers, names and
-            arguments of calls, results, but not the marks and stand-ins; 0 keeps no history.
+        max_messages: how many messages the ended turns may have; 0: keep no history.
+        max_chars: how many Unicode code points the ended turns may have: user texts, answers, names
+            and arguments of calls, results, but not the marks and stand-ins; 0: keep no history.
     """
 
     def __init__(self, max_messages: int, max_chars: int) -> None:
@@ -92,13 +92,13 @@ class History:
         self._last_ended: Turn | None = None
 
     def begin(self, request_id: str, user_text: str | None, continues: Turn | None = None) -> Turn:
-        """A request was accepted: its turn runs from here on.
+        """Begin the turn of an accepted request.
 
         Args:
-            request_id: the client's.
-            user_text: what the user said; None for a turn that goes on after results.
-            continues: the turn of those results, which is held until this one ends. This one
-                follows it, and what went on from it before.
+            request_id: the id that the client gave the request.
+            user_text: what the user said; None for a turn that continues after function results.
+            continues: the turn that made the function calls. It is held until the new turn ends.
+                The new turn is placed behind it, and behind earlier turns that continue it.
         """
         turn = Turn(request_id, user_text, continues=continues)
         place = len(self._turns)
@@ -111,28 +111,28 @@ class History:
         return turn
 
     def hold(self, turn: Turn) -> None:
-        """Do not forget this turn, and those that it goes on from, whatever the bounds say, until
-        it is released as often."""
-        _count_holds(turn, 1)
+        """Keep this turn, and the turns that it continues, even over the bounds. Each `hold` needs
+        one `release`."""
+        _add_holds(turn, 1)
 
     def release(self, turn: Turn) -> None:
-        """The contrary of `hold`."""
-        _count_holds(turn, -1)
+        """Undo one `hold`, and apply the bounds."""
+        _add_holds(turn, -1)
         self._apply_bounds()
 
     def add_call(self, turn: Turn, call: ToolCall) -> None:
-        """The client was given this call by a turn that runs."""
+        """A function call of a running turn was delivered to the client."""
         turn.calls.append(Call(call))
 
     def end(self, turn: Turn, text: str, ending: Ending) -> None:
-        """A turn is over.
+        """End a turn.
 
-        A turn that broke before anything came of it is forgotten, and so is one that has nothing
-        to tell. A completed one without an answer leaves only the user's words, since some
-        providers refuse an empty answer.
+        A turn that broke before any answer is dropped, and so is one without any message. A
+        completed turn without an answer keeps only the user's text, since some providers refuse an
+        empty answer.
 
         Args:
-            turn: a turn that runs.
+            turn: a running turn.
             text: what the user got of the answer, without any mark.
             ending: how it ended.
         """
@@ -142,20 +142,20 @@ class History:
         if broke_at_once or not _messages_of(turn):
             self._turns.remove(turn)
         if turn.continues is not None:
-            _count_holds(turn.continues, -1)
+            _add_holds(turn.continues, -1)
         self._last_ended = turn
         self._apply_bounds()
 
     def trim(self, request_id: str | None, chars: int) -> bool:
-        """The user got less of an ended answer than was sent: cut it, and mark it as interrupted.
+        """Shorten an ended answer to what the user really got, and mark it as interrupted.
 
         Args:
-            request_id: whose answer; None for the one that ended last.
-            chars: how many Unicode code points the user got, at least 0. Where that is all of the
-                answer, nothing changes, its ending neither.
+            request_id: the request of the answer; None for the one that ended last.
+            chars: how many Unicode code points the user got, 0 or more. If that is the whole
+                answer, nothing changes.
 
         Returns:
-            False when there is no such turn, or it still runs.
+            False if there is no such turn, or it still runs.
         """
         for turn in reversed(self._turns):
             is_meant = (
@@ -169,7 +169,8 @@ class History:
         return False
 
     def find_call(self, call_id: str) -> tuple[Turn, Call] | None:
-        """The newest call with this id (providers use ids again), and its turn."""
+        """Find the newest call with this id, and its turn: providers reuse ids. None if there is
+        none."""
         for turn in reversed(self._turns):
             for call in reversed(turn.calls):
                 if call.call.id == call_id:
@@ -177,28 +178,28 @@ class History:
         return None
 
     def set_result(self, call: Call, result: str) -> None:
-        """A function returned, however late: later prompts have this instead of the stand-in.
+        """Set the result of a call, at any time: later prompts have it instead of the stand-in.
 
-        Where the result exceeds the bounds, the turn of the call may be dropped.
+        If the history is over its bounds with the result, the turn of the call may be dropped.
 
         Args:
-            call: as found by `find_call`.
-            result: as the model is to read it.
+            call: the call, as returned by `find_call`.
+            result: the text that the model gets.
         """
         call.result = result
         self._apply_bounds()
 
     def messages(self, turn: Turn) -> list[Message]:
-        """What the model is sent for a turn: the ended turns before it, then its own user text.
+        """Build what the model is sent for a turn: the ended turns before it, then its user text.
 
-        Turns that run side by side do not see one another. For one that goes on after results these
-        come last: no model could go on from what lies further back.
+        Turns that run side by side do not see each other. If the turn continues after function
+        results, these come last, since a model continues only from the end of its prompt.
         """
         messages: list[Message] = []
         for earlier in self._turns:
             if earlier is turn:
                 break
-            if earlier.ending is not None and not _goes_on_from_running(earlier):
+            if earlier.ending is not None and not _continues_running_turn(earlier):
                 messages += _messages_of(earlier)
             if earlier is turn.continues:
                 break
@@ -226,7 +227,7 @@ class History:
 
 
 def _messages_of(turn: Turn) -> list[Message]:
-    """An ended turn, as it is told to the model."""
+    """The messages of an ended turn, as the model is sent them."""
     messages = []
     if turn.user_text is not None:
         messages.append(Message("user", turn.user_text))
@@ -240,7 +241,7 @@ def _messages_of(turn: Turn) -> list[Message]:
 
 
 def _content(turn: Turn) -> str | None:
-    """The text of the answer with its mark; None where there is nothing to say."""
+    """The text of the answer with its mark; None if there is neither."""
     if not turn.text:
         unheard = turn.ending is Ending.INTERRUPTED and not turn.calls
         return INTERRUPTED_BEFORE_TEXT if unheard else None
@@ -251,17 +252,17 @@ def _content(turn: Turn) -> str | None:
     return turn.text
 
 
-def _goes_on_from_running(turn: Turn) -> bool:
+def _continues_running_turn(turn: Turn) -> bool:
     before = turn.continues
     while before is not None and before.ending is not None:
         before = before.continues
     return before is not None
 
 
-def _count_holds(turn: Turn, one: int) -> None:
+def _add_holds(turn: Turn, count: int) -> None:
     held: Turn | None = turn
     while held is not None:
-        held.holds += one
+        held.holds += count
         held = held.continues
 
 

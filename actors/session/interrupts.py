@@ -1,4 +1,4 @@
-"""Interrupts of one session: what each of them hits, and when it is acknowledged."""
+"""Interrupts of one session: stops their targets, and acknowledges them when these have stopped."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from actors.words import InterruptOutcome
 
 
 class _PendingInterrupt(Struct, eq=False):
-    """An interrupt that is still to be acknowledged."""
+    """An interrupt that is not acknowledged yet."""
 
     asked: InterruptAsked
     targets: dict[str, LiveRequest | InterruptResult] = field(default_factory=dict)
-    """Live ones are being stopped; of the others it is known already what became of them."""
+    """By request id: the live request while it is being stopped, or the result if it is known."""
     ends: list[RequestEnd] = field(default_factory=list)
-    """Of requests that it ended without a request-actor: they follow the acknowledgement."""
+    """Ends of voice requests, which have no request-actor. They are sent after the
+    acknowledgement."""
     live_ids: list[str] = field(default_factory=list)
+    """The live requests when the interrupt came, for the log."""
 
     @property
     def is_ready(self) -> bool:
@@ -36,7 +38,7 @@ class _PendingInterrupt(Struct, eq=False):
         )
 
     def done(self) -> InterruptDone:
-        """What it did."""
+        """Return what the interrupt did."""
         read_at = self.asked.read_at
         return InterruptDone(
             tuple(
@@ -52,10 +54,10 @@ class Interrupts:
 
     Args:
         client: gets the acknowledgements.
-        requests: the live ones.
-        request_ids: of those that are not live.
-        history: the conversation, which an interrupt may cut.
-        voice: the request whose voice is still coming.
+        requests: the live requests of the session.
+        request_ids: the ids of requests that are not live.
+        history: the conversation, in which an interrupt may shorten an answer.
+        voice: the request whose voice is still arriving.
         books: counts and logs.
     """
 
@@ -78,11 +80,11 @@ class Interrupts:
         self._pending: list[_PendingInterrupt] = []
 
     def __len__(self) -> int:
-        """How many are still to be acknowledged."""
+        """How many interrupts are not acknowledged yet."""
         return len(self._pending)
 
     def ask(self, asked: InterruptAsked) -> bool:
-        """Stop what an interrupt is for. True when it can be acknowledged at once."""
+        """Stop the targets of an interrupt. Returns True if it can be acknowledged at once."""
         target = asked.target
         pending = _PendingInterrupt(asked)
         for request_id in [target] if target is not None else self._requests.ids:
@@ -94,7 +96,7 @@ class Interrupts:
             elif target is not None and target != self._voice.request_id:
                 pending.targets[request_id] = self._missed(request_id, asked)
         if target is None and not self._requests and asked.heard_chars is not None:
-            # Nothing runs, but speech outlasts text: the last answer was not heard to its end.
+            # No request is live, but the client may still have been playing the last answer.
             self._history.trim(None, asked.heard_chars)
         voice_id = self._voice.request_id
         if voice_id is not None and target in (None, voice_id):
@@ -105,14 +107,14 @@ class Interrupts:
         return pending.is_ready
 
     def acknowledge_ready(self) -> None:
-        """Acknowledge every interrupt whose targets have stopped, or took too long."""
+        """Acknowledge every interrupt whose targets have stopped or timed out."""
         for pending in self._pending.copy():
             if pending.is_ready:
                 self._pending.remove(pending)
                 self._acknowledge(pending)
 
     def awaits(self, live: LiveRequest) -> bool:
-        """True when a request may not end yet, since an acknowledgement comes first."""
+        """True when an acknowledgement must be sent before the end of this request."""
         return any(one.targets.get(live.request_id) is live for one in self._pending)
 
     def _acknowledge(self, pending: _PendingInterrupt) -> None:
@@ -129,7 +131,7 @@ class Interrupts:
         return lambda at: self._books.ack_sent(at - pending.asked.read_at, first)
 
     def _missed(self, request_id: str, asked: InterruptAsked) -> InterruptResult:
-        """Nothing was there to stop: the request has ended, or is still to come."""
+        """The result for a target that was not stopped: it has ended, or has not arrived yet."""
         live = self._requests.get(request_id)
         ids = self._request_ids
         chars = live.delivered.text_chars if live else ids.delivered(request_id)

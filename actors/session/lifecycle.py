@@ -1,9 +1,8 @@
-"""Where a session is in its life, as one table.
+"""The life of a session, as one table.
 
-A session is OPEN while a client is attached to it, and DETACHED when the connection was lost. It is
-LEAVING from the moment on that it takes no more requests: what is live then may still finish (a
-drain), or is being stopped (everything else that ends a session). It is OVER when the goodbye was
-said; later messages are ignored.
+A session is OPEN while a client is attached to it, and DETACHED once the connection is lost. It is
+LEAVING once it accepts no more requests. In a drain, its live requests may then still finish; in
+every other case they are being stopped. It is OVER after the goodbye; later messages are ignored.
 
     state      may become
     OPEN       DETACHED, LEAVING
@@ -11,9 +10,9 @@ said; later messages are ignored.
     LEAVING    OVER
     OVER       -
 
-What is not so pretty: a LEAVING session also has to know whether it may go yet. There are two
-reasons to wait, and the last one that ends decides: the pause of a drain (`may_leave`), and
-requests that are still live (which its owner knows).
+The table does not say everything: a LEAVING session may have to wait before its goodbye, for two
+things. One is the pause of a drain (`may_leave`). The other is its live requests, which the owner
+knows. It leaves when both are over.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from actors.session.port import Goodbye
 
 
 class Phase(enum.Enum):
-    """Where a session is."""
+    """The phase of a session's life."""
 
     OPEN = "open"
     DETACHED = "detached"
@@ -41,39 +40,39 @@ _TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 
 
 class Lifecycle:
-    """The phase of one session, and how it will end."""
+    """The phase of one session, and how the session will end."""
 
     def __init__(self) -> None:
         self.phase = Phase.OPEN
         self.goodbye: Goodbye | None = None
-        """What to say when nothing is live any more; set when everything was told to stop."""
+        """The goodbye to say once no request is live. Set when every request was told to stop."""
         self.may_leave = False
-        """Whether it says goodbye as soon as nothing is live, without stopping anything."""
+        """Whether the session ends as soon as no request is live: the pause of a drain is over."""
         self.ended_by = ""
-        """Why it ends, for the log."""
+        """Why the session ends, for the log."""
 
     @property
     def takes_requests(self) -> bool:
-        """Whether a new request is accepted."""
+        """Whether the session accepts new requests."""
         return self.phase in (Phase.OPEN, Phase.DETACHED)
 
     @property
     def is_ending(self) -> bool:
-        """Whether everything was told to stop."""
+        """Whether every request was told to stop."""
         return self.goodbye is not None
 
     @property
     def is_over(self) -> bool:
-        """Whether the goodbye was said: later messages are ignored."""
+        """Whether the goodbye was said. Later messages are ignored."""
         return self.phase is Phase.OVER
 
     def detach(self, why: str) -> None:
-        """The connection was lost."""
+        """The connection was lost, for the reason `why`."""
         self._advance(Phase.DETACHED)
         self.ended_by = why
 
     def leave(self) -> None:
-        """Take no more requests; what is live may finish."""
+        """Accept no more requests; live ones may finish."""
         self._advance(Phase.LEAVING)
 
     def end_pause(self) -> None:
@@ -81,8 +80,8 @@ class Lifecycle:
         self.may_leave = True
 
     def end(self, goodbye: Goodbye) -> None:
-        """Say this when nothing is live. The first reason to end is the one that is logged; the
-        last goodbye is the one that is said."""
+        """Set the goodbye to say once no request is live. If there are several, the last is said,
+        and the first is the reason in the log."""
         self._advance(Phase.LEAVING)
         self.goodbye = goodbye
         self.ended_by = self.ended_by or goodbye.text

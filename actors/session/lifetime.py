@@ -1,4 +1,4 @@
-"""When a session is to be given a sign of life, warned, and ended. Pure: it is told the time."""
+"""When a session sends a heartbeat, warns its client, and ends. Pure: the time is an argument."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import enum
 import math
 
 _WARN_SECONDS = 300.0
-"""Before the end; half of a session's time where that is less."""
+"""How long before the end the warning comes; half of the session's timeout if that is shorter."""
 
 
 class Due(enum.Enum):
-    """What is due."""
+    """What the session has to do."""
 
     HEARTBEAT = "heartbeat"
     WARNING = "warning"
@@ -18,11 +18,11 @@ class Due(enum.Enum):
 
 
 class Lifetime:
-    """The time of one session: it slides with each sign of life from the client.
+    """The remaining time of one session. Each sign of life from the client renews it.
 
     Args:
-        timeout: seconds without one until the session ends; 0 is never.
-        heartbeat_interval: seconds between two heartbeats; 0 is none.
+        timeout: seconds without a sign of life until the session ends; 0: never.
+        heartbeat_interval: seconds between two heartbeats; 0: no heartbeats.
         now: `time.monotonic()`.
     """
 
@@ -32,34 +32,34 @@ class Lifetime:
         self._warn_before = min(_WARN_SECONDS, self._timeout / 2)
         self._next_heartbeat = now + self._interval
         self._ends_at = now + self._timeout
-        self._warned = False
+        self._is_warned = False
 
     def renew(self, now: float) -> None:
-        """The client gave a sign of life."""
+        """The client gave a sign of life: its time starts again."""
         self._ends_at = now + self._timeout
-        self._warned = False
+        self._is_warned = False
 
     def remaining_seconds(self, now: float) -> int:
-        """Whole seconds until the end; 0 where there is none."""
+        """Whole seconds until the session ends; 0 if it never does."""
         left = self._ends_at - now
         return max(0, math.ceil(left)) if math.isfinite(left) else 0
 
     @property
     def next_at(self) -> float:
-        """When `due` is to be asked again; infinite for never."""
-        warn_at = math.inf if self._warned else self._ends_at - self._warn_before
+        """`time.monotonic()` when `due` must be called next; infinite for never."""
+        warn_at = math.inf if self._is_warned else self._ends_at - self._warn_before
         return min(self._next_heartbeat, warn_at, self._ends_at)
 
     def due(self, now: float) -> list[Due]:
-        """What is due by now, each thing once."""
+        """Return what is due now. Each thing is returned once."""
         if now >= self._ends_at:
             return [Due.END]
         due = []
         if now >= self._next_heartbeat:
-            # From now on, and not from when it was due: missed heartbeats are not made up for.
+            # Counted from now, so that a late timer does not send several heartbeats at once.
             self._next_heartbeat = now + self._interval
             due.append(Due.HEARTBEAT)
-        if not self._warned and now >= self._ends_at - self._warn_before:
-            self._warned = True
+        if not self._is_warned and now >= self._ends_at - self._warn_before:
+            self._is_warned = True
             due.append(Due.WARNING)
         return due

@@ -1,4 +1,4 @@
-"""The requests of a session while they are live, and how each of them is stopped."""
+"""The live requests of a session: their state, their end, and how they are stopped."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from llm.stage import Ending
 
 
 class LiveRequest(Struct, eq=False):
-    """A request from its acceptance until its terminal frame was handed to the kernel.
+    """A request, from its acceptance until its terminal frame was handed to the kernel.
 
     Args:
-        request_id: the client's.
-        outlet: its way to the client.
-        actor: the actor that runs it.
+        request_id: the id that the client gave the request.
+        outlet: where the answer goes.
+        actor: the request-actor.
         turn: its turn in the history.
-        slot: its share of the quota; released as soon as the request is told to stop.
-        wants_speech: whether its client waits for the end of speech.
+        slot: its slot in the quota of live requests; released when the request is told to stop.
+        wants_speech: whether the client waits for the end of speech.
     """
 
     request_id: str
@@ -46,37 +46,37 @@ class LiveRequest(Struct, eq=False):
     wants_speech: bool = False
     is_started: bool = False
     interrupted_by: InterruptReason | None = None
-    reaped: str | None = None
-    """What the reaper found."""
+    reap_detail: str | None = None
+    """Why the reaper ended it; None if it did not."""
     report: Report | None = None
     is_timed_out: bool = False
-    """Whether a stage still ran when the time for stopping it was up."""
+    """Whether a stage still ran when the time limit for stopping expired."""
     timer: Timer | None = None
     heard_chars: int | None = None
-    """How much of the answer the user got, as the client says, in Unicode code points."""
+    """How many Unicode code points of the answer the user got, according to the client."""
 
     @property
     def is_stopping(self) -> bool:
-        """True when it was told to stop."""
-        return self.interrupted_by is not None or self.reaped is not None
+        """True once it was told to stop."""
+        return self.interrupted_by is not None or self.reap_detail is not None
 
     @property
     def is_settled(self) -> bool:
-        """True when an interrupt need not wait for it any more."""
+        """True when an interrupt no longer has to wait for it."""
         return self.report is not None or self.is_timed_out
 
     @property
     def is_queued(self) -> bool:
-        """True when it is still to be started."""
+        """True while it waits to be started."""
         return not (self.is_started or self.is_stopping)
 
     @property
     def can_start(self) -> bool:
-        """True when it is queued, and the turn that it continues is complete with all results."""
+        """True when it is queued, and the turn that it continues has ended with all its results."""
         if not self.is_queued:
             return False
         before = self.turn.continues
-        return before is None or (before.ending is not None and before.resolved)
+        return before is None or (before.ending is not None and before.is_resolved)
 
     @property
     def delivered(self) -> Delivered:
@@ -86,13 +86,14 @@ class LiveRequest(Struct, eq=False):
         return self.outlet.delivered
 
     def hear(self, chars: int | None) -> None:
-        """The client says how many code points the user got; the least that it said counts."""
+        """Note how many code points the user got, according to the client. The smallest number
+        counts."""
         if chars is not None:
             before = chars if self.heard_chars is None else self.heard_chars
             self.heard_chars = min(chars, before)
 
     def as_heard(self, outcome: Outcome) -> tuple[str, TurnEnding]:
-        """What the user got of the answer, and how it ended to them."""
+        """What the user got of the answer, and how it ended for the user."""
         text = self.delivered.text
         if self.heard_chars is not None and self.heard_chars < len(text):
             return text[: self.heard_chars], TurnEnding.INTERRUPTED
@@ -106,16 +107,16 @@ class LiveRequest(Struct, eq=False):
 
     @property
     def outcome(self) -> Outcome:
-        """How it ends; an interrupt counts before everything else that happened to it."""
+        """How it ends. An interrupt takes precedence over a reap, and both over the report."""
         if self.interrupted_by is not None:
             return Outcome.INTERRUPTED
-        if self.reaped is not None:
+        if self.reap_detail is not None:
             return Outcome.REAPED
         is_complete = self.report is not None and self.report.ending is Ending.COMPLETED
         return Outcome.COMPLETED if is_complete else Outcome.FAILED
 
     def end(self) -> RequestEnd:
-        """The one end that its client is told."""
+        """The end that the client is told."""
         generation = None if self.report is None else self.report.generation
         finish_reason = None if generation is None else generation.finish_reason
         usage: Usage | None = None
@@ -126,9 +127,9 @@ class LiveRequest(Struct, eq=False):
         code, detail = None, ""
         if self.outcome in (Outcome.FAILED, Outcome.REAPED):
             error = None if self.report is None else self.report.error
-            is_late = self.reaped is not None or isinstance(error, LimitPassedError)
+            is_late = self.reap_detail is not None or isinstance(error, LimitPassedError)
             code = ErrorCode.REQUEST_TIMEOUT if is_late else ErrorCode.INTERNAL_ERROR
-            detail = self.reaped or str(error or "the generation was stopped")
+            detail = self.reap_detail or str(error or "the generation was stopped")
         return RequestEnd(
             self.request_id,
             self.outcome,
@@ -141,7 +142,11 @@ class LiveRequest(Struct, eq=False):
         )
 
     def interrupt_result(self, read_at: float) -> InterruptResult:
-        """What an interrupt that was read at this `time.monotonic()` did to it."""
+        """What an interrupt did to it.
+
+        Args:
+            read_at: `time.monotonic()` when the interrupt was read.
+        """
         chars = self.delivered.text_chars
         if self.report is None:
             return InterruptResult(self.request_id, InterruptOutcome.TIMED_OUT, chars)
@@ -159,12 +164,12 @@ class LiveRequest(Struct, eq=False):
 
 
 class LiveRequests:
-    """The live requests of one session, in the order of their acceptance.
+    """The live requests of one session, in the order in which they were accepted.
 
     Args:
-        session: gets `StopOverdue`.
-        ack_timeout: seconds that a stop may take.
-        books: counts.
+        session: the session-actor, which gets `StopOverdue`.
+        ack_timeout: time limit in seconds for stopping a request.
+        books: counts and logs.
     """
 
     def __init__(self, session: pykka.ActorRef[Any], ack_timeout: float, books: Books) -> None:
@@ -185,40 +190,41 @@ class LiveRequests:
 
     @property
     def ids(self) -> list[str]:
-        """Their ids."""
+        """The ids of the live requests, in order."""
         return list(self._by_id)
 
     def get(self, request_id: str) -> LiveRequest | None:
-        """The one of this id; None where it is not live."""
+        """The live request of this id; None if there is none."""
         return self._by_id.get(request_id)
 
     def add(self, live: LiveRequest) -> None:
-        """A request was accepted."""
+        """Add an accepted request."""
         self._by_id[live.request_id] = live
 
     def remove(self, live: LiveRequest) -> None:
-        """A request is live no more: nothing of it is left to send."""
+        """Remove a request of which nothing is left to send."""
         del self._by_id[live.request_id]
         live.slot.release()
 
     def interrupt(self, live: LiveRequest, reason: InterruptReason) -> bool:
-        """Stop a request. False, and nothing is done, when its end is on its way already."""
+        """Stop a request. Returns False, without effect, if its end can no longer be held back."""
         if not self._stop(live, Stop(reason=reason)):
             return False
         live.interrupted_by = live.interrupted_by or reason
         return True
 
     def reap(self, live: LiveRequest, detail: str) -> bool:
-        """Stop a stale request. False, and nothing is done, when it is stopping or its end is on
-        its way already."""
+        """Stop a stale request. Returns False, without effect, if it is stopping already or its end
+        can no longer be held back."""
         if live.is_stopping or not self._stop(live, Stop(is_reaped=True)):
             return False
-        live.reaped = detail
+        live.reap_detail = detail
         self._books.request_reaped()
         return True
 
     def stop_overdue(self, request_id: str) -> bool:
-        """The time for stopping a request is up; False when it has reported, or is live no more."""
+        """The time limit for stopping a request expired. Returns False if it has reported, or is no
+        longer live."""
         live = self._by_id.get(request_id)
         if live is None or live.report is not None:
             return False
@@ -227,17 +233,22 @@ class LiveRequests:
         return True
 
     def reported(self, request_id: str, report: Report) -> LiveRequest | None:
-        """A request-actor has reported; None where nothing waits for that any more."""
+        """Record the report of a request-actor. Returns its request; None if that is no longer live
+        or has a report already."""
         live = self._by_id.get(request_id)
         if live is None or live.report is not None:
-            return None  # its interrupt was answered without waiting any longer
+            return None  # the stop has timed out before
         live.report = report
         if live.timer is not None:
             live.timer.cancel()
         return live
 
     def abandon(self, count: Callable[[Outcome], None]) -> None:
-        """The session is over, or has failed: stop all requests, and tell no client."""
+        """The session is over or has failed: stop all requests, and send nothing to the client.
+
+        Args:
+            count: called with the outcome of each request.
+        """
         for live in self:
             if live.timer is not None:
                 live.timer.cancel()
@@ -248,13 +259,13 @@ class LiveRequests:
             count(Outcome.FAILED)
 
     def _stop(self, live: LiveRequest, stop: Stop) -> bool:
-        # First the outlet: from here on, nothing of this request is written.
+        # The outlet comes first: from here on, nothing of this request is written.
         if not live.outlet.discard():
             return False
         live.slot.release()
         if not live.is_stopping and live.report is None:
             tell(live.actor, stop)
-            self._lanes.run_after_acks(self._limit_stop, live)  # most have stopped by then
+            self._lanes.run_after_acks(self._limit_stop, live)  # most need none
         return True
 
     def _limit_stop(self, live: LiveRequest) -> None:

@@ -1,7 +1,7 @@
-"""What a door tells a session, and what the session tells itself: frozen, matched exhaustively.
+"""The messages to a session, from its door and from itself: frozen, matched exhaustively.
 
-Together with `actors/session/port.py`, the other direction, this is all that a door needs to know.
-Times are `time.monotonic()` seconds.
+A door needs only these and `actors/session/port.py`, which is the other direction. Times are
+`time.monotonic()` seconds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from actors.words import ErrorCode, InterruptReason
 
 
 class RequestAsked(Struct, frozen=True):
-    """The user asks something; an empty text only changes the session."""
+    """The user asks something. With an empty text, the request only updates the session."""
 
     request_id: str
     text: str
@@ -32,20 +32,20 @@ class RequestAsked(Struct, frozen=True):
 
 
 class VoiceBegun(Struct, frozen=True):
-    """The user begins to speak: the voice of this request follows."""
+    """The user begins to speak. The voice of this request follows."""
 
     request_id: str
     updates: tuple[SessionUpdate, ...] = ()
 
 
 class VoiceEnded(Struct, frozen=True):
-    """The voice of a request has come in whole."""
+    """The voice of a request is complete."""
 
     request_id: str
 
 
 class VoiceBroken(Struct, frozen=True):
-    """The voice of a request that has begun cannot be used."""
+    """The voice of a request broke off or is invalid, after `VoiceBegun`."""
 
     request_id: str
     code: ErrorCode
@@ -53,24 +53,25 @@ class VoiceBroken(Struct, frozen=True):
 
 
 class FunctionReturned(Struct, frozen=True):
-    """A function of the client returned; with a `request_id` the model is to continue, under it."""
+    """A function of the client returned. With a `request_id`, the model continues the answer as a
+    new request of that id."""
 
     call_id: str
     result: str
-    """As the model is to read it."""
+    """The text that the model gets."""
     request_id: str | None = None
 
 
 class InterruptAsked(Struct, frozen=True):
-    """Stop one request, or (no target) all of them.
+    """Stop one request or all of them.
 
     Args:
-        target: the request's id; None for every live one.
+        target: the id of the request; None: every live request.
         reason: why.
-        heard_chars: how many Unicode code points of the answer the user got, as the client says;
-            None where it does not say.
-        read_at: when it was read.
-        tag: the door's, which comes back with the acknowledgement.
+        heard_chars: how many Unicode code points of the answer the user got, according to the
+            client; None if the client does not say.
+        read_at: when the interrupt was read.
+        tag: chosen by the door; the acknowledgement carries it back.
     """
 
     target: str | None
@@ -81,12 +82,13 @@ class InterruptAsked(Struct, frozen=True):
 
 
 class NotUnderstood(Struct, frozen=True):
-    """The client said something that the door refuses.
+    """The door refuses a message of the client.
 
     Args:
-        code: what kind of fault it is.
+        code: the kind of fault.
         detail: what exactly is wrong, for the client.
-        request_id: of the request that it would have begun, where it has a proper one.
+        request_id: the id of the request that the message would have begun; None if it would begin
+            none, or the id is not valid.
         is_voice: whether voice of that request may follow.
     """
 
@@ -97,20 +99,20 @@ class NotUnderstood(Struct, frozen=True):
 
 
 class SessionQueried(Struct, frozen=True):
-    """The client asks what the session knows of itself. `tag` comes back with the answer."""
+    """The client asks for the session's data. The answer carries `tag` back."""
 
     tag: object = None
 
 
 class DoorAsked(Struct, frozen=True):
-    """The client asks the door, not the session. It comes this way so that the answers stay in the
-    order of the questions; `tag` comes back when it is time to answer."""
+    """The client asks something that the door answers. It goes through the session, so that answers
+    keep the order of the questions. `tag` comes back when it is time to answer."""
 
     tag: object = None
 
 
 class SignOfLife(Struct, frozen=True):
-    """The client is there."""
+    """The client has shown that it is still there."""
 
 
 class ClientLeaves(Struct, frozen=True):
@@ -118,7 +120,7 @@ class ClientLeaves(Struct, frozen=True):
 
 
 class ConnectionLost(Struct, frozen=True):
-    """Nothing can be read from the client or written to it any more."""
+    """The connection to the client is closed or broken."""
 
     reason: str
 
@@ -133,11 +135,11 @@ class TerminalWritten(Struct, frozen=True):
 
 
 class TimeIsDue(Struct, frozen=True):
-    """The session's timer rang."""
+    """The session's timer has expired."""
 
 
 class StopOverdue(Struct, frozen=True):
-    """A request that was told to stop has not reported within the time that an ack may wait."""
+    """A request was told to stop, and has not reported within the time that an ack may wait."""
 
     request_id: str
 

@@ -1,8 +1,8 @@
-"""What a session says to its client, in the session's own words.
+"""What a session says to its client, independent of any protocol.
 
-A *door* implements `Port` for one protocol (`gateway/wire` has wire protocol 1.0), and turns what
-the client says into those of `messages.py` beside this file. Frames, sequence numbers and close
-codes exist in the door only: a new protocol is a new door, and no change here.
+A *door* implements `Port` for one protocol (`gateway/wire` has wire protocol 1.0). It also turns
+what the client says into the messages of `actors/session/messages.py`. Frames, sequence numbers and
+close codes exist only in the door: a new protocol needs a new door, and no change here.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from llm.provider import StopsOnClose
 
 
 class Goodbye(Struct, frozen=True):
-    """Why a session ends, and what its client should do then.
+    """Why a session ends, and whether its client should come back.
 
     Args:
-        reason: why requests that are still live are stopped.
-        text: the reason in a word or two, for the client and the log.
-        should_return: whether the client is welcome to connect again.
+        reason: the interrupt reason of requests that are still live.
+        text: the reason in a few words, for the client and the log.
+        should_return: whether the client should connect again.
     """
 
     reason: InterruptReason
@@ -42,12 +42,13 @@ class InterruptResult(Struct, frozen=True):
     """What an interrupt did to one request.
 
     Args:
-        request_id: the client's.
-        outcome: what it did.
-        delivered_text_chars: Unicode code points of the answer that the client got.
-        stream_closed_ms: from reading the interrupt until the last stage's connection was closed;
-            None where there was none.
-        stops_on_close: what the provider does then, where it had the request.
+        request_id: the id that the client gave the request.
+        outcome: what the interrupt did.
+        delivered_text_chars: how many Unicode code points of the answer the client got.
+        stream_closed_ms: milliseconds from reading the interrupt until the last connection to a
+            provider was closed; None if there was none, or it is still open.
+        stops_on_close: whether the provider stops generating when its connection is closed; None if
+            no provider received the request.
     """
 
     request_id: str
@@ -58,11 +59,11 @@ class InterruptResult(Struct, frozen=True):
 
 
 class InterruptDone(Struct, frozen=True):
-    """An interrupt has done what it could.
+    """The outcome of an interrupt.
 
     Args:
-        results: one for each target; none where nothing was live.
-        tag: the door's, as it came with the interrupt.
+        results: one for each target; empty if no request was live.
+        tag: the tag that the door gave the interrupt.
     """
 
     results: tuple[InterruptResult, ...]
@@ -70,12 +71,12 @@ class InterruptDone(Struct, frozen=True):
 
     @property
     def stopped(self) -> list[str]:
-        """The ids of the requests that it stopped."""
+        """The ids of the requests that the interrupt stopped."""
         return [one.request_id for one in self.results if one.outcome is InterruptOutcome.STOPPED]
 
     @property
     def status(self) -> AckStatus:
-        """Whether it stopped all of its targets, some, or none."""
+        """Whether the interrupt stopped all of its targets, some of them, or none."""
         stopped = len(self.stopped)
         if not stopped:
             return AckStatus.FAILED
@@ -83,12 +84,12 @@ class InterruptDone(Struct, frozen=True):
 
 
 class SessionFacts(Struct, frozen=True):
-    """What a session tells of itself.
+    """The answer to a question about the session.
 
     Args:
-        profile: what the client registered, and changed since.
-        created_ms: when it was registered, in milliseconds since the epoch.
-        remaining_seconds: whole seconds until it ends without a sign of life; 0 for never.
+        profile: what the client registered, with all updates since.
+        created_ms: when the session was registered, in milliseconds since the epoch.
+        remaining_seconds: whole seconds until the session ends without a sign of life; 0: never.
     """
 
     profile: Profile
@@ -97,36 +98,38 @@ class SessionFacts(Struct, frozen=True):
 
 
 class Port(Protocol):
-    """The client that is attached to a session. Nothing here blocks.
+    """The client that is attached to a session. No method blocks.
 
-    The `tag` of a message from the door comes back with the answer to it, unread.
+    The session passes the `tag` of a message back with the answer, and does not read it.
     """
 
     def open_outlet(self, request_id: str) -> Outlet:
-        """Make the way of one answer to the client."""
+        """Make the outlet for the answer of a request."""
 
     def session_opened(self, session_id: str, timeout_seconds: float) -> None:
-        """The session stands. It ends after so long without a sign of life; 0 is never."""
+        """The session is registered. It ends after `timeout_seconds` without a sign of life; 0:
+        never."""
 
     def request_ended(self, end: RequestEnd) -> None:
-        """A request ended, and its outlet does not carry that: it was stopped, or never began."""
+        """Tell the client that a request ended that was stopped or never started. (The end of any
+        other request goes through its outlet.)"""
 
     def interrupt_done(self, done: InterruptDone, on_sent: Callable[[float], None]) -> None:
         """Acknowledge an interrupt.
 
         Args:
-            done: what it did.
-            on_sent: called with `time.monotonic()` when the kernel has the acknowledgement.
+            done: what the interrupt did.
+            on_sent: called with `time.monotonic()` once the kernel has the acknowledgement.
         """
 
     def refused(self, code: ErrorCode, detail: str) -> None:
-        """Refuse something that the client said. No request ends with it."""
+        """Refuse a message of the client. This ends no request."""
 
     def session_described(self, facts: SessionFacts, tag: object) -> None:
         """Answer a question about the session."""
 
     def door_answers(self, tag: object) -> None:
-        """It is time to answer what the client asked the door."""
+        """It is time to answer the question to the door (`DoorAsked`) with this tag."""
 
     def sign_of_life_wanted(self, remaining_seconds: int) -> None:
         """Ask the client for a sign of life."""
@@ -135,20 +138,20 @@ class Port(Protocol):
         """Warn the client that the session ends soon."""
 
     def voice_unwanted(self, request_id: str) -> None:
-        """Ignore what still comes of the voice of this request."""
+        """Ignore the rest of the voice of this request."""
 
     def goodbye(self, goodbye: Goodbye) -> None:
-        """Say the last word, and close."""
+        """Tell the client that the session ends, and close the connection."""
 
     def session_failed(self) -> None:
-        """Close without a word: the gateway failed."""
+        """The session failed: close the connection without a goodbye."""
 
 
 class NoClient:
-    """The port of a detached session: what it says is lost."""
+    """The port of a detached session. It drops everything."""
 
     def open_outlet(self, request_id: str) -> Outlet:
-        """Never called: a detached session accepts no request."""
+        """Must not be called: a detached session accepts no request."""
         raise RuntimeError(f"{request_id!r} was accepted without a client")
 
     def session_opened(self, session_id: str, timeout_seconds: float) -> None:
@@ -186,15 +189,15 @@ class NoClient:
 
 
 class Client:
-    """The client of a session: attached through a door, or away.
+    """The client of a session, attached or detached.
 
     Args:
-        port: the door.
+        port: the port through which it is attached.
     """
 
     def __init__(self, port: Port) -> None:
         self.port = port
 
     def detach(self) -> None:
-        """The connection was lost: what is said from now on is dropped."""
+        """The connection was lost: from now on, drop what the session says."""
         self.port = NoClient()

@@ -1,4 +1,4 @@
-"""What a client registered, how a REQUEST changes it, and what the model is told of it. Pure."""
+"""The settings of a session: what its client registered, updates, and the model's view. Pure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from msgspec import Meta, Struct
 from llm.chat.completions import Message, Tool
 
 MAX_FUNCTIONS = 128
-"""Functions of one session: what providers take."""
+"""The most functions of one session: providers accept no more."""
 
 FunctionName: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
-"""As providers take them."""
+"""The names that providers accept."""
 
 
 class Platform(enum.StrEnum):
-    """What kind of client it is."""
+    """The kind of client."""
 
     WEB = "WEB"
     APP = "APP"
@@ -28,7 +28,7 @@ class Platform(enum.StrEnum):
 
 
 class FunctionOp(enum.StrEnum):
-    """What an update does with the functions that it names."""
+    """What an update does with the functions that it lists."""
 
     REPLACE = "REPLACE"
     ADD = "ADD"
@@ -37,21 +37,21 @@ class FunctionOp(enum.StrEnum):
 
 
 class SystemPrompt(Struct, frozen=True):
-    """Who the model is to be, and how it is to answer."""
+    """The role of the model, and how it should answer."""
 
     role_description: str | None = None
     response_requirements: str | None = None
 
 
 class SceneContext(Struct, frozen=True):
-    """Where the user is, or what stands before them."""
+    """The user's surroundings."""
 
     scene_description: str | None = None
     keywords: list[str] | None = None
 
 
 class FunctionParameter(Struct, frozen=True):
-    """One parameter, where a definition lists them instead of giving a JSON Schema."""
+    """One parameter of a function that lists its parameters instead of giving a JSON Schema."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     type: Literal["string", "number", "integer", "boolean", "array", "object"]
@@ -60,7 +60,7 @@ class FunctionParameter(Struct, frozen=True):
 
 
 class FunctionDefinition(Struct, frozen=True, omit_defaults=True):
-    """A function that the client can call for the model.
+    """A function that the model may ask the client to call.
 
     `parameters` is a JSON Schema of type object, or a list of parameters.
     """
@@ -71,9 +71,9 @@ class FunctionDefinition(Struct, frozen=True, omit_defaults=True):
 
 
 class SessionUpdate(Struct, frozen=True):
-    """What a REQUEST may change of its session; what is absent or null stays as it is.
+    """Changes to the settings of a session. A field that is absent or null changes nothing.
 
-    `function_calling` names functions by definition; for DELETE their names alone are enough.
+    `function_calling` lists definitions; for DELETE, it may list names.
     """
 
     require_tts: bool | None = None
@@ -85,12 +85,12 @@ class SessionUpdate(Struct, frozen=True):
 
 
 class UpdateError(Exception):
-    """An update cannot be made; the text says why, for the client."""
+    """An update is not possible. The text says why, for the client."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A session's settings. Never changed: an update makes a new one, or fails."""
+    """The settings of a session. Immutable: an update returns a new profile, or fails."""
 
     platform: Platform | None = None
     require_tts: bool = False
@@ -100,10 +100,10 @@ class Profile:
     functions: tuple[FunctionDefinition, ...] = ()
 
     def updated(self, updates: Iterable[SessionUpdate]) -> Profile:
-        """The one after all of these updates.
+        """Return the profile with all of these updates, applied in order.
 
         Raises:
-            UpdateError: one of them cannot be made.
+            UpdateError: one of the updates is not possible.
         """
         profile = self
         for update in updates:
@@ -130,9 +130,9 @@ class Profile:
         definitions = {name: one for name, one in given.items() if not isinstance(one, str)}
         for name in given:
             if op is FunctionOp.ADD and name in known:
-                raise UpdateError(f"function {name!r}: `name` is there already; UPDATE changes it")
+                raise UpdateError(f"function {name!r}: `name` exists; use UPDATE to change it")
             if op in (FunctionOp.UPDATE, FunctionOp.DELETE) and name not in known:
-                raise UpdateError(f"function {name!r}: `name` is of no function of this session")
+                raise UpdateError(f"function {name!r}: `name` does not exist in this session")
         match op:
             case FunctionOp.REPLACE:
                 known = definitions
@@ -145,7 +145,7 @@ class Profile:
         return tuple(known.values())
 
     def system_message(self) -> Message | None:
-        """What the model is told before all else; None where there is nothing to tell."""
+        """The system message at the start of each prompt; None if it would be empty."""
         keywords = ", ".join(self.scene.keywords or ())
         parts = (
             self.system_prompt.role_description,
@@ -157,7 +157,7 @@ class Profile:
         return Message("system", text) if text else None
 
     def tools(self) -> tuple[Tool, ...]:
-        """The functions as the model is offered them."""
+        """The functions, in the form that the model is offered them."""
         return tuple(
             Tool(one.name, one.description or "", _schema(one.parameters)) for one in self.functions
         )
@@ -170,7 +170,7 @@ def _schema(parameters: dict[str, Any] | list[FunctionParameter] | None) -> dict
     for one in parameters or ():
         properties[one.name] = {"type": one.type}
         if one.type == "array":
-            properties[one.name]["items"] = {}  # providers want to be told of what
+            properties[one.name]["items"] = {}  # providers require `items` for an array
         if one.description:
             properties[one.name]["description"] = one.description
     required = [one.name for one in parameters or () if one.required]

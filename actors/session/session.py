@@ -1,14 +1,15 @@
 """One client's session: a thin actor that owns the parts which do the work.
 
-lifecycle     whether it takes requests, how it ends
-lifetime      when it is to hear from its client, be warned, end
-conversation  what is admitted, in which order it is answered
+lifecycle     whether the session accepts requests, and how it ends
+lifetime      when it sends a heartbeat, warns its client, and ends
+conversation  which requests are admitted
+answers       starts requests, ends them, records them in the history
 live          the live requests, and how one is stopped
-interrupts    what an interrupt hits, and when it is acknowledged
-history       what the user got, and what the model is told of it
+interrupts    the targets of each interrupt, and when it is acknowledged
+history       what the user got, and what the model is sent of it
 profile       what the client registered
 request_ids   ids that are not live: ended, refused, interrupted early
-voice         the request whose voice is still coming
+voice         the request whose voice is still arriving
 books         counting and logging
 """
 
@@ -82,21 +83,23 @@ from metrics.instruments import Metrics
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """How sessions behave.
+    """Settings of all sessions.
 
     Args:
-        on_new_request: what a new request does while another is live, where its client has no wish.
-        max_parallel: live requests of one session, where they may run side by side.
-        max_requests: live requests of all sessions together; 0 is no limit. Some 400 answers at
-            once, of 30 tokens a second each, keep a core busy (`tests/bench/README.md`); but many
-            wait for their first token, which costs nothing, or come at a slower pace. Each has a
-            connection to a provider, hence a file descriptor.
-        ack_timeout: seconds that an INTERRUPT_ACK may wait for streams to close.
-        session_timeout: seconds without a sign of life until a session ends; 0 is never.
-        heartbeat_interval: seconds between two requests for a sign of life; 0 sends none.
-        history_messages: how many messages of the conversation the model is sent.
-        history_chars: how many Unicode code points they may have together.
-        max_voice_bytes: size of one VOICE request.
+        on_new_request: what a new request does while another is live, unless its client registered
+            another policy.
+        max_parallel: how many requests of one session may be live at once under
+            `OnNewRequest.PARALLEL`.
+        max_requests: how many requests of all sessions may be live at once; 0: no limit. About 400
+            answers of 30 tokens a second keep one core busy (`tests/bench/README.md`), but many
+            requests are slower or still wait for their first token, which costs nothing. Each holds
+            a connection to a provider, hence a file descriptor.
+        ack_timeout: how many seconds an acknowledgement may wait for streams to close.
+        session_timeout: seconds without a sign of life until a session ends; 0: never.
+        heartbeat_interval: seconds between two heartbeats; 0: no heartbeats.
+        history_messages: how many messages of the conversation are kept for the model.
+        history_chars: how many Unicode code points these messages may have together.
+        max_voice_bytes: how many bytes of voice one request may have, decoded.
     """
 
     on_new_request: OnNewRequest = OnNewRequest.INTERRUPT
@@ -112,14 +115,14 @@ class SessionSettings:
 
 @dataclass(frozen=True)
 class Registration:
-    """Who registers, and with what wishes.
+    """What a door knows of a client when it opens a session.
 
     Args:
-        peer: address of the client.
-        profile: what it registered.
-        on_new_request: its wish; None where it has none.
-        client_name: whose credentials it has; None where they were not checked.
-        auth: the kind of credentials, as the protocol calls it.
+        peer: the client's address.
+        profile: what the client registered.
+        on_new_request: the policy that the client chose; None: the server's own setting.
+        client_name: the owner of the credentials; None if they were not checked.
+        auth: the kind of credentials, as the protocol names it.
     """
 
     peer: str
@@ -133,14 +136,15 @@ class SessionActor(GreenletActor):
     """The session of one client, from its registration to the end of its last request.
 
     Args:
-        port: its client.
-        registration: who it is.
-        slot: its share of the quota of sessions, taken.
+        port: the client's port.
+        session_id: the id of the session.
+        registration: what the client registered.
+        slot: the session's slot in the quota of sessions, already taken.
         make_stages: makes the stages of a request.
         tell_supervisor: puts a message in the supervisor's mailbox.
-        settings: how sessions behave.
-        requests: the quota of live requests of all sessions.
-        metrics: counts.
+        settings: settings of all sessions.
+        requests: the server-wide quota of live requests.
+        metrics: where sessions are counted.
     """
 
     def __init__(
@@ -291,7 +295,7 @@ class SessionActor(GreenletActor):
                 self._on_reap(request_id, detail)
             case Leave(pause_seconds):
                 self._lifecycle.leave()
-                # A new supervisor says it once more, with a pause of its own.
+                # A restarted supervisor repeats Leave, with another pause: the first one counts.
                 self._pause = self._pause or Timer(pause_seconds, self.actor_ref, PauseIsOver())
             case PauseIsOver():
                 self._lifecycle.end_pause()
@@ -312,7 +316,7 @@ class SessionActor(GreenletActor):
         self._books.session_ended(error, self._lifecycle.ended_by)
         self._tell_supervisor(SessionEnded(self.actor_urn))
 
-    # What becomes of requests.
+    # The end of requests.
 
     def _on_report(self, request_id: str, report: Report) -> None:
         live = self._requests.reported(request_id, report)
@@ -324,7 +328,7 @@ class SessionActor(GreenletActor):
             live.outlet.finish(live.end(), lambda: self._tell_written(request_id))
 
     def _tell_written(self, request_id: str) -> None:
-        # Not at once: this runs in the middle of a write.
+        # Through the mailbox, since this runs in the middle of a write.
         tell(self.actor_ref, TerminalWritten(request_id))
 
     def _on_terminal_written(self, request_id: str) -> None:
@@ -339,12 +343,12 @@ class SessionActor(GreenletActor):
             self._settle()
 
     def _settle(self) -> None:
-        """Do all that has become possible, in the order in which clients may see it."""
-        # Step 1. Acknowledgements, of interrupts whose targets have stopped.
+        """Do everything that has become possible, in the order in which clients must see it."""
+        # Step 1. Acknowledgements of interrupts whose targets have stopped.
         self._interrupts.acknowledge_ready()
-        # Step 2. Terminal frames, of requests that no acknowledgement waits for.
+        # Step 2. Terminal frames of stopped requests, unless an acknowledgement must come first.
         self._answers.end_settled(self._interrupts.awaits)
-        # Step 3. New answers; or, where none is live, the goodbye.
+        # Step 3. New answers; or, if no request is live, the goodbye.
         if self._requests:
             self._conversation.start_next()
         elif self._lifecycle.goodbye is not None:
@@ -354,13 +358,13 @@ class SessionActor(GreenletActor):
         elif self._lifecycle.may_leave and self._voice.request_id is None:
             self._end(SERVER_RESTART)
 
-    # The session's own time.
+    # Timeouts.
 
     def _renew(self) -> None:
         self._lifetime.renew(time.monotonic())
 
     def _set_timer(self) -> None:
-        # One for a session, and no greenlet: ten thousand idle ones must cost next to nothing.
+        # One timer per session and no greenlet, so that 10,000 idle sessions cost next to nothing.
         wait = self._lifetime.next_at - time.monotonic()
         if math.isfinite(wait):
             self._timer = Timer(max(0.0, wait), self.actor_ref, TimeIsDue())
@@ -388,27 +392,27 @@ class SessionActor(GreenletActor):
             self._lifetime.remaining_seconds(time.monotonic()),
         )
 
-    # The end.
+    # The end of the session.
 
     def _on_connection_lost(self, why: str) -> None:
         self._lifecycle.detach(why)
         self._client.detach()
-        # There is no time of grace: a session does not outlive its connection.
+        # A session does not outlive its connection: there is no grace time.
         self._end(CONNECTION_LOST)
 
     def _end(self, goodbye: Goodbye) -> None:
-        """Stop everything that is live; say goodbye when it has ended."""
+        """Stop every live request, and say goodbye once all of them have ended."""
         self._lifecycle.end(goodbye)
         self._conversation.interrupt_voice(goodbye.reason)
         for live in self._requests:
             if not self._requests.interrupt(live, goodbye.reason):
-                # Its terminal frame is with the kernel, or was begun on a lost connection.
+                # The kernel has its terminal frame, or a part of it on a lost connection.
                 self._answers.forget(live)
         self._settle()
 
 
 class Session:
-    """What a door holds of its session: puts messages in the mailbox, and never waits."""
+    """A door's handle of a session. It puts messages in the session's mailbox, and never waits."""
 
     def __init__(self, ref: pykka.ActorRef[Any], session_id: str) -> None:
         self._ref = ref
@@ -420,7 +424,7 @@ class Session:
         return self._ref.is_alive()
 
     def tell(self, message: SessionMessage) -> None:
-        """Say something to the session; lost where it has ended."""
+        """Send the session a message. A session that has ended ignores it."""
         tell(self._ref, message)
 
 
@@ -428,12 +432,12 @@ class Sessions:
     """Makes sessions for doors.
 
     Args:
-        quota: of sessions.
-        requests: of live requests of all sessions.
+        quota: the quota of sessions.
+        requests: the server-wide quota of live requests.
         make_stages: makes the stages of a request.
         tell_supervisor: puts a message in the supervisor's mailbox.
-        settings: how sessions behave.
-        metrics: counts.
+        settings: settings of all sessions.
+        metrics: where sessions are counted.
     """
 
     def __init__(
@@ -454,9 +458,9 @@ class Sessions:
         self._metrics = metrics
 
     def open(self, port: Port, registration: Registration) -> Session | None:
-        """Open a session for a client; None when the session limit is reached.
+        """Open a session for a client. Returns None if the session limit is reached.
 
-        The port hears `session_opened` before all else.
+        `session_opened` is the first call on the port.
         """
         slot = self.quota.slot()
         if not slot.take():

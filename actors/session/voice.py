@@ -1,4 +1,4 @@
-"""The one request of a session whose voice is still coming."""
+"""The one request of a session whose voice is still arriving."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from actors.words import InterruptReason, Outcome
 
 
 class OpenVoice:
-    """At most one request of a session is spoken at a time.
+    """The request whose voice is arriving, if there is one. A session has at most one at a time.
 
     Args:
         client: is told that the rest of a voice is not wanted.
@@ -40,14 +40,14 @@ class OpenVoice:
         self.request_id = request_id
 
     def drop(self, request_id: str) -> None:
-        """Take no more of a voice, open or not: its id is used up, its rest is ignored."""
+        """Ignore the rest of a request's voice, and use up its id. It need not be the open one."""
         if request_id == self.request_id:
             self.request_id = None
         self._client.port.voice_unwanted(request_id)
         self._request_ids.use_up(request_id)
 
     def interrupt(self, reason: InterruptReason) -> RequestEnd:
-        """Drop the open one; returns the end that its client is still to be told."""
+        """Drop the open request. Returns its end, which the caller must send to the client."""
         request_id = self.request_id
         assert request_id is not None
         self.drop(request_id)

@@ -1,7 +1,7 @@
 """One TCP connection, from accept to close: websockets' Sans-I/O layer on a gevent socket.
 
-Its greenlet reads, hands whole messages to the attachment, and is the only one that closes the
-socket. Everything that goes out goes through the outbox.
+The connection's greenlet reads, passes complete messages to the attachment, and closes the socket;
+no other greenlet does. Everything that is sent goes through the outbox.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ CLOSE_SECONDS = 5.0
 """How long a client may take to answer a close frame."""
 
 _NOTSENT_BYTES = 16 * 1024
-"""What the kernel may hold unsent for a client: more would be stale, and out of our reach."""
+"""How much unsent data the kernel may hold for a client. An interrupt cannot drop what the kernel
+holds, so this is small."""
 
 FRAMES_BETWEEN_PAUSES = 32
-"""After so many frames from one client all other connections are served. And when the log is as
-many messages of this client behind, the client is not read until they are written: else a client
-that sends faster than that fills the memory, and answers, which wait in the same lane, come to no
-client."""
+"""After this many frames from one client, the other connections get their turn. It also bounds how
+far the log may lag behind: the client is read again only when the lines about its messages are
+written. Otherwise a client that sends faster than the log is written would fill the memory, and
+hold up every answer, since answers wait in the same lane as log lines."""
 
-_log = get_logger("WS")  # for what comes before any frame
+_log = get_logger("WS")  # for the handshake, before any frame
 _deferred_log = DeferredLog(_log)
 
 
 class Attachment(Protocol):
-    """What a connection tells the client's attachment. None of it blocks."""
+    """What a connection tells the attachment of its client. No method blocks."""
 
     def text(self, message: bytes, read_at: float) -> None:
         """A text message, read at this `time.monotonic()`."""
@@ -56,20 +57,20 @@ class Attachment(Protocol):
 
     @property
     def is_registered(self) -> bool:
-        """Whether its client was let in."""
+        """Whether the client has a session."""
 
     def connection_lost(self, reason: str) -> None:
-        """Nothing can be read or written any more. May be told more than once."""
+        """The connection is closed or broken. May be called more than once."""
 
 
 @dataclass(frozen=True)
 class ConnectionSettings:
-    """How connections are treated.
+    """Settings of all connections.
 
     Args:
-        ping_interval: seconds of silence until a WebSocket ping is sent; 0 sends none.
-        ping_timeout: seconds without any sign of life after it until the connection is dropped.
-        outbox: bounds of what goes out.
+        ping_interval: seconds of silence until a WebSocket ping is sent; 0: no pings.
+        ping_timeout: seconds after a ping without any data until the connection is dropped.
+        outbox: bounds of the outbox.
     """
 
     ping_interval: float
@@ -79,14 +80,15 @@ class ConnectionSettings:
 
 @dataclass(frozen=True)
 class ConnectionServices:
-    """What every connection needs of its server.
+    """What the server provides to every connection.
 
     Args:
-        settings: how connections are treated.
+        settings: settings of all connections.
         attach: makes the attachment of a connection, given its outbox and peer address.
-        refusal: why a request is refused by its Host or Origin; None where it is not.
-        health: the fields of `/health`.
-        unready: why no new clients are welcome, for `/readyz`; None when they are.
+        refusal: returns why a request is refused because of its Host or Origin; None if it is not.
+        health: returns the fields of `/health`.
+        unready: returns why new clients should go elsewhere, for `/readyz`; None if they are
+            welcome.
         metrics: counts refusals and slow clients.
     """
 
@@ -102,9 +104,9 @@ class Connection:
     """One TCP connection.
 
     Args:
-        sock: just accepted.
-        peer: its address, for the log.
-        services: what its server offers.
+        sock: the accepted socket.
+        peer: the client's address, for the log.
+        services: what the server provides.
     """
 
     def __init__(self, sock: gevent.socket.socket, peer: str, services: ConnectionServices) -> None:
@@ -122,15 +124,15 @@ class Connection:
         self._messages = self._unlogged_batches = 0
         self._lanes = lanes()
         _tune(sock)
-        sock.settimeout(0)  # every wait is explicit, so that writes never block
-        # What clients say goes before what providers say: it may be an INTERRUPT.
+        sock.settimeout(0)  # writes must never block; every wait is explicit
+        # The control lane: clients are read before providers, since a client may say INTERRUPT.
         self._readable = self._lanes.readable_control(sock.fileno())
         self._outbox = Outbox(
             sock, self._protocol, services.settings.outbox, services.metrics, self._died
         )
 
     def run(self) -> None:
-        """Serve the connection until it ends, in its own greenlet."""
+        """Serve the connection until it ends. Runs in the connection's greenlet."""
         reason = "closed by the client"
         try:
             while (data := self._read()) and not self._is_over():
@@ -142,27 +144,27 @@ class Connection:
             reason = f"connection lost: {error.strerror or error}"
         finally:
             self._outbox.die(reason)
-            self._died(reason)  # once more, for an attachment that was made on a dead connection
+            self._died(reason)  # again, for an attachment that was made after the connection died
             self._readable.close()
             self._sock.close()
 
     @property
     def has_client(self) -> bool:
-        """True when its handshake was done."""
+        """True once the WebSocket handshake is done."""
         return self._attachment is not None
 
     @property
     def is_registered(self) -> bool:
-        """True when its client was let in."""
+        """True once the client has a session."""
         return self._attachment is not None and self._attachment.is_registered
 
     @property
     def waiting_bytes(self) -> int:
-        """What waits in its outbox."""
+        """How many bytes wait in the outbox."""
         return self._outbox.waiting_bytes
 
     def refuse(self, reason: str) -> None:
-        """There is no room for it: close with a word where one can be said, and end it."""
+        """Close the connection to make room: with a close frame if the handshake is done."""
         self._services.metrics.refused.labels("max_connections").inc()
         _deferred_log.warning("Refused connection", peer=self._peer, reason=reason)
         if self._protocol.state is OPEN:
@@ -170,11 +172,16 @@ class Connection:
         self.drop(reason)
 
     def drop(self, reason: str) -> None:
-        """End it at once."""
+        """Close the connection at once, without a close frame."""
         self._outbox.die(reason)
 
     def check(self, now: float) -> None:
-        """Called every few seconds: finds connections that are dead, or too slow to shake hands."""
+        """Ping the client if it is silent; drop the connection if it is dead, or exceeds the time
+        limit for the handshake or for the close frame. Called every few seconds.
+
+        Args:
+            now: `time.monotonic()`.
+        """
         settings = self._services.settings
         if self._protocol.state is State.CONNECTING:
             if now - self.opened_at > _HANDSHAKE_SECONDS:
@@ -183,7 +190,7 @@ class Connection:
             self._closing_since = self._closing_since or now
             if now - self._closing_since > CLOSE_SECONDS:
                 self.drop("close frame unanswered")
-        elif self._is_paused:  # its silence is ours: we do not read it
+        elif self._is_paused:  # it seems silent because we do not read it
             self._heard_at, self._pinged_at = now, None
         elif self._pinged_at is not None and self._heard_at >= self._pinged_at:
             self._pinged_at = None
@@ -208,7 +215,8 @@ class Connection:
         return self._protocol.state is State.CLOSED
 
     def _after_receiving(self) -> None:
-        # Pongs and close frames first, lest they get into the bytes of a frame of the outbox's.
+        # Take pongs and close frames out of the protocol first: otherwise their bytes would end up
+        # in the outbox's next frame.
         if answers := self._protocol.data_to_send():
             self._outbox.send_wire(answers)
         frames = 0
@@ -222,13 +230,13 @@ class Connection:
                 if frames % FRAMES_BETWEEN_PAUSES == 0:
                     self._pause_reading()
         if frames > 1 or self._is_log_behind or not self._outbox.has_room_for_control:
-            self._pause_reading()  # after a single one, its session runs before the next is read
+            self._pause_reading()  # after one frame alone, its session runs before the next read
         if self._protocol.state is not OPEN:
-            # No frame may follow a close frame. The end of TCP may be long in coming.
+            # No frame may follow a close frame, so do not wait for the end of TCP.
             self._died("closed by the client")
 
     def _pause_reading(self) -> None:
-        # A client that never pauses must not starve the others, nor outrun its session.
+        # A client that never stops sending must neither starve others nor outrun its session.
         self._lanes.wait_for_control()
         self._is_paused = True
         if self._is_log_behind:
@@ -254,10 +262,10 @@ class Connection:
             self._message_opcode = frame.opcode
             self._message = [bytes(frame.data)]
         elif frame.opcode is Opcode.CONT:
-            if frame.data:  # empty ones count for nothing in the limit on a message
+            if frame.data:  # the size limit does not bound the number of empty fragments
                 self._message.append(bytes(frame.data))
         else:
-            return  # pings, pongs and closes are answered by the protocol itself
+            return  # the protocol answers pings and closes
         if frame.fin and self._attachment is not None:
             message, self._message = b"".join(self._message), []
             self._deliver(self._attachment, message)
@@ -290,7 +298,7 @@ class Connection:
 
 
 def _tune(sock: gevent.socket.socket) -> None:
-    """Send each frame at once, and keep what the kernel holds small."""
+    """Make the kernel send each frame at once, and hold little unsent data."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     notsent_lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
     if notsent_lowat is not None:

@@ -1,7 +1,8 @@
-"""What a request on the public port is answered with: the WebSocket's handshake, or a plain GET.
+"""HTTP requests on the public port: which are refused, and the answers to plain GETs.
 
-A page in the user's browser may send requests anywhere. So its origin must be ours, and the host a
-name that is ours, since a foreign name may have been pointed at our address.
+Any web page in the user's browser can send requests to this port. So the Origin must be ours or
+allowed. The Host must be ours too, since anyone can make a foreign host name resolve to our address
+(DNS rebinding).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from gateway.wire.frames import PATH
 
 
 class Gate:
-    """Which requests are served.
+    """Decides which requests are served, by their Host and Origin.
 
     Args:
-        host: the address that is listened on.
-        allowed_origins: origins of web pages that may connect besides our own.
+        host: the address that the server listens on.
+        allowed_origins: origins of other web pages that may connect.
     """
 
     def __init__(self, host: str, allowed_origins: tuple[str, ...]) -> None:
@@ -35,12 +36,12 @@ class Gate:
         self._origins = {origin.lower().rstrip("/") for origin in allowed_origins}
 
     def refusal(self, request: Request) -> str | None:
-        """Why a request is refused by its Host or Origin, or None."""
+        """Return why a request is refused; None if it is served."""
         try:
             host_header = request.headers["Host"]
             origin = request.headers.get("Origin")
         except (KeyError, MultipleValuesError):
-            return "a request needs one Host, and at most one Origin"
+            return "a request must have one Host header, and at most one Origin header"
         try:
             host = urlsplit(f"//{host_header}").hostname or ""
         except ValueError:
@@ -51,7 +52,7 @@ class Gate:
             return None
         if origin.lower().partition("://")[2] == host_header.lower():
             return None
-        return f"pages of origin {origin[:100]!r} may not connect (see --allow-origin)"
+        return f"web pages of origin {origin[:100]!r} may not connect (see --allow-origin)"
 
 
 def answer(
@@ -60,9 +61,10 @@ def answer(
     """Answer a request that is not for the WebSocket.
 
     Args:
-        request: whose Host and Origin are ours.
-        health: the fields of `/health`.
-        unready: why no new clients are welcome, for `/readyz`; None when they are.
+        request: a request that the gate does not refuse.
+        health: returns the fields of `/health`.
+        unready: returns why new clients should go elsewhere, for `/readyz`; None if they are
+            welcome.
     """
     path = request.path.partition("?")[0]
     if request.method != "GET":
@@ -74,12 +76,12 @@ def answer(
     answered = health_answer(path, health, unready)
     if answered is not None:
         return respond(answered.status, answered.body.decode(), answered.content_type)
-    text = f"nothing at {path[:100]!r}; the WebSocket is at {PATH}\n"
+    text = f"not found: {path[:100]!r} (the path of the WebSocket is {PATH})\n"
     return respond(http.HTTPStatus.NOT_FOUND, text)
 
 
 def respond(status: http.HTTPStatus, body: str, content_type: str = PLAIN_TEXT) -> Response:
-    """A response, after which the connection closes."""
+    """Make a response after which the connection closes."""
     data = body.encode()
     headers = Headers(
         {
@@ -95,7 +97,7 @@ def respond(status: http.HTTPStatus, body: str, content_type: str = PLAIN_TEXT) 
 
 
 def _is_address(host: str) -> bool:
-    # No name was resolved to get here, so no foreign name can have been pointed at us.
+    # The client used an address, not a name, so DNS rebinding is not possible.
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What the public port and the operator's port both answer to health checks. Pure: no I/O."""
+"""The answers to health checks, the same on the public and the operator's port. Pure: no I/O."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLAIN_TEXT = "text/plain; charset=utf-8"
 
 
 class HealthAnswer(NamedTuple):
-    """One HTTP response, without what differs between the ports."""
+    """An HTTP response, without the parts that differ between the ports."""
 
     status: HTTPStatus
     content_type: str
@@ -29,8 +29,8 @@ def health_answer(
     Args:
         path: of the request, without its query.
         health: returns the fields of `/health`; called for that path only.
-        unready: returns why new clients should go elsewhere, None while they are welcome; called
-            for `/readyz` only.
+        unready: returns why new clients should go elsewhere; None if they are welcome. Called for
+            `/readyz` only.
 
     Returns:
         The answer; None for any other path.

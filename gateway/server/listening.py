@@ -1,4 +1,4 @@
-"""Listening when the process has no file descriptors left: connections wait, none is lost."""
+"""A listener that survives a lack of file descriptors: new connections wait, and none is lost."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ import gevent.server
 from metrics.logs import get_logger
 
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-"""accept(2): there is no room for one more connection, of the process or of the machine. The one
-that could not be accepted stays in the kernel's queue."""
+"""Errors of accept(2) that mean that the process or the machine cannot hold one more connection.
+The connection stays in the kernel's queue."""
 
 _RETRY_SECONDS = 0.25
 _LOG_SECONDS = 10.0
-"""Between two lines of the log about it."""
+"""At least this long between two log lines about it."""
 
 _log = get_logger("SYS")
 
 
 class Listening(gevent.server.StreamServer):
-    """A gevent server that tries again when it cannot accept, and says so in the log.
+    """A gevent server that pauses and retries when it cannot accept, and logs one line about it.
 
-    gevent's own prints a traceback each time.
+    gevent's own server prints a traceback each time.
     """
 
     make_room: Callable[[], None] | None = None
-    """Called before each pause: connections may be closed that can be done without."""
+    """Called before each pause, to close connections that are dispensable."""
 
     _logged_at = float("-inf")
 
     def do_read(self) -> Any:
-        """Accept a connection; called by gevent, which takes None for "not now"."""
+        """Accept a connection. Called by gevent, which tries again later if this returns None."""
         try:
             return super().do_read()
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._rest(error)
+            self._pause(error)
             return None
 
-    def _rest(self, error: OSError) -> None:
-        # What waits would wake us at once, again and again.
+    def _pause(self, error: OSError) -> None:
+        # While it listens, the waiting connection would wake it again and again.
         self.stop_accepting()
         gevent.spawn_later(_RETRY_SECONDS, self._resume)
         if self.make_room is not None:

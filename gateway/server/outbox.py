@@ -1,12 +1,13 @@
-"""One connection's outgoing frames: the only place that writes to its socket.
+"""The outgoing frames of one connection. No other module writes to its socket.
 
-There is one `Outlet` for each request. Two lanes: control (acks, interrupted terminals, errors
-about no live request, pongs) goes before all queued data; data keeps its order. A frame that was
-begun is always finished, so no kill and no purge can leave half a frame.
+Each request has one `Outlet`. There are two queues. Control frames (acks, terminal frames of
+interrupted requests, errors that end no live request, pongs) are sent before all queued data. Data
+frames keep their order. A frame of which the kernel has a part is always completed, so neither a
+kill nor a purge can leave half a frame.
 
-Writes never block. Whoever puts a frame while nothing is queued writes it at once; what the
-kernel does not take is left to a writer greenlet, which lives only while there is something left
-over. Readers wait on their outlet, never inside a write.
+Writes never block. A frame that is put while nothing is queued is written at once. If the kernel
+does not take all of it, a writer greenlet sends the rest, and ends when nothing is left. Readers of
+providers wait on their outlet, never inside a write.
 """
 
 from __future__ import annotations
@@ -32,25 +33,25 @@ from llm.chat.completions import ToolCall
 from metrics.instruments import Metrics
 
 MAX_FRAME_CHARS = 16 * 1024
-"""Text of one frame, in code points. A begun frame is finished even when its request is
-interrupted, so this also bounds what text may still follow."""
+"""The most text of one frame, in code points. A frame that was begun is completed even if its
+request is interrupted, so this also bounds the text that may follow an interrupt."""
 
 MAX_FRAMES_IN_A_WRITE = 16
-"""Control frames that go to the kernel together, where some wait: in one call."""
+"""How many queued control frames are written with one system call."""
 
 MAX_CONTROL_FRAMES = 256
-"""Control frames that may wait: beyond it the client is not read from, since it is the one who
-asks for them and does not read the answers."""
+"""How many control frames may be queued. Beyond this, the client is not read: it asks for answers
+and does not read them."""
 
 
 @dataclass(frozen=True)
 class OutboxSettings:
-    """Bounds of one connection.
+    """Bounds of one outbox.
 
     Args:
-        max_bytes: queued data beyond which its readers wait; 0 is no limit.
-        write_timeout: seconds without the kernel taking a byte until the connection is dropped;
-            0 is no limit.
+        max_bytes: how many bytes of data may be queued before outlets block; 0: no limit.
+        write_timeout: drop the connection when the kernel takes no byte for this many seconds; 0:
+            never.
     """
 
     max_bytes: int = 1024 * 1024
@@ -58,7 +59,7 @@ class OutboxSettings:
 
 
 class FrameEncoder(Protocol):
-    """Makes the frames of one answer, in order: each call makes the next one."""
+    """Makes the frames of one answer, in order: each call makes the next frame."""
 
     def encode_text(self, text: str, timestamp_ms: int) -> bytes: ...
     def encode_call(self, call: ToolCall, timestamp_ms: int) -> bytes: ...
@@ -67,24 +68,24 @@ class FrameEncoder(Protocol):
 
 class _Frame(Struct, eq=False):
     payload: bytes
-    """JSON of a text frame, or bytes for the wire where `raw`."""
-    raw: bool = False
+    """The JSON of a text frame; if `is_raw`, bytes for the socket."""
+    is_raw: bool = False
     outlet: Outlet | None = None
     text: str = ""
-    """The part of an answer that it carries."""
+    """The part of the answer in this frame."""
     call: ToolCall | None = None
-    """The function call that it carries."""
+    """The function call in this frame."""
     is_terminal: bool = False
     on_written: Callable[[float], None] | None = None
 
 
 class _PendingWrite(Struct, eq=False):
-    """What is being written: one data frame or some control frames, and what is left of it."""
+    """The write in progress: one data frame, or some control frames, and the bytes left to send."""
 
     frames: list[_Frame]
     rest: bytes | memoryview
-    begun: bool = False
-    """True when the kernel has some of it, so that the rest must follow."""
+    is_begun: bool = False
+    """True when the kernel has a part of it, so that the rest must follow."""
 
     @property
     def outlet(self) -> Outlet | None:
@@ -95,10 +96,10 @@ class Outbox:
     """Everything that goes to one client.
 
     Args:
-        sock: the connection, in non-blocking mode (`settimeout(0)`).
-        protocol: its WebSocket state; the connection feeds it, and passes what it wants sent to
-            `send_wire`.
-        settings: its bounds.
+        sock: the socket, in non-blocking mode (`settimeout(0)`).
+        protocol: the WebSocket state of the connection. The connection feeds it with received data,
+            and passes its output to `send_wire`.
+        settings: the bounds.
         metrics: counts purged frames and slow clients.
         on_dead: called once, with the reason, when nothing can be written any more.
     """
@@ -121,23 +122,23 @@ class Outbox:
         self._data_bytes = 0
         self._pending: _PendingWrite | None = None
         self._writer: gevent.Greenlet[[], None] | None = None
-        self._writing = False
-        self._closing = False
-        self._dead = False
+        self._is_writing = False
+        self._is_closing = False
+        self._is_dead = False
         self._room = gevent.event.Event()
         self._room.set()
         self._control_room = gevent.event.Event()
         self._control_room.set()
         self.accepted_at = time.monotonic()
-        """`time.monotonic()` of the last bytes that the kernel took."""
+        """`time.monotonic()` when the kernel last took bytes."""
 
     def outlet(self, encoder: FrameEncoder) -> Outlet:
-        """A new outlet, for one request."""
+        """Make the outlet of a request."""
         return Outlet(self, encoder)
 
     @property
     def waiting_bytes(self) -> int:
-        """Everything that waits for the client: data, control, and the rest of what was begun."""
+        """How many bytes wait to be sent: data, control, and the rest of the write in progress."""
         control = sum(len(frame.payload) for frame in self._control)
         return self._data_bytes + control + (len(self._pending.rest) if self._pending else 0)
 
@@ -147,32 +148,33 @@ class Outbox:
         """Put a text frame ahead of all queued data.
 
         Args:
-            payload: its JSON.
-            on_written: called with `time.monotonic()` when the kernel has taken all of it.
+            payload: the JSON of the frame.
+            on_written: called with `time.monotonic()` once the kernel has the whole frame.
         """
         self._put_control(_Frame(payload, on_written=on_written))
 
     def send_wire(self, writes: list[bytes]) -> None:
-        """Put what the protocol wants sent (pongs, a close frame, the end) ahead of all data."""
+        """Put the protocol's output (pongs, a close frame, the end) ahead of all queued data."""
         for data in writes:
-            self._put_control(_Frame(data, raw=True))
+            self._put_control(_Frame(data, is_raw=True))
 
     def ping(self) -> None:
-        """Ask the client for a sign of life."""
-        if not self._closing and not self._dead:
+        """Send a WebSocket ping."""
+        if not self._is_closing and not self._is_dead:
             self._protocol.send_ping(b"")
             self.send_wire(self._protocol.data_to_send())
 
     def close(self, code: int, reason: str) -> None:
-        """Close in order: queued data is dropped, control still goes out, then the close frame."""
-        if self._closing or self._dead:
+        """Drop queued data, send queued control frames, then a close frame."""
+        if self._is_closing or self._is_dead:
             return
-        self._closing = True
+        self._is_closing = True
         self._drop(lambda frame: frame.outlet is not None)
         if self._pending is None and not self._control:
             self._send_close(code, reason)
         else:
-            # Behind what is there, but made only then: frames after a close frame are not allowed.
+            # A mark in the queue: the close frame is made when everything before it is written,
+            # since the protocol allows no frame after it is made.
             self._put_control(_Frame(b"", on_written=lambda _at: self._send_close(code, reason)))
 
     @property
@@ -185,10 +187,10 @@ class Outbox:
         self._control_room.wait()
 
     def die(self, reason: str) -> None:
-        """Nothing can be written any more: forget everything, wake everybody, tell once."""
-        if self._dead:
+        """Drop everything, wake all waiting greenlets, and call `on_dead`. Has an effect once."""
+        if self._is_dead:
             return
-        self._dead = True
+        self._is_dead = True
         self._control.clear()
         self._data.clear()
         self._data_bytes = 0
@@ -196,14 +198,14 @@ class Outbox:
         self._room.set()
         self._control_room.set()
         # Wakes greenlets that wait for the socket; the connection closes it.
-        with contextlib.suppress(OSError):  # the peer was faster
+        with contextlib.suppress(OSError):  # the peer has closed it already
             self._sock.shutdown(socket.SHUT_RDWR)
         self._on_dead(reason)
 
     # For outlets.
 
     def put_data(self, frame: _Frame) -> None:
-        if self._closing or self._dead:
+        if self._is_closing or self._is_dead:
             return
         self._data.append(frame)
         self._data_bytes += len(frame.payload)
@@ -212,14 +214,14 @@ class Outbox:
         self._start_writing()
 
     def purge(self, outlet: Outlet) -> None:
-        """Drop what is queued of an outlet, but for a frame that was begun."""
+        """Drop the queued frames of an outlet. A frame that was begun is not queued, and stays."""
         if self._data and (purged := self._drop(lambda frame: frame.outlet is outlet)):
             self._metrics.frames_purged.inc(purged)
 
     def begun_frame(self, outlet: Outlet) -> _Frame | None:
-        """The frame of this outlet that is half written, if there is one."""
-        wire = self._pending
-        return wire.frames[0] if wire is not None and wire.outlet is outlet else None
+        """The partly written frame of this outlet; None if there is none."""
+        write = self._pending
+        return write.frames[0] if write is not None and write.outlet is outlet else None
 
     def wait_for_room(self) -> None:
         self._room.wait()
@@ -228,10 +230,10 @@ class Outbox:
     def has_room(self) -> bool:
         return self._room.is_set()
 
-    # The writing itself.
+    # Writing.
 
     def _put_control(self, frame: _Frame) -> None:
-        if self._dead:
+        if self._is_dead:
             return
         self._control.append(frame)
         if len(self._control) > MAX_CONTROL_FRAMES:
@@ -252,52 +254,52 @@ class Outbox:
             self._room.set()
 
     def _start_writing(self) -> None:
-        # What is put while a frame's end is being told is picked up by the loop that tells it.
-        if self._writer is not None or self._writing:
+        # While `_write` runs, its own loop picks up what its callbacks put.
+        if self._writer is not None or self._is_writing:
             return
         if not self._write():
             self._writer = gevent.spawn(self._write_rest)
 
     def _write(self) -> bool:
-        """Write what the kernel takes now; True when nothing is left."""
-        self._writing = True
+        """Write as much as the kernel takes now. Returns True if nothing is left."""
+        self._is_writing = True
         try:
             while self._pending is not None or self._control or self._data:
-                wire = self._pending or self._take_next()
-                if wire is None:
+                write = self._pending or self._take_next()
+                if write is None:
                     continue
                 try:
-                    sent = self._sock.send(wire.rest)
+                    sent = self._sock.send(write.rest)
                 except BlockingIOError:
-                    if not wire.begun:
-                        self._put_back(wire)
+                    if not write.is_begun:
+                        self._put_back(write)
                     return False
                 except OSError as error:
                     self.die(f"connection lost: {error.strerror or error}")
                     break
                 self.accepted_at = time.monotonic()
-                wire.begun = True
-                if sent < len(wire.rest):
-                    wire.rest = memoryview(wire.rest)[sent:]
+                write.is_begun = True
+                if sent < len(write.rest):
+                    write.rest = memoryview(write.rest)[sent:]
                 else:
                     self._pending = None
-                    for frame in wire.frames:
+                    for frame in write.frames:
                         self._written(frame)
             return True
         finally:
-            self._writing = False
+            self._is_writing = False
 
-    def _put_back(self, wire: _PendingWrite) -> None:
-        # The kernel took nothing of it: others may still go before it, and it can be purged.
+    def _put_back(self, write: _PendingWrite) -> None:
+        # The kernel took none of it: control may still go before it, and it may still be purged.
         self._pending = None
-        if wire.outlet is None:
-            self._control.extendleft(reversed(wire.frames))
+        if write.outlet is None:
+            self._control.extendleft(reversed(write.frames))
         else:
-            self._data.appendleft(wire.frames[0])
-            self._data_bytes += len(wire.frames[0].payload)
+            self._data.appendleft(write.frames[0])
+            self._data_bytes += len(write.frames[0].payload)
 
     def _take_next(self) -> _PendingWrite | None:
-        """Begin what comes next; None where nothing of that is to be written."""
+        """Begin the next write. Returns None if what came next needs no write."""
         if self._control:
             self._take_control()
         else:
@@ -305,7 +307,7 @@ class Outbox:
             self._data_bytes -= len(frame.payload)
             if not self._room.is_set():
                 self._make_room()
-            if self._protocol.state is State.OPEN:  # else it is too late for any frame
+            if self._protocol.state is State.OPEN:  # after a close frame, no frame may follow
                 self._pending = _PendingWrite([frame], self._text_frame(frame))
         return self._pending
 
@@ -314,15 +316,15 @@ class Outbox:
         parts: list[bytes] = []
         while self._control and len(frames) < MAX_FRAMES_IN_A_WRITE:
             frame = self._control[0]
-            is_mark = not frame.payload  # in the queue, or (raw) the end of the stream
+            is_mark = not frame.payload  # `close()`, or, if raw, the end of the stream
             if is_mark and frames:
-                break  # what goes before it is written first
+                break  # the frames before the mark are written first
             self._control.popleft()
-            if frame.raw and is_mark:
+            if frame.is_raw and is_mark:
                 self._shut_write()
             elif is_mark:
                 self._written(frame)
-            elif frame.raw:
+            elif frame.is_raw:
                 frames.append(frame)
                 parts.append(frame.payload)
             elif self._protocol.state is State.OPEN:
@@ -346,7 +348,7 @@ class Outbox:
             frame.on_written(self.accepted_at)
 
     def _write_rest(self) -> None:
-        """The writer greenlet: ends when nothing is left over."""
+        """The writer greenlet: runs until nothing is left to write."""
         timeout = self._settings.write_timeout or None
         try:
             while not self._write():
@@ -354,7 +356,7 @@ class Outbox:
         except TimeoutError:
             self._metrics.slow_clients.inc()
             self.die(f"client too slow: took nothing for {timeout:g} s")
-        except OSError as error:  # the socket was closed under us
+        except OSError as error:  # the connection has closed the socket
             self.die(f"connection lost: {error.strerror or error}")
         finally:
             self._writer = None
@@ -372,10 +374,10 @@ class Outbox:
 
 
 class Outlet:
-    """One request's way to its client (`actors.outlet.Outlet`).
+    """The outlet of one request (`actors.outlet.Outlet`).
 
-    Pieces of text that come in one iteration of the event loop become one frame, so that batches
-    grow under load and nothing ever waits for more.
+    All text that arrives in one iteration of the event loop becomes one frame. So frames grow under
+    load, and text is never delayed to wait for more.
     """
 
     def __init__(self, outbox: Outbox, encoder: FrameEncoder) -> None:
@@ -386,10 +388,11 @@ class Outlet:
         self._is_flush_due = False
         self._is_discarded = False
         self._is_blocked = False
-        """True while a stage waits for the client."""
+        """True while a stage waits for room in the outbox."""
         self._texts: list[str] = []
+        """The texts of frames that were handed to the kernel completely."""
         self._calls: list[ToolCall] = []
-        """What was handed to the kernel in whole frames."""
+        """The function calls of such frames."""
         self._is_finishing = self._is_terminal_written = False
 
     @property
@@ -401,12 +404,12 @@ class Outlet:
 
     @property
     def is_done(self) -> bool:
-        """True when the terminal frame was handed to the kernel, or cannot be held back now."""
+        """True once the kernel has the terminal frame, or a part of it."""
         begun = self._outbox.begun_frame(self)
         return self._is_terminal_written or (begun is not None and begun.is_terminal)
 
     def put(self, text: str) -> None:
-        """Send a piece of the answer. Blocks the caller while its client is behind."""
+        """Send a piece of text. Blocks the caller while the client is behind."""
         if self._is_discarded:
             return
         self._pieces.append(text)
@@ -417,11 +420,11 @@ class Outlet:
             self._wait()
 
     def put_call(self, call: ToolCall, on_sent: Callable[[], None]) -> None:
-        """Send a function call, behind all text. Blocks the caller while its client is behind.
+        """Send a function call, after all text. Blocks the caller while the client is behind.
 
         Args:
-            call: what the client is to call.
-            on_sent: called when the kernel has it.
+            call: the function call.
+            on_sent: called once the kernel has the whole frame.
         """
         if self._is_discarded:
             return
@@ -434,11 +437,11 @@ class Outlet:
             self._wait()
 
     def finish(self, end: RequestEnd, on_sent: Callable[[], None]) -> None:
-        """Put the terminal frame, behind all data.
+        """Send the terminal frame, after all data.
 
         Args:
             end: how the request ended.
-            on_sent: called when the kernel has the frame; never once the outlet was discarded.
+            on_sent: called once the kernel has the whole frame; never after `discard()`.
         """
         if not self._is_discarded:
             self._is_finishing = True
@@ -449,12 +452,12 @@ class Outlet:
             )
 
     def discard(self) -> bool:
-        """From here on nothing is written, and what was queued is dropped.
+        """Drop what is queued, and send nothing more.
 
-        Only a frame that was begun is finished; it counts as delivered already.
+        A frame of which the kernel has a part is still completed, and counts as delivered at once.
 
         Returns:
-            False, and nothing is done, when the terminal frame cannot be held back any more.
+            False if `is_done`; then nothing has changed.
         """
         if self.is_done:
             return False
@@ -471,11 +474,12 @@ class Outlet:
         return True
 
     def progress_at(self) -> float:
-        """`time.monotonic()` of the client's last progress while all waits for it, else 0."""
+        """`time.monotonic()` when the client last took data, while the outlet waits for it; else
+        0."""
         return self._outbox.accepted_at if self._is_blocked or self._is_finishing else 0.0
 
     def frame_written(self, frame: _Frame) -> None:
-        """A frame of ours was handed to the kernel."""
+        """The kernel has a whole frame of this outlet."""
         self._count(frame)
         if frame.is_terminal:
             self._is_terminal_written = True

@@ -1,11 +1,11 @@
 """The web page at `/` and its client library, as answers to plain GETs.
 
-The files in `gateway/web/` are read once, at the first request, and held in memory. A requested
+The files in `gateway/web/` are read once, at the first request, and kept in memory. A requested
 path is looked up among their names and never reaches the file system.
 
 The library, `gateway/web/client/`, has two addresses. The page imports it from `/client/`, like its
-own modules. Other pages import it from `/client/0.2.0/`, where the number is the version in
-`package.json`: a release never changes there, so that browsers may keep it.
+own modules. Other pages import it from an address with the version of `package.json`, such as
+`/client/0.2.0/`. The files of a version never change, so browsers may cache them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CONTENT_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Files of other types in these folders are for developers, and are not served."""
+"""Files of other types in these folders are for developers and are not served."""
 
 _SECURITY_POLICY = "; ".join(
     (
@@ -60,10 +60,10 @@ _HEADERS = {
 }
 
 _REVALIDATE = "no-cache"
-"""Browsers check the ETag each time, so that a page never runs with modules of another version."""
+"""Browsers check the ETag each time, so a page never runs with modules of another version."""
 
 _KEEP = "public, max-age=31536000, immutable"
-"""For addresses that contain the version: kept for a year without a check."""
+"""For addresses that contain the version: browsers cache these files for a year."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ def answer(path: str, request_headers: Headers) -> Response | None:
 
     Args:
         path: requested path, without the query.
-        request_headers: of the request; an `If-None-Match` with the file's ETag gets a 304.
+        request_headers: headers of the request. If `If-None-Match` has the file's ETag, the
+            response is a 304.
 
     Returns:
-        The response, after which the connection closes. None if there is no such file.
+        The response, after which the connection closes; None if there is no such file.
     """
     file = _files().get(path)
     if file is None:
@@ -120,7 +121,7 @@ def _files() -> Mapping[str, _File]:
 
 
 def _read(folder: Path) -> dict[str, _File]:
-    """The files in a folder that are served, by their name."""
+    """Read the files in a folder that are served, by name."""
     files = {}
     for path in sorted(folder.glob("*")):
         if content_type := _CONTENT_TYPES.get(path.suffix):

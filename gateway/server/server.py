@@ -1,4 +1,4 @@
-"""The public port: listens, keeps account of the connections, and makes room for new ones."""
+"""The public port: listens, keeps track of the connections, and makes room for new ones."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from metrics.instruments import Metrics
 
 _BACKLOG = 1024
 _SPARE_CONNECTIONS = 128
-"""Beyond the session limit: for health checks, and for those who are told that it is reached."""
+"""Connections beyond the session limit: for health checks, and to refuse a REGISTER properly."""
 
 _UNREGISTERED_SECONDS = 1.0
 _UNREGISTERED_AT_ONCE = 16
-"""Without file descriptors so many make way at a time that have not registered for so long: a
-client that means to register does so at once."""
+"""When no file descriptors are left, at most this many connections are closed at once, and only
+those that are older than `_UNREGISTERED_SECONDS`: a normal client registers at once."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Where to listen, and how to treat connections.
+    """Where to listen, and the settings of all connections.
 
     Args:
         host: address to listen on.
-        port: TCP port; 0 takes a free one.
-        allowed_origins: origins of web pages that may connect besides our own, such as
+        port: TCP port; 0: any free port.
+        allowed_origins: origins of other web pages that may connect, such as
             ``https://chat.example.com``; their hosts are also accepted as `Host`.
-        max_sessions: sessions that may be registered; 0 is no limit. A quiet one takes 26 KiB and a
-            file descriptor, so that many take some 300 MB. Connections may be some more.
-        ping_interval: seconds of silence until a WebSocket ping is sent; 0 sends none.
-        ping_timeout: seconds without any sign of life after it until the connection is dropped.
-        outbox: bounds of what goes out.
+        max_sessions: how many sessions may be registered at once; 0: no limit. An idle session
+            takes 26 KiB and a file descriptor, so 10,000 take about 300 MB.
+        ping_interval: seconds of silence until a WebSocket ping is sent; 0: no pings.
+        ping_timeout: seconds after a ping without any data until the connection is dropped.
+        outbox: bounds of each outbox.
     """
 
     host: str = "127.0.0.1"
@@ -60,19 +60,20 @@ class ServerSettings:
 
     @property
     def max_connections(self) -> int:
-        """How many may be open, of any kind; 0 is no limit."""
+        """How many connections may be open, registered or not; 0: no limit."""
         return self.max_sessions + _SPARE_CONNECTIONS if self.max_sessions else 0
 
 
 class Server:
-    """Listens, and makes an attachment of each WebSocket connection.
+    """Listens, and serves each connection.
 
     Args:
-        settings: where and how.
-        attach: makes the attachment of a connection, given its outbox and peer address.
-        health: the fields of `/health`.
+        settings: where to listen, and the settings of all connections.
+        attach: makes the attachment of a WebSocket connection, given its outbox and peer address.
+        health: returns the fields of `/health`.
         metrics: counts refusals and slow clients.
-        unready: why no new clients are welcome, for `/readyz`; None when they are.
+        unready: returns why new clients should go elsewhere, for `/readyz`; None if they are
+            welcome.
     """
 
     def __init__(
@@ -94,7 +95,8 @@ class Server:
         )
         self._connections: set[Connection] = set()
         self._unregistered: dict[Connection, None] = {}
-        """Those that have not registered, the oldest first, and some that have meanwhile."""
+        """Connections that have not registered, oldest first. Those that have registered since are
+        removed when they are found."""
         self._empty = gevent.event.Event()
         self._empty.set()
         self._listener: Listening | None = None
@@ -102,7 +104,7 @@ class Server:
 
     @property
     def port(self) -> int:
-        """The port it listens on."""
+        """The TCP port that the server listens on."""
         assert self._listener is not None
         port = self._listener.server_port
         assert port is not None
@@ -110,18 +112,19 @@ class Server:
 
     @property
     def connections(self) -> int:
-        """How many connections are open, of any kind."""
+        """How many connections are open, registered or not."""
         return len(self._connections)
 
     def waiting_bytes(self) -> int:
-        """What waits in all outboxes, in bytes. It lets other greenlets run, so not for the hub."""
+        """Count the bytes in all outboxes. Yields to other greenlets, so it must not run in the
+        hub."""
         return sum(one.waiting_bytes for one in in_slices(list(self._connections)))
 
     def start(self) -> None:
-        """Listen.
+        """Start to listen.
 
         Raises:
-            OSError: the address cannot be had.
+            OSError: the server cannot listen on the address.
         """
         self._listener = Listening(
             (self.settings.host, self.settings.port), self._serve, backlog=_BACKLOG
@@ -131,7 +134,7 @@ class Server:
         self._checker = gevent.spawn(self._check_for_ever)
 
     def stop_listening(self) -> None:
-        """Take no more connections; those with a client are left alone."""
+        """Accept no more connections. Those with a completed handshake stay open."""
         if self._listener is not None:
             self._listener.close()
         for connection in list(self._connections):
@@ -149,7 +152,7 @@ class Server:
             self._listener.stop(timeout=CLOSE_SECONDS)
 
     def wait_until_empty(self, seconds: float) -> None:
-        """Wait until every connection has ended, but no longer than this."""
+        """Wait until every connection has ended, at most this long."""
         self._empty.wait(seconds)
 
     def _serve(self, sock: gevent.socket.socket, address: tuple[str, int]) -> None:
@@ -167,16 +170,16 @@ class Server:
                 self._empty.set()
 
     def _make_room(self) -> None:
-        """When there are too many connections, the one that has been here longest without
-        registering makes way. So neither clients that only hold connections, nor a full house, keep
-        a new one from its health check, or its REGISTER."""
+        """When there are too many connections, close the one that has been unregistered for the
+        longest. So a new client can always send a health check or REGISTER, even if the session
+        limit is reached or other clients hold connections without registering."""
         if not 0 < self.settings.max_connections < len(self._connections):
             return
         self._refuse_oldest_unregistered("connection limit reached, and it had not registered")
 
     def _make_room_for_files(self) -> None:
-        """There are no file descriptors left, whatever the limit on connections is: clients that
-        only hold some must not keep all others out."""
+        """When no file descriptors are left, close connections that have not registered. Otherwise
+        clients that only hold connections could keep all others out."""
         too_new = time.monotonic() - _UNREGISTERED_SECONDS
         for _ in range(_UNREGISTERED_AT_ONCE):
             self._refuse_oldest_unregistered(
@@ -194,7 +197,7 @@ class Server:
                 return
 
     def _check_for_ever(self) -> None:
-        # One greenlet for all connections: ten thousand idle ones must not cost as many timers.
+        # One greenlet for all connections, so that 10,000 idle ones do not need 10,000 timers.
         limits = (self.settings.ping_interval, self.settings.ping_timeout, CLOSE_SECONDS)
         pause = min(limit for limit in limits if limit > 0) / 4
         while True:

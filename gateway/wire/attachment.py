@@ -1,9 +1,9 @@
 """One client of wire protocol 1.0, from the handshake to the end of its connection.
 
-The handshake makes an *attachment*. It owns what comes before a session: it answers HEALTH_CHECK,
-refuses what comes too early, and has the credentials of REGISTER checked. REGISTER makes a session;
-from then on the attachment turns frames into the session's words, and `WirePort` turns the
-session's words into frames.
+The handshake makes an *attachment*. Before there is a session, the attachment answers HEALTH_CHECK,
+refuses frames that come too early, and has the credentials of REGISTER checked. REGISTER makes a
+session. From then on the attachment turns frames into messages to the session, and `WirePort` turns
+what the session says into frames.
 
     state         may become
     UNREGISTERED  CHECKING, REGISTERED, CLOSED
@@ -62,42 +62,42 @@ from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
 _MAX_LOGGED_CHARS = 64
-"""Of a `session_id`, which is whatever the client says."""
+"""How much of a `session_id` is logged: the client may send any text."""
 
 _CLOSE_BY_REFUSAL = {
     ErrorCode.AUTH_FAILED: CloseCode.POLICY_VIOLATION,
     ErrorCode.SERVER_BUSY: CloseCode.TRY_AGAIN_LATER,
     ErrorCode.INTERNAL_ERROR: CloseCode.INTERNAL_ERROR,
 }
-"""When credentials were not accepted, or could not be checked."""
+"""The close code when credentials were not accepted, or could not be checked."""
 
-_log = get_logger("WS")  # for code that runs in the data lane already
+_log = get_logger("WS")  # for code that already runs in the data lane
 _deferred_log = DeferredLog(get_logger("ACTOR"))
 
 
 class Applicant(Protocol):
-    """Waits for its credentials to be checked."""
+    """A client that waits for its credentials to be checked."""
 
     @property
     def is_waiting(self) -> bool:
-        """False when the answer is of no use any more: the client has left."""
+        """False once the client has left, so that no answer is needed."""
 
     def accept(self, client_name: str) -> None:
-        """The credentials are right; they are this client's."""
+        """The credentials are valid, and belong to `client_name`."""
 
     def reject(self, code: ErrorCode, detail: str) -> None:
-        """They are wrong (`AUTH_FAILED`), or could not be checked."""
+        """The credentials are not valid (`AUTH_FAILED`), or could not be checked."""
 
 
 class Authenticator(Protocol):
-    """Says who may register (`gateway.access.authenticator.Authenticator`)."""
+    """Decides who may register (`gateway.access.authenticator.Authenticator`)."""
 
     def check(self, auth: ApiKeyAuth | AccountAuth, applicant: Applicant) -> None:
-        """Accept or reject the applicant once, at once or later, if it still waits then."""
+        """Accept or reject the applicant, now or later, exactly once, if it still waits then."""
 
 
 class State(enum.Enum):
-    """Where an attachment is."""
+    """The state of an attachment."""
 
     UNREGISTERED = "unregistered"
     CHECKING = "checking"
@@ -118,14 +118,14 @@ class Attachment:
     and no other. They run in the greenlet that calls: the connection's, or the authenticator's.
 
     Args:
-        outbox: everything that goes to the client.
-        peer: address of the client.
+        outbox: takes the frames for the client.
+        peer: the client's address.
         sessions: makes the session.
-        authenticator: checks credentials; None lets everybody in.
-        health: what HEALTH_CHECK is answered with.
+        authenticator: checks credentials; None accepts every client.
+        health: returns the answer to HEALTH_CHECK.
         metrics: counts refusals.
-        is_draining: whether no new sessions are made.
-        on_settled: called with the attachment when it is registered or closed.
+        is_draining: returns True once no new sessions may be made.
+        on_settled: called with the attachment when it becomes registered or closed.
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class Attachment:
         self._on_settled = on_settled
         self._state = State.UNREGISTERED
         self._register: Register | None = None
-        """The one whose credentials are being checked."""
+        """The REGISTER whose credentials are being checked."""
         self._session: Session | None = None
         self._voices = VoiceFrames(sessions.settings.max_voice_bytes)
         self._port.on_voice_unwanted = self._voices.ignore
         self._lanes = lanes()
 
-    # What the connection tells.
+    # What the connection calls.
 
     @property
     def is_registered(self) -> bool:
@@ -177,7 +177,7 @@ class Attachment:
             return
         try:
             if self._session is None:
-                self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
+                self._refuse(ErrorCode.SESSION_INVALID, self._too_early_detail())
             else:
                 for word in self._voices.take_binary(message):
                     self._session.tell(word)
@@ -200,8 +200,8 @@ class Attachment:
         except FrameError as fault:
             self._fault(fault)
         else:
-            # Deferred, since it takes longer than an interrupt does; but queued before anything
-            # that comes of the frame.
+            # Deferred, since writing the line takes longer than an interrupt; but queued first, so
+            # that it comes before the lines that the frame causes.
             self._lanes.run_deferred(_log_received, frame)
             self._receive(frame, read_at)
 
@@ -209,7 +209,7 @@ class Attachment:
         payload = frame.payload
         if self._session is not None:
             if isinstance(payload, Register):
-                detail = "this connection has sent REGISTER already"
+                detail = "this connection has already sent REGISTER"
                 self._session.tell(NotUnderstood(ErrorCode.MALFORMED_PAYLOAD, detail))
             elif isinstance(payload, HealthCheck):
                 self._session.tell(DoorAsked(payload.check_fields))
@@ -222,15 +222,15 @@ class Attachment:
         elif isinstance(payload, HealthCheck):
             self._port.door_answers(payload.check_fields)
         elif not isinstance(payload, Register):
-            self._refuse(ErrorCode.SESSION_INVALID, self._too_early())
+            self._refuse(ErrorCode.SESSION_INVALID, self._too_early_detail())
         elif self._state is State.UNREGISTERED:
             self._on_register(payload)
         else:
-            detail = "this connection has sent REGISTER already"
+            detail = "this connection has already sent REGISTER"
             self._refuse(ErrorCode.MALFORMED_PAYLOAD, detail)
 
     def _words(self, frame: ClientFrame, read_at: float) -> list[SessionMessage]:
-        """What a frame says, in the words of a session."""
+        """Turn a frame into messages to the session."""
         payload = frame.payload
         match payload:
             case Interrupt():
@@ -258,20 +258,20 @@ class Attachment:
             case Shutdown():
                 return [ClientLeaves()]
             case Register() | HealthCheck():
-                return []  # not for a session
+                return []  # `_receive` has handled them
             case _:
                 assert_never(payload)
 
     def _fault(self, fault: FrameError) -> None:
         if self._session is None:
             self._refuse(fault.code, fault.detail, fault.request_id)
-        elif fault.of_voice and fault.request_id is not None:
+        elif fault.is_voice and fault.request_id is not None:
             for word in self._voices.take_fault(fault.request_id, fault.code, fault.detail):
                 self._session.tell(word)
         else:
             self._session.tell(NotUnderstood(fault.code, fault.detail, fault.request_id))
 
-    def _too_early(self) -> str:
+    def _too_early_detail(self) -> str:
         if self._state is State.CHECKING:
             return "wait for REGISTER_ACK"
         return "the first message must be REGISTER"
@@ -317,7 +317,7 @@ class Attachment:
                 self._books.busy("auth")
             case ErrorCode.SERVER_BUSY:
                 self._books.busy("auth_busy")
-        # Neither what was wrong, nor for which account: it may be a password in the wrong field.
+        # The log gets no account name: the client may have put the password in the wrong field.
         _deferred_log.warning(
             "Refused registration", peer=self._peer, code=code.value, auth=_kind(register.auth)
         )
@@ -351,7 +351,7 @@ class Attachment:
     # The end.
 
     def leave(self) -> None:
-        """Say goodbye to a client that has not registered: the gateway shuts down."""
+        """The gateway shuts down: say goodbye to a client that has not registered."""
         if self._state in (State.UNREGISTERED, State.CHECKING):
             try:
                 self._port.goodbye(SERVER_RESTART)
@@ -375,7 +375,7 @@ class Attachment:
             self._on_settled(self)
 
     def _refuse(self, code: ErrorCode, detail: str, request_id: str | None = None) -> None:
-        """Refuse what the client said before it has a session."""
+        """Refuse a message of a client that has no session."""
         self._books.refused(code, detail, request_id)
         if request_id is None:
             self._port.refused(code, detail)
@@ -386,7 +386,7 @@ class Attachment:
 
 
 def profile_of(register: Register) -> Profile:
-    """What a client registers. Older clients say `client_type` for `platform`."""
+    """The profile that a REGISTER asks for. Older clients send `client_type` for `platform`."""
     return Profile(
         register.platform or register.client_type,
         register.require_tts,
@@ -408,5 +408,5 @@ def _log_received(frame: ClientFrame) -> None:
 
 
 def _kind(auth: ApiKeyAuth | AccountAuth) -> str:
-    """What kind of credentials they are, as the wire calls it."""
+    """The kind of credentials, as the protocol names it."""
     return str(auth.__struct_config__.tag)

@@ -1,5 +1,5 @@
-"""Bytes from a client become typed structs here, once; nothing behind this module asks what is in a
-dictionary. Unknown fields are ignored. Pure: no I/O, no clock."""
+"""Decodes the bytes of a client into typed structs, once: the rest of the gateway handles structs
+only. Unknown fields are ignored. Pure: no I/O, no clock."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from gateway.wire.frames import (
 )
 
 _MAX_DETAIL_CHARS = 200
-"""Of an error that quotes what it was sent."""
+"""The longest error text that quotes what the client sent."""
 
 _FUNCTION_PATH = re.compile(
     r"`\$\.((?P<outer>update_session)\.)?function_calling\[(?P<index>\d+)\]"
 )
-"""Where msgspec says that a fault is in a function's definition."""
+"""Finds the function definition that an error message of msgspec points to."""
 
 
 class FrameError(Exception):
@@ -48,8 +48,9 @@ class FrameError(Exception):
     Args:
         code: the error code for the client.
         detail: what exactly is wrong, for the client.
-        request_id: the id in a REQUEST that was refused, where it is a proper one.
-        of_voice: whether that is a VOICE request, of which more frames may come.
+        request_id: the id of the request that the frame would have begun; None if it would begin
+            none, or the id is not valid.
+        is_voice: whether that is a VOICE request, of which more frames may follow.
     """
 
     def __init__(
@@ -58,13 +59,13 @@ class FrameError(Exception):
         detail: str,
         request_id: str | None = None,
         *,
-        of_voice: bool = False,
+        is_voice: bool = False,
     ) -> None:
         super().__init__(code, detail)
         self.code = code
         self.detail = detail
         self.request_id = request_id
-        self.of_voice = of_voice
+        self.is_voice = is_voice
 
 
 class _Envelope(Struct):
@@ -86,8 +87,8 @@ class _VoiceRequest(Struct):
 
 
 class _Begun(Struct):
-    """What is left to know of a frame that is refused, and would have begun a request: its client
-    waits for an answer."""
+    """The fields that are needed of a refused frame that would have begun a request: its client
+    waits for an answer under that id."""
 
     request_id: RequestId
     data_type: Any = None
@@ -107,13 +108,13 @@ _begun_decoder = msgspec.json.Decoder(_Begun)
 
 
 def decode(data: bytes) -> ClientFrame:
-    """Read one text frame from a client.
+    """Decode one text frame of a client.
 
     Args:
         data: the frame's payload, at most `MAX_FRAME_BYTES`.
 
     Raises:
-        FrameError: `PAYLOAD_TOO_LARGE` or `MALFORMED_PAYLOAD`, with what is wrong.
+        FrameError: `PAYLOAD_TOO_LARGE` or `MALFORMED_PAYLOAD`, with the fault in `detail`.
     """
     if len(data) > MAX_VOICE_TEXT_BYTES:
         raise FrameError(
@@ -121,10 +122,10 @@ def decode(data: bytes) -> ClientFrame:
             f"a text frame of {len(data)} bytes; the limit is {MAX_VOICE_TEXT_BYTES}",
         )
     try:
-        data.decode()  # msgspec looks only into what it uses
+        data.decode()  # msgspec validates only the fields that it uses
         envelope = _envelope_decoder.decode(data)
     except UnicodeDecodeError:
-        raise FrameError(ErrorCode.MALFORMED_PAYLOAD, "frame: not UTF-8") from None
+        raise FrameError(ErrorCode.MALFORMED_PAYLOAD, "frame: not valid UTF-8") from None
     except msgspec.ValidationError as error:
         raise _malformed(error, "frame") from None
     except (msgspec.DecodeError, RecursionError) as error:  # the latter: nested too deeply
@@ -132,14 +133,14 @@ def decode(data: bytes) -> ClientFrame:
     if envelope.version != VERSION:
         raise FrameError(
             ErrorCode.MALFORMED_PAYLOAD,
-            f"version is {envelope.version[:16]!r}; this server speaks {VERSION!r}",
+            f"unsupported version {envelope.version[:16]!r}; this server supports {VERSION!r}",
         )
     decoder = _payload_decoders.get(envelope.msg_type)
     if decoder is None:
         raise FrameError(
             ErrorCode.MALFORMED_PAYLOAD, f"unknown msg_type {envelope.msg_type[:64]!r}"
         )
-    if len(data) > MAX_TEXT_BYTES and not _reads(_voice_decoder, envelope.payload):
+    if len(data) > MAX_TEXT_BYTES and not _can_decode(_voice_decoder, envelope.payload):
         detail = f"a text frame of {len(data)} bytes; without voice the limit is {MAX_TEXT_BYTES}"
         raise _refusal(ErrorCode.PAYLOAD_TOO_LARGE, detail, _begun_by(envelope))
     try:
@@ -153,20 +154,20 @@ def decode(data: bytes) -> ClientFrame:
 
 
 def _fault(payload: ClientPayload) -> str | None:
-    """What the types alone do not say."""
+    """The first fault that the types do not express; None if there is none."""
     match payload:
         case Register():
             return _function_fault(payload.function_calling or [])
         case Request():
             if payload.data_type == "TEXT" and payload.content.text is None:
-                return "a TEXT request without `payload.content.text`"
+                return "a TEXT request must have `payload.content.text`"
             if payload.data_type == "VOICE" and payload.content.voice_mode is None:
-                return "a VOICE request without `payload.content.voice_mode`"
+                return "a VOICE request must have `payload.content.voice_mode`"
             faults = (_update_fault(update) for update in payload.updates)
             return next((fault for fault in faults if fault), None)
         case FunctionResult():
             is_deep = _is_too_deep(payload.result)
-            return f"`result` is nested over {MAX_NESTING} levels deep" if is_deep else None
+            return f"`result` is nested deeper than {MAX_NESTING} levels" if is_deep else None
         case _:
             return None
 
@@ -184,10 +185,10 @@ def _is_too_deep(value: Any) -> bool:
 def _update_fault(update: SessionUpdate) -> str | None:
     functions = update.function_calling
     if functions is None:
-        return update.function_calling_op and "`function_calling_op` without `function_calling`"
+        return update.function_calling_op and "`function_calling_op` needs `function_calling`"
     definitions = [one for one in functions if isinstance(one, FunctionDefinition)]
     if update.function_calling_op is not FunctionOp.DELETE and len(definitions) < len(functions):
-        return "`function_calling`: a name alone is enough only for DELETE"
+        return "`function_calling`: only DELETE accepts a name without a definition"
     return _function_fault(definitions)
 
 
@@ -197,7 +198,7 @@ def _function_fault(functions: Sequence[FunctionDefinition]) -> str | None:
     seen: set[str] = set()
     for function in functions:
         if function.name in seen:
-            return f"function {function.name!r}: `name` is there twice"
+            return f"function {function.name!r}: duplicate `name`"
         seen.add(function.name)
         if fault := _parameters_fault(function.parameters):
             return f"function {function.name!r}: {fault}"
@@ -208,10 +209,10 @@ def _parameters_fault(parameters: dict[str, Any] | list[FunctionParameter] | Non
     if isinstance(parameters, list):
         names = [parameter.name for parameter in parameters]
         twice = next((name for name in names if names.count(name) > 1), None)
-        return twice and f"`parameters`: {twice!r} is there twice"
+        return twice and f"`parameters`: duplicate name {twice!r}"
     schema = parameters or {}
     if _is_too_deep(schema):
-        return f"`parameters` is nested over {MAX_NESTING} levels deep"
+        return f"`parameters` is nested deeper than {MAX_NESTING} levels"
     if schema.get("type", "object") != "object":
         return "`parameters.type` must be 'object'"
     properties = schema.get("properties", {})
@@ -227,7 +228,8 @@ def _parameters_fault(parameters: dict[str, Any] | list[FunctionParameter] | Non
 
 
 def _function_named(message: str, payload: msgspec.Raw) -> str | None:
-    """Which function of a list is the one that a message is about, by its name."""
+    """Name the function that an error message of msgspec is about; None if it is about no function,
+    or the function has no name."""
     found = _FUNCTION_PATH.search(message)
     if found is None:
         return None
@@ -242,7 +244,7 @@ def _function_named(message: str, payload: msgspec.Raw) -> str | None:
 
 
 def _malformed(error: Exception, where: str, begun: _Begun | None = None) -> FrameError:
-    text = str(error)  # may quote what it was sent, at any length
+    text = str(error)  # may quote what the client sent, in any length
     if len(text) > _MAX_DETAIL_CHARS:
         half = _MAX_DETAIL_CHARS // 2
         text = f"{text[:half]} … {text[-half:]}"
@@ -252,10 +254,10 @@ def _malformed(error: Exception, where: str, begun: _Begun | None = None) -> Fra
 def _refusal(code: ErrorCode, detail: str, begun: _Begun | None) -> FrameError:
     if begun is None:
         return FrameError(code, detail)
-    return FrameError(code, detail, begun.request_id, of_voice=begun.data_type == "VOICE")
+    return FrameError(code, detail, begun.request_id, is_voice=begun.data_type == "VOICE")
 
 
-def _reads(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw) -> bool:
+def _can_decode(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw) -> bool:
     try:
         decoder.decode(raw)
     except msgspec.DecodeError:
@@ -264,8 +266,8 @@ def _reads(decoder: msgspec.json.Decoder[Any], raw: msgspec.Raw) -> bool:
 
 
 def _begun_by_bad_frame(data: bytes) -> _Begun | None:
-    # The standard library reads what msgspec does not: half a surrogate pair, which a browser sends
-    # when it cut a text inside of an emoji.
+    # The standard library accepts half a surrogate pair, which msgspec does not. A browser sends
+    # one when a text was cut inside an emoji.
     try:
         return msgspec.convert(json.loads(data), _BadFrame).payload
     except (ValueError, RecursionError):

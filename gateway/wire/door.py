@@ -1,4 +1,4 @@
-"""The door of wire protocol 1.0: makes an attachment of each connection, and closes in order."""
+"""The door of wire protocol 1.0: makes the attachment of each connection, and drains them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from metrics.instruments import Metrics
 
 
 class WireDoor:
-    """Where clients of wire protocol 1.0 come in.
+    """Makes the attachments of all clients of wire protocol 1.0.
 
     Args:
         sessions: makes sessions.
-        authenticator: checks credentials; None lets everybody in.
-        health: what HEALTH_CHECK is answered with.
+        authenticator: checks credentials; None accepts every client.
+        health: returns the answer to HEALTH_CHECK.
         metrics: counts refusals.
     """
 
@@ -50,8 +50,8 @@ class WireDoor:
         """Make the attachment of a connection.
 
         Args:
-            outbox: of the connection.
-            peer: address of the client.
+            outbox: the outbox of the connection.
+            peer: the client's address.
         """
         attachment = Attachment(
             outbox,

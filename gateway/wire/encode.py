@@ -1,4 +1,4 @@
-"""Typed structs become the bytes of a text frame. Pure: no clock, no I/O."""
+"""Encodes typed structs as the bytes of text frames. Pure: no clock, no I/O."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ERRORS: dict[ErrorCode, tuple[str, bool]] = {
     ErrorCode.INTERNAL_ERROR: ("internal error", True),
     ErrorCode.REQUEST_TIMEOUT: ("request timed out", True),
 }
-"""Of each code its message and whether trying again may help."""
+"""For each code: its message, and whether trying again may help."""
 
 
 class _ServerFrame(Struct, frozen=True):
@@ -37,17 +37,17 @@ _encoder = msgspec.json.Encoder()
 
 
 def error(code: ErrorCode, detail: str, **fields: Any) -> Error:
-    """An ERROR frame with the message and `retryable` that belong to its code."""
+    """Make an ERROR payload with the message and the `retryable` of its code."""
     message, retryable = _ERRORS[code]
     return Error(code, message, detail, retryable, **fields)
 
 
 def encode(payload: ServerPayload, session_id: str | None, timestamp_ms: int) -> bytes:
-    """One text frame to a client.
+    """Encode one text frame for a client.
 
     Args:
-        payload: what to say.
-        session_id: the session's, None before it is registered.
+        payload: the payload of the frame.
+        session_id: the id of the session; None before there is one.
         timestamp_ms: milliseconds since the epoch.
     """
     return _encoder.encode(
@@ -56,14 +56,15 @@ def encode(payload: ServerPayload, session_id: str | None, timestamp_ms: int) ->
 
 
 class AnswerEncoder:
-    """Encodes the frames of one request's answer, in order: `encode()` of a RESPONSE, but what
-    stays the same is encoded once, since this runs for every token.
+    """Encodes the frames of one request's answer, in order.
 
-    The frames of text and of calls share one sequence, `text_stream_seq` 0, 1, 2, …
+    The result is that of `encode()` of a RESPONSE. But this runs for every token, so the part that
+    stays the same is encoded only once. Frames with text and frames with function calls share one
+    sequence, `text_stream_seq` 0, 1, 2, …
 
     Args:
-        session_id: the session's.
-        request_id: the client's.
+        session_id: the id of the session.
+        request_id: the id that the client gave the request.
     """
 
     def __init__(self, session_id: str, request_id: str) -> None:
@@ -76,7 +77,7 @@ class AnswerEncoder:
         )
 
     def encode_text(self, text: str, timestamp_ms: int) -> bytes:
-        """The next frame, with a piece of text."""
+        """Encode the next frame, with a piece of text."""
         seq = self._next_seq
         self._next_seq = seq + 1
         return b'%b%d,"content":{"text":%b}},"timestamp":%d}' % (
@@ -87,7 +88,7 @@ class AnswerEncoder:
         )
 
     def encode_call(self, call: ToolCall, timestamp_ms: int) -> bytes:
-        """The next frame, with a function call in place of text."""
+        """Encode the next frame, with a function call."""
         seq = self._next_seq
         self._next_seq = seq + 1
         parameters = msgspec.json.decode(call.arguments, type=dict[str, Any])
@@ -99,12 +100,12 @@ class AnswerEncoder:
         )
 
     def encode_end(self, end: RequestEnd, timestamp_ms: int) -> bytes:
-        """The last frame."""
+        """Encode the last frame."""
         return encode(terminal(end), self._session_id, timestamp_ms)
 
 
 def terminal(end: RequestEnd) -> ServerPayload:
-    """The terminal frame of a request: RESPONSE with `text_stream_seq` -1, or ERROR."""
+    """Make the terminal frame of a request: RESPONSE with `text_stream_seq` -1, or ERROR."""
     tokens = end.usage
     usage = None
     if tokens is not None:
@@ -127,7 +128,7 @@ def terminal(end: RequestEnd) -> ServerPayload:
     return Response(
         end.request_id,
         -1,
-        # Without speech it is absent, never null: clients wait for -1 where it is there.
+        # Absent without speech, never null: a client that sees the field waits for -1.
         voice_stream_seq=-1 if end.wants_speech else UNSET,
         interrupted=True if is_interrupted else UNSET,
         interrupt_reason=end.reason.value if end.reason is not None else UNSET,

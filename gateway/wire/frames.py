@@ -1,7 +1,7 @@
 """The frames of wire protocol 1.0 as typed structs, and their limits. Pure: no I/O, no clock.
 
-A frame is a JSON object, the envelope, whose `payload` has the shape that `msg_type` names.
-`decode.py` makes structs of bytes, and `encode.py` bytes of structs.
+A frame is a JSON object, the envelope. Its `msg_type` says which of these structs its `payload` is.
+`decode.py` turns bytes into structs, and `encode.py` turns structs into bytes.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from actors.words import (
 VERSION = "1.0"
 
 PATH = "/ws/agent/stream"
-"""Where the WebSocket is."""
+"""The path of the WebSocket."""
 
 MAX_TEXT_BYTES = 256 * 1024
-"""A text frame that carries no voice."""
+"""The largest text frame without voice."""
 
 MAX_VOICE_TEXT_BYTES = 1024 * 1024
-"""A text frame that carries voice in base64."""
+"""The largest text frame with voice in base64."""
 
 MAX_FRAME_BYTES = 1536 * 1024
-"""Any frame: beyond this the connection is closed with 1009."""
+"""The largest frame of any kind. A larger one closes the connection with 1009."""
 
 MAX_NESTING = 100
-"""Levels of a JSON value that goes on to the provider. What is nested deeper can be read, but maybe
-not be written again."""
+"""The deepest nesting of a JSON value that is passed on to the provider. A value that is nested
+deeper may decode and then fail to encode."""
 
 _CLIENT_REASONS = {
     reason.value: reason
@@ -68,7 +68,7 @@ _TargetId: TypeAlias = Annotated[str, Meta(pattern=r"^[ -~]{0,64}\Z")]
 
 
 class ApiKeyAuth(Struct, frozen=True, tag_field="type", tag="API_KEY"):
-    """Registration by key."""
+    """Credentials: an API key."""
 
     api_key: str
 
@@ -77,7 +77,7 @@ class ApiKeyAuth(Struct, frozen=True, tag_field="type", tag="API_KEY"):
 
 
 class AccountAuth(Struct, frozen=True, tag_field="type", tag="ACCOUNT"):
-    """Registration by account and password."""
+    """Credentials: an account and its password."""
 
     account: str
     password: str
@@ -90,7 +90,7 @@ _NO_UPDATE = SessionUpdate()
 
 
 class Register(Struct, frozen=True):
-    """The first message of a session. Older clients say `client_type` for `platform`."""
+    """Opens a session. Older clients send `client_type` instead of `platform`."""
 
     msg_type: ClassVar = "REGISTER"
     auth: ApiKeyAuth | AccountAuth
@@ -105,7 +105,7 @@ class Register(Struct, frozen=True):
 
 
 class RequestContent(Struct, frozen=True):
-    """The `content` of a REQUEST, of either data type; `voice` is base64 on the wire."""
+    """The `content` of a REQUEST, for text and for voice. `voice` is base64 on the wire."""
 
     text: str | None = None
     voice_mode: VoiceMode | None = None
@@ -114,7 +114,8 @@ class RequestContent(Struct, frozen=True):
 
 
 class Request(Struct, frozen=True):
-    """A user's turn, or a piece of it; and changes of the session, at either of two places."""
+    """A turn of the user, or a part of its voice. May also update the session: in its own fields,
+    in `update_session`, or in both."""
 
     msg_type: ClassVar = "REQUEST"
     request_id: RequestId
@@ -132,8 +133,8 @@ class Request(Struct, frozen=True):
 
     @property
     def updates(self) -> list[SessionUpdate]:
-        """The changes in the order in which they are to be made."""
-        of_ours = SessionUpdate(
+        """The updates, in the order in which they are applied."""
+        own_fields = SessionUpdate(
             self.require_tts,
             self.enable_srs,
             self.system_prompt,
@@ -141,11 +142,11 @@ class Request(Struct, frozen=True):
             self.function_calling_op,
             self.function_calling,
         )
-        return [one for one in (of_ours, self.update_session) if one not in (None, _NO_UPDATE)]
+        return [one for one in (own_fields, self.update_session) if one not in (None, _NO_UPDATE)]
 
 
 class FunctionResult(Struct, frozen=True):
-    """What the client's function returned; with a `request_id` the model is to go on."""
+    """The result of a function call. With a `request_id`, the model continues under that id."""
 
     msg_type: ClassVar = "FUNCTION_RESULT"
     call_id: Annotated[str, Meta(min_length=1, max_length=256)]
@@ -154,9 +155,9 @@ class FunctionResult(Struct, frozen=True):
 
 
 class Interrupt(Struct, frozen=True):
-    """Stop one request, or (no id) every live one of the session.
+    """Stops one request of the session; without an id, every live request.
 
-    `delivered_text_chars` says how many Unicode code points of the answer the user really got.
+    `delivered_text_chars` is how many Unicode code points of the answer the user really got.
     """
 
     msg_type: ClassVar = "INTERRUPT"
@@ -166,38 +167,39 @@ class Interrupt(Struct, frozen=True):
 
     @property
     def target(self) -> str | None:
-        """The id that is meant; None means every live request."""
+        """The id of the request to stop; None: every live request."""
         return self.interrupt_request_id or None
 
     @property
     def known_reason(self) -> InterruptReason:
-        """The reason; `OTHER` for one that the protocol does not know."""
+        """The reason; `OTHER` if the protocol does not define it."""
         return _CLIENT_REASONS.get(self.reason or "", InterruptReason.OTHER)
 
 
 class SessionQuery(Struct, frozen=True):
-    """Ask for the session's data, or (no fields) for all of it."""
+    """Asks for fields of the session's data; without a list, for all of them."""
 
     msg_type: ClassVar = "SESSION_QUERY"
     query_fields: list[str] | None = None
 
 
 class HealthCheck(Struct, frozen=True):
-    """Allowed before REGISTER too. No fields ask for all."""
+    """Asks for fields of the gateway's health; without a list, for all of them. Also allowed before
+    REGISTER."""
 
     msg_type: ClassVar = "HEALTH_CHECK"
     check_fields: list[str] | None = None
 
 
 class HeartbeatReply(Struct, frozen=True):
-    """Never answered: clients answer every HEARTBEAT, so this would go on for ever."""
+    """The answer to a HEARTBEAT. It is not answered: otherwise the two sides would never stop."""
 
     msg_type: ClassVar = "HEARTBEAT_REPLY"
     client_status: Any = None
 
 
 class Shutdown(Struct, frozen=True):
-    """Either side ends the session."""
+    """Ends the session. Both sides send it."""
 
     msg_type: ClassVar = "SHUTDOWN"
     reason: str | None = None
@@ -217,7 +219,7 @@ CLIENT_PAYLOADS: tuple[type[Any], ...] = get_args(ClientPayload)
 
 
 class ClientFrame(Struct, frozen=True):
-    """A frame from the client, understood."""
+    """A decoded frame of the client."""
 
     session_id: str | None
     payload: ClientPayload
@@ -227,7 +229,7 @@ class ClientFrame(Struct, frozen=True):
 
 
 class RegisterAck(Struct, frozen=True):
-    """The session stands."""
+    """The answer to a REGISTER that was accepted."""
 
     msg_type: ClassVar = "REGISTER_ACK"
     session_id: str
@@ -237,7 +239,7 @@ class RegisterAck(Struct, frozen=True):
 
 
 class ResponseContent(Struct, frozen=True, omit_defaults=True):
-    """The `content` of a RESPONSE; empty on the last frame."""
+    """The `content` of a RESPONSE. Empty with a function call and on the last frame."""
 
     text: str | UnsetType = UNSET
     voice: bytes | UnsetType = UNSET
@@ -245,7 +247,7 @@ class ResponseContent(Struct, frozen=True, omit_defaults=True):
 
 
 class FunctionCall(Struct, frozen=True):
-    """The model asks the client to call a function."""
+    """A function call of the model, which the client is to make."""
 
     name: str
     parameters: dict[str, Any]
@@ -253,7 +255,7 @@ class FunctionCall(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens, as the provider counted them, or `estimated` where it did not say."""
+    """Token counts of the provider; `estimated` if the provider sent none."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -262,9 +264,9 @@ class Usage(Struct, frozen=True):
 
 
 class Response(Struct, frozen=True, omit_defaults=True):
-    """A piece of the answer, or (`text_stream_seq` -1) its end.
+    """A piece of the answer; with `text_stream_seq` -1, the end of it.
 
-    `voice_stream_seq` is absent without speech, never null: clients wait for -1 where it is there.
+    `voice_stream_seq` is absent without speech, never null: a client that sees it waits for -1.
     """
 
     msg_type: ClassVar = "RESPONSE"
@@ -283,10 +285,10 @@ class Response(Struct, frozen=True, omit_defaults=True):
 class InterruptResult(Struct, frozen=True):
     """What an INTERRUPT did to one target.
 
-    `delivered_text_chars` counts Unicode code points that were handed to the kernel;
-    `stream_closed_ms` runs from reading the INTERRUPT frame to the closed stream, null where
-    there was no stream. `stops_on_close` says what the provider does then, where it had the
-    request.
+    `delivered_text_chars` counts the Unicode code points that were handed to the kernel.
+    `stream_closed_ms` is the time from reading the INTERRUPT until the provider's stream was
+    closed; null if there was none, or it is still open. `stops_on_close` says whether the provider
+    then stops generating; absent if no provider received the request.
     """
 
     request_id: str
@@ -297,7 +299,7 @@ class InterruptResult(Struct, frozen=True):
 
 
 class InterruptAck(Struct, frozen=True):
-    """The answer to an INTERRUPT; `interrupt_request_id` is echoed exactly as it was sent."""
+    """The answer to an INTERRUPT. It repeats `interrupt_request_id` exactly as it was sent."""
 
     msg_type: ClassVar = "INTERRUPT_ACK"
     interrupted_request_ids: list[str]
@@ -308,7 +310,7 @@ class InterruptAck(Struct, frozen=True):
 
 
 class HealthStatus(Struct, frozen=True, omit_defaults=True):
-    """`conn_count` is the number of open connections; `cpu_usage` percent of one core."""
+    """`conn_count` is the number of open connections; `cpu_usage` is in percent of one core."""
 
     status: str | UnsetType = UNSET
     conn_count: int | UnsetType = UNSET
@@ -323,7 +325,7 @@ class HealthCheckAck(Struct, frozen=True):
 
 
 class SessionData(Struct, frozen=True, omit_defaults=True):
-    """What was asked of a session; `create_time` in milliseconds since the epoch."""
+    """The session's data that was asked for. `create_time` is in milliseconds since the epoch."""
 
     platform: Platform | UnsetType | None = UNSET
     require_tts: bool | UnsetType = UNSET
@@ -343,14 +345,14 @@ class SessionInfo(Struct, frozen=True):
 
 
 class Heartbeat(Struct, frozen=True):
-    """Asks for a HEARTBEAT_REPLY, which renews the session."""
+    """Asks the client for a HEARTBEAT_REPLY, which renews the session."""
 
     msg_type: ClassVar = "HEARTBEAT"
     remaining_seconds: int
 
 
 class SessionWarn(Struct, frozen=True):
-    """The session ends soon, unless it is renewed."""
+    """Warns that the session ends soon, unless the client renews it."""
 
     msg_type: ClassVar = "SESSION_WARN"
     remaining_seconds: int
@@ -359,7 +361,7 @@ class SessionWarn(Struct, frozen=True):
 
 
 class Error(Struct, frozen=True, omit_defaults=True):
-    """A refused frame, or (with `request_id`) the end of a request. Made by `error()`."""
+    """Refuses a frame; with `request_id`, ends that request. Made by `encode.error()`."""
 
     msg_type: ClassVar = "ERROR"
     error_code: ErrorCode

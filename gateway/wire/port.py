@@ -1,4 +1,4 @@
-"""What a session says, as frames of wire protocol 1.0."""
+"""Turns what a session says into frames of wire protocol 1.0."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _OUTCOME_WORDS = {
     InterruptOutcome.UNKNOWN: "unknown request",
     InterruptOutcome.TIMED_OUT: "told to stop, but its stream is still open",
 }
-"""For the `message` of an INTERRUPT_ACK."""
+"""The words for each outcome in the `message` of an INTERRUPT_ACK."""
 
 CLOSE_CODES: dict[Goodbye, CloseCode | None] = {
     CLIENT_LEFT: CloseCode.NORMAL_CLOSURE,
@@ -52,11 +52,11 @@ CLOSE_CODES: dict[Goodbye, CloseCode | None] = {
     SERVER_RESTART: CloseCode.SERVICE_RESTART,
     CONNECTION_LOST: None,  # there is no connection to close
 }
-"""What a client is closed with, for every goodbye that a session says."""
+"""The close code of each goodbye. A client whose connection was lost gets none."""
 
 
 class Outbox(Protocol):
-    """Everything that goes to the client (`gateway.server.outbox.Outbox`)."""
+    """Takes the frames for the client (`gateway.server.outbox.Outbox`)."""
 
     def outlet(self, encoder: AnswerEncoder) -> Outlet: ...
     def send_control(
@@ -66,11 +66,11 @@ class Outbox(Protocol):
 
 
 class WirePort:
-    """The port of one connection; see `actors.session.port.Port`.
+    """The port of one connection (`actors.session.port.Port`).
 
     Args:
-        outbox: of the connection.
-        health: what HEALTH_CHECK is answered with.
+        outbox: the outbox of the connection.
+        health: returns the answer to HEALTH_CHECK.
     """
 
     def __init__(self, outbox: Outbox, health: Callable[[], HealthStatus]) -> None:
@@ -78,22 +78,22 @@ class WirePort:
         self._health = health
         self._session_id: str | None = None
         self.on_voice_unwanted: Callable[[str], None] = lambda _request_id: None
-        """Called with the id of a request whose voice the session does not want any more."""
+        """Called with the id of a request when the session ignores the rest of its voice."""
 
     def send(
         self, payload: ServerPayload, on_written: Callable[[float], None] | None = None
     ) -> None:
-        """Send a frame ahead of all answers.
+        """Send a frame ahead of all queued answers.
 
         Args:
-            payload: what to say.
-            on_written: called with `time.monotonic()` when the kernel has all of it.
+            payload: the payload of the frame.
+            on_written: called with `time.monotonic()` once the kernel has the whole frame.
         """
         now_ms = time.time_ns() // 1_000_000
         self._outbox.send_control(encode(payload, self._session_id, now_ms), on_written)
 
     def close(self, code: CloseCode, reason: str) -> None:
-        """Close the connection, behind what was sent."""
+        """Close the connection after the frames that were sent before."""
         self._outbox.close(code, reason)
 
     # What a session says.
@@ -171,7 +171,7 @@ class WirePort:
 
 
 def _only(data: _S, fields: object) -> _S:
-    """Leave out what was not asked for by name; no list, or an empty one, asks for all."""
+    """Keep the fields that are asked for by name; without a list, or with an empty one, all."""
     if not isinstance(fields, list) or not fields:
         return data
     asked = {name: getattr(data, name) for name in data.__struct_fields__ if name in fields}

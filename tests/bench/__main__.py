@@ -1,7 +1,7 @@
-"""The gateway beside a compact asyncio relay of the same frames: `python -m tests.bench`.
+"""Measures the gateway against a compact asyncio relay of the same frames: `python -m tests.bench`.
 
-Starts one provider for everything, and per run one fresh server (core 0) and one driver (core 1,
-with the provider). See README.md for what the figures mean.
+Starts one provider for all runs. Each run has a new server (core 0) and a new driver (core 1, like
+the provider). README.md explains the figures.
 """
 
 import argparse
@@ -27,23 +27,23 @@ from tests.bench.driver import Report
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 20.0
 STOP_SECONDS = 10.0
-LOAD_CORE_LIMIT = 0.85  # busier than this, the figures are the load's as much as the server's
-TOKENS_SHARE = 0.9  # of what the provider sends; the rest is lost to interrupts and new requests
-FOREIGN_LIMIT = 0.10  # of a core, used by processes that are none of ours
-ROUNDS = 8  # at least: the machine's speed changes from one minute to the next
-INTERRUPTS = 2000  # about so many a side and level: a p99 rests on a hundredth of them
-INTERRUPTS_PER_SECOND = 0.5  # of a stream: one in INTERRUPT_AFTER_SECONDS, on the average
-DRAWS = 200  # of rounds, for the range of a ratio
+LOAD_CORE_LIMIT = 0.85  # above this, the load itself slows the figures down
+TOKENS_SHARE = 0.9  # of what the provider could send; interrupts and new requests cost the rest
+FOREIGN_LIMIT = 0.10  # of a core, used by other processes
+ROUNDS = 8  # minimum, since the machine's speed changes from one minute to the next
+INTERRUPTS = 2000  # per side and level, roughly: a p99 depends on the slowest hundredth of them
+INTERRUPTS_PER_SECOND = 0.5  # per stream, on average: one in INTERRUPT_AFTER_SECONDS
+DRAWS = 200  # how often the rounds are drawn again, for the range of a ratio
 
 Reports = dict[str, list[Report]]  # side -> one report per run
 
 
 class Failed(Exception):
-    """A process of the benchmark ended, or never came up."""
+    """A process of the benchmark ended too early, or did not start."""
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would point the gateway at a real provider or give it other settings."""
+    """Our environment, without variables that would change the gateway's provider or settings."""
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -54,7 +54,7 @@ def _environment() -> dict[str, str]:
 
 def gateway_command(port: int, llm_url: str) -> list[str]:
     flags = ["--port", str(port), "--llm-url", llm_url, "--llm-model", "bench"]
-    # The relay keeps no history either: both POST what the user said.
+    # No history, like the relay: both POST only the last user text.
     flags += ["--history-messages", "0"]
     return [sys.executable, "run.py", "serve", *flags, "--log-level", "warning"]
 
@@ -72,7 +72,7 @@ SIDES: dict[str, Callable[[int, str], list[str]]] = {
 
 @contextmanager
 def process(command: Sequence[str], core: int | None) -> Iterator[subprocess.Popen[str]]:
-    """A child, pinned to a core, with its standard output piped; ended on leaving."""
+    """A child process, pinned to a core, with piped standard output. Ended when the block ends."""
     child = subprocess.Popen(
         command, cwd=ROOT, env=_environment(), stdout=subprocess.PIPE, text=True
     )
@@ -96,7 +96,8 @@ def pin(pid: int, core: int | None) -> None:
 
 
 def choose_cores() -> tuple[int | None, int | None]:
-    """The server's core and the load's; None where this platform or machine cannot tell them."""
+    """The core of the server and that of the load; None with fewer than two cores, or where a
+    process cannot be pinned."""
     if not hasattr(psutil.Process, "cpu_affinity"):
         return None, None
     cores = psutil.Process().cpu_affinity() or []
@@ -110,7 +111,8 @@ def free_port() -> int:
 
 
 def raise_file_limit() -> None:
-    """400 streams are 800 sockets in the server, and the usual soft limit is 1,024."""
+    """Raise the soft limit of open files: 400 streams need 800 sockets in the server, and the usual
+    limit is 1,024."""
     try:
         import resource
     except ImportError:
@@ -122,7 +124,11 @@ def raise_file_limit() -> None:
 
 
 def wait_healthy(child: subprocess.Popen[str], port: int) -> None:
-    """Return when GET /health on the port answers 200."""
+    """Wait until GET /health on the port answers with 200.
+
+    Raises:
+        Failed: the child ended, or the time limit expired.
+    """
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     give_up_at = time.monotonic() + START_SECONDS
     while time.monotonic() < give_up_at:
@@ -137,7 +143,7 @@ def wait_healthy(child: subprocess.Popen[str], port: int) -> None:
 
 
 def read_ready(child: subprocess.Popen[str]) -> int:
-    """The port from the provider's line `ready <port>`."""
+    """Read the port from the provider's line `ready <port>`."""
     line = child.stdout.readline() if child.stdout is not None else ""
     if not line.startswith("ready "):
         raise Failed(f"{child.args!r} did not start: {line!r}")
@@ -145,7 +151,7 @@ def read_ready(child: subprocess.Popen[str]) -> int:
 
 
 class Bench:
-    """The settings and the running provider; `run` measures one side once."""
+    """The options and the running provider. `run` measures one side once."""
 
     def __init__(
         self,
@@ -192,14 +198,14 @@ class Bench:
         return msgspec.json.decode(output, type=Report)
 
     def rounds(self, streams: int) -> int:
-        """How many runs each side gets at a level."""
+        """The number of runs of each side at a level."""
         if self.options.rounds is not None:
             return int(self.options.rounds)
         interrupts_per_run: float = streams * INTERRUPTS_PER_SECOND * self.options.seconds
         return max(ROUNDS, math.ceil(INTERRUPTS / interrupts_per_run))
 
     def level(self, streams: int, sides: Sequence[str]) -> Reports:
-        """Every side in each round, in the reverse order of the one before: A B B A."""
+        """Run every side once per round, in reversed order in every other round: A B B A."""
         reports: Reports = {side: [] for side in sides}
         for number in range(self.rounds(streams)):
             for side in sides if number % 2 == 0 else reversed(sides):
@@ -209,7 +215,7 @@ class Bench:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Nearest rank; not a number when there are none."""
+    """The percentile by nearest rank; NaN without values."""
     if not values:
         return math.nan
     ordered = sorted(values)
@@ -242,7 +248,7 @@ FIGURES: dict[str, Callable[[list[Report]], float]] = {
         sum(run.tokens for run in runs) / max(1, sum(run.frames for run in runs))
     ),
 }
-# Counts that say whether the run was sound; no ratio makes sense of them.
+# Counts that say whether the run was sound. They have no ratio.
 CHECKS: dict[str, Callable[[list[Report]], float]] = {
     "late frames (must be 0)": lambda runs: sum(run.late_frames for run in runs),
     "interrupts": lambda runs: sum(run.interrupts for run in runs),
@@ -274,8 +280,8 @@ def _ratio(row: Mapping[str, float]) -> float:
 
 
 def ratio_range(figure: Callable[[list[Report]], float], reports: Reports) -> tuple[float, float]:
-    """Between which ratios of a figure 95 % lie when its rounds are drawn again, with replacement
-    and in pairs (the percentile bootstrap). A single round says nothing of that: not numbers."""
+    """The range of 95 % of a figure's ratios when the rounds are drawn again, with replacement and
+    in pairs (the percentile bootstrap). NaN with a single round."""
     rounds = range(len(next(iter(reports.values()))))
     if len(rounds) < 2:
         return math.nan, math.nan
@@ -290,7 +296,7 @@ def ratio_range(figure: Callable[[list[Report]], float], reports: Reports) -> tu
 
 
 def summarise(bench: Bench, reports: Reports) -> dict[str, dict[str, float]]:
-    """Figures and checks by name and side, with the ratio where both sides were measured."""
+    """Figures and checks by name and side, with the ratio if both sides were measured."""
     summary: dict[str, dict[str, float]] = {}
     for name, figure in (FIGURES | CHECKS).items():
         row = {side: figure(runs) for side, runs in reports.items()}
@@ -309,7 +315,7 @@ def summarise(bench: Bench, reports: Reports) -> dict[str, dict[str, float]]:
 
 
 def warnings(bench: Bench, streams: int, reports: Reports) -> Iterator[str]:
-    """What makes a run's figures doubtful."""
+    """The reasons why the figures of a run may be wrong."""
     for side, runs in reports.items():
         for number, run in enumerate(runs, 1):
             for what in _doubts(bench, streams, run):
@@ -323,7 +329,7 @@ def _doubts(bench: Bench, streams: int, run: Report) -> Iterator[str]:
         busy = (cpu if core is None else max(cpu, run.cores_busy[core])) / run.window
         foreign = busy - cpu / run.window
         if label == "load's" and busy > LOAD_CORE_LIMIT:
-            yield f"the load's core was {busy:.0%} busy: latencies are the load's own as well"
+            yield f"the load's core was {busy:.0%} busy: latencies include the load's own"
         if foreign > FOREIGN_LIMIT:
             yield f"{foreign:.0%} of the {label} core went to other processes"
     expected = streams * bench.options.rate
@@ -350,19 +356,19 @@ def _cell(value: float | None, name: str) -> str:
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--streams", default="20,100,400", help="levels, separated by commas")
-    parser.add_argument("--seconds", type=float, default=8, help="the measured window of a run")
-    parser.add_argument("--warmup", type=float, default=3, help="seconds before the window")
+    parser.add_argument("--streams", default="20,100,400", help="stream counts, comma-separated")
+    parser.add_argument("--seconds", type=float, default=8, help="measured seconds of a run")
+    parser.add_argument("--warmup", type=float, default=3, help="seconds before measuring starts")
     parser.add_argument(
         "--rounds",
         type=int,
-        help=f"runs a side and level, 2 being A B B A (default: {ROUNDS}, or what it takes for "
+        help=f"runs per side and level; 2 gives A B B A (default: {ROUNDS}, or as many as give "
         f"{INTERRUPTS:,} interrupts)",
     )
     parser.add_argument("--rate", type=float, default=30, help="tokens per second and stream")
-    parser.add_argument("--only", choices=sorted(SIDES), help="one side")
+    parser.add_argument("--only", choices=sorted(SIDES), help="measure only this side")
     parser.add_argument("--quick", action="store_true", help="20 and 100 streams, 1 round of 3 s")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every run's report, raw")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report of every run")
     options = parser.parse_args()
     if options.quick:
         options.streams, options.seconds, options.warmup, options.rounds = "20,100", 3, 1, 1

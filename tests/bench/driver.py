@@ -1,9 +1,9 @@
-"""The load: one WebSocket per stream, each asking, reading, interrupting, and asking again.
+"""The load: one WebSocket per stream. Each sends a request, reads, interrupts, and starts again.
 
-The client end of the WebSocket is written out by hand and knows no more than the benchmark needs
-(RFC 6455, unfragmented frames), so that 12,000 frames a second leave the core half idle. Only the
-frames that it sends are made by the client library, since they are few: reading with that one takes
-several times as long for each frame, and blocks. Prints one `Report` as JSON when done.
+The client end of the WebSocket is written by hand and has only what the benchmark needs (RFC 6455,
+unfragmented frames), so that 12,000 frames a second leave the core half idle. The client library
+makes only the few frames that are sent: reading with it blocks, and takes several times as long per
+frame. Prints one `Report` as JSON at the end.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import uvloop
 from gateway.client import PATH, encode_frame
 from tests.bench.provider import TOKEN_CHARS, TOKENS, Closes, Life
 
-INTERRUPT_AFTER_SECONDS = (1.0, 3.0)  # uniform, from the REQUEST on: one in two seconds
-SETTLE_SECONDS = 5.0  # for the last answers after the window; beyond it they count as missing
-DELAY_SAMPLE = 16  # the delay is looked at in one frame of so many
+INTERRUPT_AFTER_SECONDS = (1.0, 3.0)  # after the REQUEST, uniform: one in two seconds
+SETTLE_SECONDS = 5.0  # for acks and closes after the window; later ones count as missing
+DELAY_SAMPLE = 16  # the delay is measured in one of this many frames
 ERRORS_KEPT = 5
 
 _ROUND_CHARS = TOKEN_CHARS * len(TOKENS)
-_TEXT = "".join(TOKENS) * 8  # what an answer says, from any token on, further than a frame goes
+_TEXT = "".join(TOKENS) * 8  # the text of an answer from any token on, longer than any frame
 
 _UPGRADE = (
     b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\n"
@@ -41,7 +41,7 @@ _TEXT_FRAME, _CLOSE_FRAME, _PING_FRAME, _PONG_FRAME = 0x81, 0x88, 0x89, 0x8A
 
 
 class Report(msgspec.Struct):
-    """What one run of one side gave. CPU and times in seconds, `*_ms` in milliseconds."""
+    """The result of one run of one side. CPU and times in seconds, `*_ms` in milliseconds."""
 
     streams: int
     window: float
@@ -93,7 +93,7 @@ _decode = msgspec.json.Decoder(_Frame).decode
 
 
 class Load:
-    """What all streams share: the settings of the run, and its counts."""
+    """What all streams share: the settings of the run and its counts."""
 
     def __init__(self, streams: int, seed: int, rate: float) -> None:
         self.streams = streams
@@ -122,7 +122,7 @@ class Load:
 
 
 class Stream(asyncio.Protocol):
-    """One client. `request_id` is the live request; `interrupted` and `acked` say how far it is."""
+    """One client. `request_id` is the live request; `interrupted` and `acked` are its state."""
 
     transport: asyncio.Transport
 
@@ -197,7 +197,7 @@ class Stream(asyncio.Protocol):
         self.rest = buffer[start:]
 
     def write_frame(self, opcode: int, payload: bytes) -> None:
-        """A masked frame, with zeros for a mask: the payload is its own masked form."""
+        """Write a masked frame. The mask is zero, so masking does not change the payload."""
         length = len(payload)
         if length < 126:
             head = bytes((opcode, 0x80 | length))
@@ -209,7 +209,7 @@ class Stream(asyncio.Protocol):
         self.write_frame(_TEXT_FRAME, encode_frame(msg_type, payload, self.session_id))
 
     def close(self) -> None:
-        """Say goodbye; it is the server that closes the socket (RFC 6455, 7.1.1)."""
+        """Send a close frame. The server then closes the socket (RFC 6455, 7.1.1)."""
         self.closing = True
         if not self.lost:
             self.write_frame(_CLOSE_FRAME, _NORMAL_CLOSURE)
@@ -314,7 +314,7 @@ class Stream(asyncio.Protocol):
 
 
 class Usage(msgspec.Struct):
-    """CPU seconds so far: of each part of the benchmark, and of each core for whatever process."""
+    """CPU seconds so far, of each process of the benchmark, and of each core for all processes."""
 
     at: float
     server: float
@@ -324,7 +324,7 @@ class Usage(msgspec.Struct):
 
 
 class Meter:
-    """Reads what the processes have used; the server's with its children."""
+    """Reads the CPU and memory of the processes. The server's include its children."""
 
     def __init__(self, server_pid: int, provider_pid: int) -> None:
         self.server = psutil.Process(server_pid)
@@ -352,7 +352,8 @@ def _cpu_seconds(process: psutil.Process) -> float:
 
 
 def _busy_seconds(core: object) -> float:
-    """With interrupts, which Linux counts into the process that they hit as well."""
+    """Busy seconds of a core. Includes hardware interrupts, which Linux also counts for the process
+    that they interrupt."""
     fields = ("user", "nice", "system", "irq", "softirq")
     return sum(float(getattr(core, field, 0.0)) for field in fields)
 
@@ -366,7 +367,7 @@ async def _fetch_closes(port: int) -> Closes:
 
 
 async def _settle(done: Callable[[], bool]) -> None:
-    """Wait for `done`, but not for ever."""
+    """Wait until `done` returns True, for at most `SETTLE_SECONDS`."""
     give_up_at = time.monotonic() + SETTLE_SECONDS
     while not done() and time.monotonic() < give_up_at:
         await asyncio.sleep(0.02)
@@ -377,10 +378,10 @@ def _itself(stream: Stream) -> Stream:
 
 
 async def drive(options: argparse.Namespace) -> Report:
-    """Connect, warm up, measure for `options.seconds`, collect."""
+    """Connect, warm up, measure for `options.seconds`, and collect the report."""
     load = Load(options.streams, options.seed, options.rate)
     meter = Meter(options.server_pid, options.provider_pid)
-    await _fetch_closes(options.provider_port)  # forget what came before
+    await _fetch_closes(options.provider_port)  # discard what earlier runs have left
     rss_idle_bytes = meter.rss_bytes()
 
     streams = [Stream(load, index) for index in range(options.streams)]
@@ -391,7 +392,7 @@ async def drive(options: argparse.Namespace) -> Report:
     await asyncio.sleep(options.warmup)
 
     gc.collect()
-    gc.disable()  # the load shall not pause; it ends soon, and makes few cycles
+    gc.disable()  # a collection would delay the load; it ends soon and makes few cycles
     before = meter.usage()
     load.measuring = True
     await asyncio.sleep(options.seconds)
@@ -451,7 +452,7 @@ async def drive(options: argparse.Namespace) -> Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, required=True, help="of the server under test")
+    parser.add_argument("--port", type=int, required=True, help="port of the server under test")
     parser.add_argument("--server-pid", type=int, required=True)
     parser.add_argument("--provider-port", type=int, required=True)
     parser.add_argument("--provider-pid", type=int, required=True)
@@ -459,10 +460,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--warmup", type=float, required=True)
     parser.add_argument("--rate", type=float, required=True)
-    parser.add_argument("--seed", type=int, required=True, help="of the times of interrupting")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the interrupt times")
     report = msgspec.json.encode(uvloop.run(drive(parser.parse_args())))
-    # Buffered, whatever PYTHONUNBUFFERED says: where libuv uses io_uring, a write to a pipe that is
-    # full may return with a part of it written, and an unbuffered file leaves it at that.
+    # Buffered even with PYTHONUNBUFFERED: if libuv uses io_uring, a write to a full pipe may write
+    # only a part, and an unbuffered file does not write the rest.
     with open(sys.stdout.fileno(), "wb", closefd=False) as output:
         output.write(report)
 

@@ -1,8 +1,8 @@
-"""An endless OpenAI-compatible provider, as cheap as we could make it.
+"""An OpenAI-compatible provider with endless answers, that uses as little CPU as possible.
 
-`POST /v1/chat/completions` streams one token per chunk at a fixed rate until the peer goes away.
-`GET /closes` hands over, and forgets, what happened since it was last asked. Times are
-`time.monotonic()` seconds, which every process of one machine reads from the same clock.
+`POST /v1/chat/completions` streams one token per chunk at a fixed rate until the peer disconnects.
+`GET /closes` returns what happened since the last such request. Times are `time.monotonic()`
+seconds, which all processes of a machine read from the same clock.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import uvloop
 
 TOKEN_CHARS = 6  # every token is "tokNN ", so characters / 6 = tokens
 TOKENS = tuple(f"tok{number:02d} " for number in range(100))
-SLOTS = 32  # of the wheel: a stream's phase is its slot, and there is one timer for all of them
-MAX_REQUEST_BYTES = 1 << 20  # a session's history fits many times over
+SLOTS = 32  # of the timer wheel: a stream's slot is its phase, and one timer serves all slots
+MAX_REQUEST_BYTES = 1 << 20  # many times the history of a session
 
 
 class Life(msgspec.Struct, array_like=True):
-    """One stream: when its first token was due, and when its connection was seen closed."""
+    """One stream: when its first token was due, and when the provider saw its connection close."""
 
     first_due: float
     closed_at: float
@@ -69,7 +69,7 @@ HEAD = (
 
 
 class Provider:
-    """The wheel that turns `rate` times a second, and the record of what was closed when."""
+    """A timer wheel that turns `rate` times a second, and the record of closed connections."""
 
     def __init__(self, rate: float) -> None:
         self.step = 1 / rate / SLOTS
@@ -82,7 +82,7 @@ class Provider:
         self.tick()
 
     def tick(self) -> None:
-        """Write every token that is due, also those of slots that a late timer has missed."""
+        """Write every token that is due, including those of slots that a late timer has missed."""
         now = time.monotonic()
         while (due := self.epoch + self.turn * self.step) <= now:
             for stream in self.slots[self.turn % SLOTS]:
@@ -91,9 +91,9 @@ class Provider:
         self.loop.call_later(due - now, self.tick)
 
     def place(self) -> "set[Stream]":
-        """The slot of the next stream: round robin, so that phases are spread evenly."""
+        """The slot of the next stream. Round robin, so that phases are spread evenly."""
         self.arrivals += 1
-        return self.slots[self.arrivals * 13 % SLOTS]  # 13: neighbours in time, far apart in phase
+        return self.slots[self.arrivals * 13 % SLOTS]  # 13: consecutive streams get distant phases
 
     def take_report(self) -> Closes:
         report, self.report = self.report, Closes(posts=0, closes={})
@@ -101,7 +101,7 @@ class Provider:
 
 
 class Stream(asyncio.Protocol):
-    """One connection from the server under test, or from the driver that asks for the closes."""
+    """A connection from the server under test, or from the driver for `GET /closes`."""
 
     transport: asyncio.Transport
 
@@ -151,7 +151,7 @@ class Stream(asyncio.Protocol):
             self.transport.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
 
     def write_token(self, due: float) -> None:
-        if self.paused:  # a peer that does not keep up gets fewer tokens, and we stay bounded
+        if self.paused:  # a slow peer gets fewer tokens, so that no queue grows
             return
         if not self.first_due:
             self.first_due = due
@@ -171,7 +171,7 @@ class Stream(asyncio.Protocol):
         self.end()
 
     def end(self) -> None:
-        """Note the close, once: whichever of the two ways the peer has shown it first."""
+        """Record the close, once: at the end of the stream or the loss of the connection."""
         if self.slot is not None:
             self.slot.discard(self)
             self.slot = None
@@ -179,7 +179,7 @@ class Stream(asyncio.Protocol):
 
 
 async def serve(port: int, rate: float) -> None:
-    """Serve on loopback for ever; print the port when ready."""
+    """Print the port when ready, and serve on loopback until the process ends."""
     provider = Provider(rate)
     listener = socket.create_server(("127.0.0.1", port), backlog=1024)
     server = await asyncio.get_running_loop().create_server(

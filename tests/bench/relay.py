@@ -1,9 +1,9 @@
 """The yardstick: a compact asyncio relay that speaks the same frames as the gateway.
 
-It is what an expert writes in an afternoon, with the fastest parts there are (uvloop, orjson,
-aiohttp's C parser, websockets with compression off) and without the gateway's guarantees: no
-history, no sessions that expire, no limits, retries, metrics or reaper, and one request at a time.
-One thing it does as the gateway does: INTERRUPT_ACK follows the close of the provider's stream.
+An expert could write it in an afternoon. It uses the fastest parts for Python (uvloop, orjson,
+aiohttp's C parser, websockets without compression), and has none of the gateway's guarantees: no
+history, session timeouts, limits, retries, metrics or reaper, and one request at a time. Like the
+gateway, it sends INTERRUPT_ACK only when the provider's stream is closed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from websockets.http11 import Request, Response
 _DATA = b"data: "
 _DONE = b"data: [DONE]"
 _HEADERS = {"Content-Type": "application/json", "Accept": "text/event-stream"}
-# As the gateway's own limits: to connect, and between two pieces of an answer.
+# The same timeouts as the gateway: to connect, and between two pieces of an answer.
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=60)
 
 
@@ -39,7 +39,7 @@ class Generation:
         self.task = asyncio.create_task(self.run(text))
 
     async def run(self, text: str) -> None:
-        """Relay until the answer ends, or until cancelled; the stream is closed on return."""
+        """Relay until the answer ends, or until cancelled. On return, the stream is closed."""
         try:
             body = orjson.dumps(
                 {
@@ -56,8 +56,8 @@ class Generation:
                 await _close(response)
             await self.finish("COMPLETED")
         except (asyncio.CancelledError, ConnectionClosed):
-            # Interrupted, or the client has gone; the provider's stream is closed. Swallowed here,
-            # since a task that keeps its CancelledError is a cycle of 40 objects for the collector.
+            # Interrupted, or the client is gone, and the provider's stream is closed. Not raised
+            # again: a task that keeps its CancelledError leaves a cycle of 40 objects to collect.
             pass
         except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
             await self.session.send(
@@ -74,7 +74,7 @@ class Generation:
             self.session.generations.pop(self.request_id, None)
 
     async def relay(self, response: aiohttp.ClientResponse) -> None:
-        """Everything that one read has brought becomes one frame."""
+        """Relay the stream. The text of one read becomes one frame."""
         send = self.session.send
         request_id = self.request_id
         rest = b""
@@ -117,7 +117,7 @@ class Generation:
         )
 
     async def interrupt(self) -> None:
-        """Stop; on return the provider's stream is closed."""
+        """Stop the generation. On return, the provider's stream is closed."""
         self.task.cancel()
         await asyncio.wait((self.task,))
 
@@ -133,7 +133,7 @@ async def _close(response: aiohttp.ClientResponse) -> None:
 
 
 class Session:
-    """One client: its frames in, its frames out."""
+    """One client: reads its frames and sends frames to it."""
 
     def __init__(self, ws: ServerConnection, http: aiohttp.ClientSession, url: str) -> None:
         self.ws = ws
@@ -216,7 +216,7 @@ def _health(connection: ServerConnection, request: Request) -> Response | None:
 
 
 async def relay(port: int, llm_url: str) -> None:
-    """Serve on loopback for ever."""
+    """Serve on loopback until the process ends."""
     url = f"{llm_url}/chat/completions"
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=_TIMEOUT) as http:
