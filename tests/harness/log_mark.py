@@ -15,7 +15,7 @@ from bargein.gateway.client import HandshakeFailed, encode_frame
 
 from .chat import open_connection
 
-MARK_SECONDS = 2.0
+MARK_SECONDS = 5.0
 """How long to wait for a gateway that is busy, hangs, or logs no such line (`log_level`)."""
 
 _POLL_SECONDS = 0.005
