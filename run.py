@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         configure("info", _log_format())
         return serve_demo(args.host, args.port, args.tokens_per_second)
     if args.command == "doctor":
-        return doctor.main(args)
+        return doctor.main(args, prog=program())
     if args.command == "hash-secret":
         try:
             return hash_secret.main(args)

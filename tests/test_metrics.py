@@ -55,5 +55,5 @@ def test_messages_that_were_not_handled_are_in_the_gauge(gateway: Gateway) -> No
 def test_every_reason_of_a_refusal_is_a_known_label() -> None:
     sources = [*ROOT.glob("actors/**/*.py"), *ROOT.glob("gateway/**/*.py"), ROOT / "run.py"]
     text = "".join(source.read_text() for source in sources)
-    reasons = re.findall(r'(?:refused\.labels|_refuse_busy)\(\s*"(\w+)"', text)
+    reasons = re.findall(r'(?:refused\.labels|_refuse_busy|_books\.busy)\(\s*"(\w+)"', text)
     assert set(reasons) == set(REFUSALS)
