@@ -33,14 +33,11 @@ def end_with_caller(read=os.read, end=os._exit):
     end(1)
 
 _thread.start_new_thread(end_with_caller, ())
-folder = sys.argv.pop(1)
-sys.path.insert(0, folder)
-runpy.run_path(os.path.join(folder, "run.py"), run_name="__main__")
+runpy.run_path(os.path.join(sys.argv.pop(1), "run.py"), run_name="__main__")
 """
-"""Runs our run.py by its place, with its folder first on the path: neither the caller's folder nor
-its PYTHONPATH can put another `run` (or `gateway`, `llm`, …) before ours. Standard input ends with
-the caller, however it ends; the thread that waits for that does nothing else, so gevent need not
-know of it."""
+"""Runs our run.py by its place, so that neither the caller's folder nor its PYTHONPATH can put
+another one before it; run.py does the same for its packages. Standard input ends with the caller,
+however it ends; the thread that waits for that does nothing else, so gevent need not know of it."""
 
 _PROVIDER_LISTENING = re.compile(r"listening on (?P<url>http://127\.0\.0\.1:(?P<port>\d+)/v1)\n")
 _HTTP_SECONDS = 10.0
