@@ -838,6 +838,19 @@ def test_ack_and_terminal_agree_when_an_interrupt_crosses_the_end(given: Given) 
     assert (ack["status"], terminal["outcome"]) == ("SUCCESS", "INTERRUPTED")
 
 
+def interrupt_at_the_end(given: Given, is_first: str) -> None:
+    """INTERRUPT and the end of the stages of req_1, in this order. The client reads then."""
+    given.outbox.hold = False
+    actor = given.actor("req_1")
+    ended = StagesEnded((GenerationResult(Ending.COMPLETED, closed_at=time.monotonic()),))
+    if is_first == "report":
+        tell(actor, ended)
+        given.interrupt("req_1")
+    else:
+        given.interrupt("req_1")
+        tell(actor, ended)
+
+
 @pytest.mark.parametrize("is_first", ["report", "interrupt"])
 def test_what_was_begun_when_an_interrupt_meets_the_end_of_the_stages_was_delivered(
     given: Given, is_first: str
@@ -851,15 +864,7 @@ def test_what_was_begun_when_an_interrupt_meets_the_end_of_the_stages_was_delive
     stream.sink.call(ToolCall("call_1", "look", "{}"))
     (outlet,) = given.outbox.outlets
     outlet.begin()
-    given.outbox.hold = False
-    actor = given.actor("req_1")
-    ended = StagesEnded((GenerationResult(Ending.COMPLETED, closed_at=time.monotonic()),))
-    if is_first == "report":
-        tell(actor, ended)
-        given.interrupt("req_1")
-    else:
-        given.interrupt("req_1")
-        tell(actor, ended)
+    interrupt_at_the_end(given, is_first)
     (result,) = given.outbox.wait_ack()["results"]
     assert result["delivered_text_chars"] == len("Hello, world")
     given.outbox.wait_terminal("req_1")
@@ -877,15 +882,7 @@ def test_a_call_that_was_begun_then_is_remembered(given: Given, is_first: str) -
     stream.sink.call(ToolCall("call_1", "look", "{}"))
     (outlet,) = given.outbox.outlets
     outlet.begin()
-    given.outbox.hold = False
-    actor = given.actor("req_1")
-    ended = StagesEnded((GenerationResult(Ending.COMPLETED, closed_at=time.monotonic()),))
-    if is_first == "report":
-        tell(actor, ended)
-        given.interrupt("req_1")
-    else:
-        given.interrupt("req_1")
-        tell(actor, ended)
+    interrupt_at_the_end(given, is_first)
     given.outbox.wait_terminal("req_1")
     given.tell(given.frame(FunctionResult("call_1", "found", "req_2")))
     assert asked(given.source.next())[-1]["content"] == "found"
