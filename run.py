@@ -17,9 +17,16 @@ gevent.monkey.patch_all()
 
 import sys
 from pathlib import Path
+from types import ModuleType
 
 _HERE = Path(__file__).absolute().parent
 _ROOMS = ("actors", "gateway", "llm", "metrics")
+
+
+def _is_ours(package: ModuleType, room: str) -> bool:
+    """Whether it is the folder beside this file, under whatever spelling of the path."""
+    ours = (_HERE / room).resolve()
+    return any(Path(one).resolve() == ours for one in getattr(package, "__path__", ()))
 
 
 def _put_our_rooms_first() -> None:
@@ -33,7 +40,7 @@ def _put_our_rooms_first() -> None:
         sys.path.insert(0, str(_HERE))
     for room in _ROOMS:
         found = sys.modules.get(room)
-        if found is not None and str(_HERE / room) not in getattr(found, "__path__", ()):
+        if found is not None and not _is_ours(found, room):
             for name in [one for one in sys.modules if one.partition(".")[0] == room]:
                 del sys.modules[name]
 

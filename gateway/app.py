@@ -242,10 +242,12 @@ class Gateway:
         if not self._is_up:
             return
         self._is_up, self._is_draining = False, True
-        self.server.stop_listening()
-        self._end_sessions()
-        lanes().wait_turn()  # until the deferred counts and log lines of the sessions are written
-        self._teardown.close()
+        try:
+            self.server.stop_listening()
+            self._end_sessions()
+            lanes().wait_turn()  # until the deferred counts and log lines of sessions are written
+        finally:
+            self._teardown.close()
         lanes().wait_turn()  # and those of the teardown
 
     def lifetime(self) -> dict[str, object]:

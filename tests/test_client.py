@@ -465,6 +465,27 @@ def test_heartbeats_are_answered_while_something_else_is_awaited() -> None:
         assert ("HEARTBEAT_REPLY", {}) in script.heard
 
 
+def test_frames_that_come_with_an_invalid_one_are_taken_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with talking(Script(REGISTER=lambda _: [REGISTERED])) as session:
+        session.register(auth=library.ApiKeyAuth("k"))
+        heartbeat = {
+            "msg_type": "HEARTBEAT",
+            "session_id": "s",
+            "payload": {"remaining_seconds": 7},
+        }
+        batch = [
+            library.Message(data, is_text=True, at=0.0)
+            for data in (b"{", json.dumps(heartbeat).encode(), b"[")
+        ]
+        monkeypatch.setattr(session.connection, "receive", lambda _timeout: batch)
+        with pytest.raises(InvalidFrame) as error:
+            session._read(LIMIT)
+        assert error.value.data == b"{"
+        assert session.frames[-1].payload == Heartbeat(7)
+
+
 def test_the_end_of_the_connection_shows_the_last_frames() -> None:
     def on_frame(protocol: ServerProtocol, frame: WebSocketFrame) -> None:
         if frame.opcode is Opcode.TEXT:

@@ -749,6 +749,11 @@ class SaysNothingToRegister(Fake):
         pass
 
 
+class ShutsDownAtRegister(Fake):
+    def on_register(self, _payload: dict[str, Any]) -> None:
+        self.say("SHUTDOWN", reason="SERVER_SHUTDOWN")
+
+
 class RefusesRegister(Fake):
     def on_register(self, _payload: dict[str, Any]) -> None:
         self.say_error("AUTH_FAILED", "who are you?")
@@ -795,6 +800,7 @@ class IsDegraded(Fake):
         (SpeaksInTongues, "stream", "a frame that is not of the protocol (Expected `int`"),
         (RefusesInterrupts, "interrupt", "refused a frame: SESSION_INVALID: no such session"),
         (RefusesRegister, "register", "AUTH_FAILED: who are you?"),
+        (ShutsDownAtRegister, "register", "the daemon ended the session: SERVER_SHUTDOWN"),
         (IsBusy, "register", "SERVER_BUSY: draining"),
         (IsDegraded, "health", "the daemon says that it is degraded"),
     ],
@@ -809,6 +815,19 @@ def test_an_ill_gateway_fails_first_where_it_is_ill(
     assert not report.holds
     assert seen in of(report, step).seen
     assert of(report, step).advice
+
+
+def test_a_connection_that_is_reset_while_the_doctor_writes_fails_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_args: object, **_fields: object) -> None:
+        raise ConnectionResetError("reset by peer")
+
+    monkeypatch.setattr("gateway.client.session.Session.register", broken)
+    with Fake() as fake:
+        report = examined(fake.port, wait=1.0)
+    assert named(report, Status.FAILED)[0] == "register", report.as_json()
+    assert "the connection ended" in of(report, "register").seen
 
 
 @pytest.mark.parametrize(

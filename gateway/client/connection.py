@@ -186,6 +186,7 @@ class Connection:
 
     def send_raw(self, data: bytes) -> None:
         """Send bytes past the WebSocket layer."""
+        self._sock.settimeout(self.timeout)  # a wait may have left less
         self._sock.sendall(data)
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ import msgspec
 from .answer import Answer
 from .connection import Connection
 from .envelope import Frame, decode_frame, encode_frame
-from .errors import ConnectionEnded, FrameRefused, WaitTimeout
+from .errors import ConnectionEnded, FrameRefused, InvalidFrame, WaitTimeout
 from .frames import (
     Error,
     FunctionCall,
@@ -340,12 +340,19 @@ class Session:
             raise FrameRefused(error)
 
     def _read(self, timeout: float) -> None:
+        invalid: InvalidFrame | None = None
         for message in self.connection.receive(timeout):
             if message.is_text:
-                frame = decode_frame(message.data, message.at, len(self.frames))
+                try:
+                    frame = decode_frame(message.data, message.at, len(self.frames))
+                except InvalidFrame as error:
+                    invalid = invalid or error  # first take those that came with it
+                    continue
                 if frame is not None:
                     self.frames.append(frame)
                     self._take(frame)
+        if invalid is not None:
+            raise invalid
 
     def _take(self, frame: Frame) -> None:
         match frame.payload:

@@ -85,6 +85,8 @@ class Talk:
                     on_new_request="interrupt",
                 )
             except WaitTimeout:
+                if self.loss is not None:  # a SHUTDOWN came in its place
+                    raise StepFailed(self.loss, SEE_LOG) from None
                 return None
             except FrameRefused:
                 self._known_refusals = len(self.session.refusals)
@@ -198,7 +200,7 @@ class Talk:
                 f"a frame that is not of the protocol ({quoted(str(error))}): {quoted(error.data)}",
                 "Is it a bargein, and of this version? gateway/PROTOCOL.md describes every frame.",
             ) from None
-        except ConnectionEnded:
+        except (ConnectionEnded, OSError):  # ended while it was read, or written
             raise StepFailed(self.loss or "the connection ended", SEE_LOG) from None
 
     def _no_websocket(self, error: HandshakeFailed, seconds: float) -> StepFailed:

@@ -15,5 +15,7 @@ def program() -> str:
     `python -m bargein.run` has the same file name in `sys.argv`, but an installed `bargein` has no
     run.py in the user's folder: there `__main__` has a `__spec__`, and a file that is run has none.
     """
-    is_file = Path(sys.argv[0]).name == _FILE and sys.modules["__main__"].__spec__ is None
+    # Debuggers run a file in a `__main__` of their own making, without a `__spec__`.
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    is_file = Path(sys.argv[0]).name == _FILE and spec is None
     return _FILE if is_file else "bargein"
