@@ -31,7 +31,7 @@ from actors.messages import (
     TerminalSent,
 )
 from actors.outlet import Outlet
-from actors.row import MakeStages, Report, Row
+from actors.row import MakeStages, Report, Row, make_report
 from llm.chat.completions import Delta, Prompt, ToolCall
 from llm.errors import StreamError
 from llm.stage import Ending, StageResult
@@ -241,7 +241,7 @@ class RequestActor(GreenletActor):
     def _report_failure(self) -> None:
         closed_at = None
         if self._results is not None:
-            closed_at = Report(self._results, self._outlet.delivered).closed_at
+            closed_at = make_report(self._results, self._outlet.delivered).closed_at
         error = StreamError("the gateway failed")
         self._send_report((StageResult(Ending.FAILED, error, closed_at=closed_at),))
 
@@ -250,7 +250,8 @@ class RequestActor(GreenletActor):
             return
         # A session discards the outlet before it says Stop, so after a Stop nothing more is sent.
         is_final = self._stop_message is not None
-        report = self._report = Report(results, self._outlet.delivered, is_final)
+        report = make_report(results, self._outlet.delivered, is_final=is_final)
+        self._report = report
         self._advance(self._final_state(report))
         # The client waits for its ack, so the report goes first; counting and logging come later.
         tell(self._session, RequestReported(self._request_id, report))

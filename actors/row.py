@@ -34,47 +34,53 @@ _WORST_FIRST = (StopsOnClose.NO, StopsOnClose.UNKNOWN, StopsOnClose.YES)
 
 
 class Report(Struct, frozen=True):
-    """The one report of a request, made when every stage has ended.
+    """The one report of a request, made by `make_report` when every stage has ended.
 
     Args:
         stages: their results, in the order in which they ended; none where none was started.
         delivered: what the client got up to then.
         is_final: whether nothing was sent since: the request was told to stop before.
+        ending: failed if any stage failed, completed if all of them completed, else closed.
+        error: the first failure of a stage; None if no stage failed.
+        closed_at: `time.monotonic()` when the last connection was closed; None if there was none.
+        stops_on_close: the worst value among the providers that got the request; None if none did.
+        generation: the result of the generation; None if it was not started.
     """
 
     stages: tuple[StageResult, ...]
     delivered: Delivered
-    is_final: bool = False
+    is_final: bool
+    ending: Ending
+    error: StreamError | None
+    closed_at: float | None
+    stops_on_close: StopsOnClose | None
+    generation: GenerationResult | None
 
-    @property
-    def ending(self) -> Ending:
-        """Failed if any stage failed, completed if all of them completed, else closed."""
-        endings = {stage.ending for stage in self.stages}
-        if Ending.FAILED in endings:
-            return Ending.FAILED
-        return Ending.COMPLETED if endings == {Ending.COMPLETED} else Ending.CLOSED
 
-    @property
-    def error(self) -> StreamError | None:
-        """The first failure of a stage; None if no stage failed."""
-        return next((stage.error for stage in self.stages if stage.error is not None), None)
-
-    @property
-    def closed_at(self) -> float | None:
-        """`time.monotonic()` when the last connection was closed; None if there was none."""
-        times = [stage.closed_at for stage in self.stages if stage.closed_at is not None]
-        return max(times, default=None)
-
-    @property
-    def stops_on_close(self) -> StopsOnClose | None:
-        """The worst value among the providers that got the request; None if none got it."""
-        known = {stage.stops_on_close for stage in self.stages}
-        return next((value for value in _WORST_FIRST if value in known), None)
-
-    @property
-    def generation(self) -> GenerationResult | None:
-        """The result of the generation; None if it was not started."""
-        return next((one for one in self.stages if isinstance(one, GenerationResult)), None)
+def make_report(
+    stages: Sequence[StageResult], delivered: Delivered, *, is_final: bool = False
+) -> Report:
+    """Sum up the results of a row; the arguments are fields of `Report`."""
+    endings = {stage.ending for stage in stages}
+    if Ending.FAILED in endings:
+        ending = Ending.FAILED
+    elif endings == {Ending.COMPLETED}:
+        ending = Ending.COMPLETED
+    else:
+        ending = Ending.CLOSED
+    stops_on_close = {stage.stops_on_close for stage in stages}
+    return Report(
+        stages=tuple(stages),
+        delivered=delivered,
+        is_final=is_final,
+        ending=ending,
+        error=next((stage.error for stage in stages if stage.error is not None), None),
+        closed_at=max(
+            [stage.closed_at for stage in stages if stage.closed_at is not None], default=None
+        ),
+        stops_on_close=next((value for value in _WORST_FIRST if value in stops_on_close), None),
+        generation=next((stage for stage in stages if isinstance(stage, GenerationResult)), None),
+    )
 
 
 class Row:

@@ -16,7 +16,7 @@ import pytest
 from actors.messages import ReapRequest, RequestReported
 from actors.outlet import Delivered
 from actors.quota import Quota
-from actors.row import Report
+from actors.row import make_report
 from actors.session.messages import ConnectionLost
 from actors.words import OnNewRequest
 from gateway.app import Gateway
@@ -234,7 +234,7 @@ def test_so_it_does_when_the_end_of_the_other_is_on_its_way_to_the_client() -> N
     request = given.frame(Request("req_2", "TEXT", RequestContent("Hi")))
     # The session hears that the terminal frame is written only after the request.
     given.tell(
-        RequestReported("req_1", Report((GenerationResult(Ending.COMPLETED),), Delivered())),
+        RequestReported("req_1", make_report([GenerationResult(Ending.COMPLETED)], Delivered())),
         request,
     )
     given.source.next()

@@ -33,7 +33,7 @@ from actors.messages import (
 )
 from actors.outlet import Delivered, RequestEnd
 from actors.request import RequestActor
-from actors.row import Report
+from actors.row import Report, make_report
 from llm.chat.completions import Delta, ToolCall, Usage
 from llm.chat.generation import GenerationResult, LlmClient
 from llm.errors import BadStatusError, IncompleteAnswerError, StreamError
@@ -328,7 +328,7 @@ def test_a_usage_that_cannot_be_counted_does_not_cost_the_report(usage: Usage) -
 def test_stopped_before_its_start_it_reports_at_once_and_never_starts() -> None:
     given = Given()
     given.tell(Stop(), Start(PROMPT))
-    assert given.report() == Report((), Delivered(), is_final=True)
+    assert given.report() == make_report((), Delivered(), is_final=True)
     given.release()
     given.assert_over()
     assert given.source.streams == []

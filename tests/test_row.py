@@ -17,7 +17,7 @@ from actors.loop.lanes import lanes
 from actors.messages import GenerationEnded, RequestReported, Start, Stop, SupervisorMessage
 from actors.outlet import Delivered
 from actors.request import RequestActor
-from actors.row import Report, Row
+from actors.row import Report, Row, make_report
 from llm.chat.completions import Prompt
 from llm.chat.generation import GenerationResult, Sink
 from llm.errors import IncompleteAnswerError
@@ -222,7 +222,7 @@ def test_a_row_stops_on_close_as_its_worst_provider_does(
     known: tuple[StopsOnClose | None, ...], worst: StopsOnClose | None
 ) -> None:
     stages = tuple(StageResult(Ending.CLOSED, stops_on_close=one) for one in known)
-    assert Report(stages, Delivered()).stops_on_close is worst
+    assert make_report(stages, Delivered()).stops_on_close is worst
 
 
 def test_a_row_without_a_stage_is_a_mistake() -> None:
@@ -234,5 +234,5 @@ def test_a_row_without_a_stage_is_a_mistake() -> None:
 def test_the_generation_is_found_among_the_stages() -> None:
     generation = GenerationResult(Ending.COMPLETED, finish_reason="stop")
     stages = (StageResult(Ending.COMPLETED, name="recognize"), generation)
-    assert Report(stages, Delivered()).generation is generation
-    assert Report(stages[:1], Delivered()).generation is None
+    assert make_report(stages, Delivered()).generation is generation
+    assert make_report(stages[:1], Delivered()).generation is None

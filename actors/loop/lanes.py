@@ -168,8 +168,13 @@ class Lanes:
 
     def _run_control(self) -> None:
         self._has_control_run = True
-        while self._control:
-            _run(*self._control.popleft())
+        control = self._control
+        while control:
+            function, args = control.popleft()
+            try:  # as in `_run`, without its call: an interrupt takes a dozen of these steps
+                function(*args)
+            except BaseException:
+                gevent.get_hub().handle_error(function, *sys.exc_info())
         # Only now: what control itself asks for next has run in this loop, without another event.
         self._is_control_due = False
 
