@@ -747,15 +747,17 @@ class Talk:
                 self._client.session_id = ack.payload["session_id"]
             case Register():
                 self._check_error(self._answers(), "MALFORMED_PAYLOAD")
-            case _ if session_id is None or frame.session_id != session_id:
+            case _ if session_id is None:
                 self._check_error(self._answers(), "SESSION_INVALID")
-            case Request() as request:
-                self._check_request(request)
-            case Interrupt() as interrupt:
+            case Interrupt() as interrupt:  # whatever its session_id
                 (ack,) = self._but_voice(self._answers())
                 assert ack.msg_type == "INTERRUPT_ACK"
                 echo = ack.payload.get("interrupt_request_id", UNSET)
                 assert echo == interrupt.interrupt_request_id
+            case _ if frame.session_id != session_id:
+                self._check_error(self._answers(), "SESSION_INVALID")
+            case Request() as request:
+                self._check_request(request)
             case FunctionResult() as result:
                 self._check_result(result)
             case SessionQuery():

@@ -213,7 +213,9 @@ class Attachment:
                 self._session.tell(NotUnderstood(ErrorCode.MALFORMED_PAYLOAD, detail))
             elif isinstance(payload, HealthCheck):
                 self._session.tell(DoorAsked(payload.check_fields))
-            elif frame.session_id != self._session.session_id:
+            elif frame.session_id != self._session.session_id and not isinstance(
+                payload, Interrupt
+            ):  # whatever says stop, stops
                 detail = "session_id does not match the one in REGISTER_ACK"
                 self._session.tell(NotUnderstood(ErrorCode.SESSION_INVALID, detail))
             else:

@@ -32,6 +32,7 @@ from gateway.wire.frames import (
     Request,
     RequestId,
 )
+from gateway.wire.loose_interrupt import TargetError, find_interrupt
 
 _MAX_DETAIL_CHARS = 200
 """The longest error text that quotes what the client sent."""
@@ -110,12 +111,27 @@ _begun_decoder = msgspec.json.Decoder(_Begun)
 def decode(data: bytes) -> ClientFrame:
     """Decode one text frame of a client.
 
+    An INTERRUPT is accepted whatever is wrong with it, if its target can be read.
+
     Args:
         data: the frame's payload, at most `MAX_FRAME_BYTES`.
 
     Raises:
         FrameError: `PAYLOAD_TOO_LARGE` or `MALFORMED_PAYLOAD`, with the fault in `detail`.
     """
+    try:
+        return _decode_strictly(data)
+    except FrameError:
+        try:
+            interrupt = find_interrupt(data)
+        except TargetError as error:
+            raise FrameError(ErrorCode.MALFORMED_PAYLOAD, f"payload: {error}") from None
+        if interrupt is None:
+            raise
+    return ClientFrame(None, interrupt)
+
+
+def _decode_strictly(data: bytes) -> ClientFrame:
     if len(data) > MAX_VOICE_TEXT_BYTES:
         raise FrameError(
             ErrorCode.PAYLOAD_TOO_LARGE,
