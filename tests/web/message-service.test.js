@@ -236,6 +236,13 @@ test("a signal interrupts its own message only", async () => {
   assert.equal(service.isReceivingResponse, false);
 });
 
+test("a signal that is aborted already sends nothing, and interrupts nothing", () => {
+  const { service, socket } = makeTalk();
+  const { requestId } = service.sendTextMessage("a");
+  assert.throws(() => service.sendTextMessage("b", { signal: AbortSignal.abort() }), { name: "AbortError" });
+  assert.deepEqual([service.currentRequestId, socket.sentOf("INTERRUPT").length], [requestId, 0]);
+});
+
 test("speech is played, and silenced by the next message", async () => {
   const { audio, service, socket } = makeTalk();
   const { requestId } = service.sendTextMessage("a");

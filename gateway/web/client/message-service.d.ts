@@ -113,6 +113,7 @@ export class MessageService extends Emitter<MessageEvents> {
      * @param {MessageOptions} [options]
      * @returns {SentMessage}
      * @throws {RequestError} `NOT_CONNECTED`: nothing was sent or interrupted.
+     * @throws {unknown} The reason of a signal that is aborted already: nothing was sent or interrupted.
      */
     sendTextMessage(text: string, { update, signal }?: MessageOptions): SentMessage;
     /**

@@ -154,6 +154,7 @@ export class MessageService extends Emitter {
    * @param {MessageOptions} [options]
    * @returns {SentMessage}
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent or interrupted.
+   * @throws {unknown} The reason of a signal that is aborted already: nothing was sent or interrupted.
    */
   sendTextMessage(text, { update, signal } = {}) {
     this._check();
