@@ -17,6 +17,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
@@ -930,17 +931,31 @@ class CompletesBeforeTheInterrupt(Fake):
     completed = 0
 
     def on_interrupt(self, payload: dict[str, Any]) -> None:
-        if self.completed < 2:
+        if self.completed < 2 and payload["reason"] == "USER_NEW_INPUT":
             self.completed += 1
             self.end(payload["interrupt_request_id"], interrupted=False, outcome="COMPLETED")
         super().on_interrupt(payload)
 
 
-def test_after_an_answer_that_was_complete_before_the_interrupt_it_asks_once_more() -> None:
+def test_after_an_answer_that_was_complete_before_the_interrupt_it_asks_again() -> None:
     with CompletesBeforeTheInterrupt() as fake:
         report = examined(fake.port)
     assert fake.completed == 2
     assert named(report, Status.OK) == WITHOUT_METRICS, report.as_json()
+
+
+class CompletesTooSoon(CompletesTheFirst, CompletesBeforeTheInterrupt):
+    """As both of them: the most answers that the doctor asks for."""
+
+
+@pytest.mark.parametrize(("fake_type", "asked"), ((Fake, 5), (CompletesTooSoon, 10)))
+def test_it_asks_as_often_as_its_page_says(fake_type: type[Fake], asked: int) -> None:
+    with fake_type() as fake:
+        report = examined(fake.port)
+    assert named(report, Status.OK) == WITHOUT_METRICS, report.as_json()
+    assert fake.heard.count("REQUEST") == asked
+    page = (Path(__file__).parents[1] / "gateway" / "README.md").read_text(encoding="utf-8")
+    assert "asks the provider five times, and up to ten times" in " ".join(page.split())
 
 
 class SaysAlwaysTheSame(Fake):
