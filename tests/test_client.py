@@ -50,6 +50,7 @@ from gateway.client import (
 from gateway.wire import frames as wire
 from gateway.wire.decode import decode
 from gateway.wire.encode import encode
+from tests.harness.client import Client
 
 FOLDER = Path(library.__file__).parent
 LIMIT = 10.0  # seconds; bounds a failure, and no success waits for it
@@ -742,3 +743,51 @@ def test_an_error_of_a_request_ends_that_answer_only() -> None:
         assert isinstance(collected.error, Error)
         assert collected.outcome == "FAILED"
         assert session.refusals == []
+
+
+# The client for tests of the wire ---------------------------------------------------------------
+
+
+WAITS: list[Callable[[Client], object]] = [
+    lambda client: client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO"),
+    Client.wait_ack,
+    lambda client: client.wait_terminal("another"),
+    lambda client: client.wait_text("another"),
+    Client.wait_closed,
+    Client.register,
+    Client.close,
+]
+
+
+@pytest.mark.parametrize(
+    "wait", WAITS, ids=["for", "ack", "terminal", "text", "closed", "register", "close"]
+)
+def test_a_wait_has_one_limit_however_many_frames_come(wait: Callable[[Client], object]) -> None:
+    frame = {
+        "msg_type": "RESPONSE",
+        "session_id": "s",
+        "payload": {"request_id": "r", "text_stream_seq": 0, "content": {"text": "more"}},
+    }
+
+    def serve(sock: socket.socket) -> None:
+        protocol = shake_hands(sock)
+        while True:
+            protocol.send_text(json.dumps(frame).encode())
+            sock.sendall(b"".join(protocol.data_to_send()))
+            gevent.sleep(0.01)  # far less than the limit
+
+    with listening(serve) as port, Client(port, register=False, timeout=LIMIT) as client:
+        client.timeout = 0.1
+        began = time.monotonic()
+        with pytest.raises(AssertionError, match=r"0.1 s are over; got \d+ frames"):
+            wait(client)
+        assert time.monotonic() - began < LIMIT / 2
+
+
+def test_closing_such_a_client_frees_its_socket_even_where_it_fails() -> None:
+    with listening(shakes_hands_only) as port:
+        client = Client(port, register=False, timeout=LIMIT)
+        client.timeout = 0.1
+        with pytest.raises(AssertionError):
+            client.close()
+        assert client._sock.fileno() == -1
