@@ -67,7 +67,7 @@ def test_control_runs_before_the_data_that_was_reported_with_it(
     assert order == ["data", "control", *["data"] * (len(pairs) - 1)]
 
 
-def test_a_client_is_heard_between_two_slices_of_data(
+def test_a_client_is_read_between_two_slices_of_data(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     order: list[str] = []
@@ -79,15 +79,14 @@ def test_a_client_is_heard_between_two_slices_of_data(
         order.append("data")
         spin(0.002)  # more than a slice
 
-    def hear(sock: gevent.socket.socket) -> None:
-        loop = gevent.get_hub().loop
-        watcher = loop.io(sock.fileno(), 1, priority=2)
-        gevent.get_hub().wait(watcher)
-        watcher.close()
+    def read_client(sock: gevent.socket.socket) -> None:
+        readable = lanes().readable_control(sock.fileno())
+        readable.wait()
+        readable.close()
         order.append("client")
 
     (mine, client), *others = pairs
-    listener = gevent.spawn(hear, mine)
+    listener = gevent.spawn(read_client, mine)
     readers = [gevent.spawn(read, one) for one, _ in others]
     gevent.sleep(0)
     for _, other in others:
@@ -176,10 +175,9 @@ def test_control_that_has_arrived_by_then_runs_before_reports() -> None:
     done = gevent.event.Event()
 
     def interrupt(sock: gevent.socket.socket, name: str) -> None:
-        loop: Any = gevent.get_hub().loop
-        watcher = loop.io(sock.fileno(), 1, priority=loop.MAXPRI)
-        gevent.get_hub().wait(watcher)
-        watcher.close()
+        readable = lanes().readable_control(sock.fileno())
+        readable.wait()
+        readable.close()
         order.append(f"close {name}")
         lanes().run_after_poll(order.append, f"ack {name}")
         if name == "first":
