@@ -817,7 +817,7 @@ FAULTS: Mapping[str, tuple[Script, type[StreamError], str]] = {
     "truncated": (
         scripts.truncated(["a"]),
         IncompleteAnswerError,
-        "^incomplete answer: the provider's stream ended before it said it was done",
+        "^incomplete answer: the provider's stream ended without a finish reason",
     ),
     "reset": (
         [*scripts.opening(), *scripts.tokens(["a"]), wait("reset"), scripts.reset()],
@@ -827,7 +827,7 @@ FAULTS: Mapping[str, tuple[Script, type[StreamError], str]] = {
     "proper end too early": (
         scripts.raw([text_event("a")]),
         IncompleteAnswerError,
-        "^incomplete answer: the provider's stream ended before it said it was done$",
+        "^incomplete answer: the provider's stream ended without a finish reason$",
     ),
     "truncated inside an event": (
         [send(scripts.sse_head(http10=True), text_event("a"), b'data: {"cho'), scripts.close()],
@@ -1114,7 +1114,9 @@ def test_a_connection_closed_unanswered_is_not_called_refused(
     client: LlmClient, provider: ProviderProcess, end: scripts.Step
 ) -> None:
     run = Run(client, provider.fresh([end])).start()
-    run.wait_failed(IncompleteAnswerError, "^the provider closed the connection unanswered: ")
+    run.wait_failed(
+        IncompleteAnswerError, "^the provider closed the connection without an answer: "
+    )
 
 
 @pytest.mark.parametrize("content", [KEY, "x" * 60_000], ids=["key", "long"])
