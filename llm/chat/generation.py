@@ -9,7 +9,7 @@ another request by then.
 
 Before the first token, the same provider may be asked again, and then the fallback provider. After
 the first token no provider is asked again: the user has seen a part of this answer, and would get
-the beginning of another one behind it.
+the start of another answer after it.
 """
 
 from __future__ import annotations
