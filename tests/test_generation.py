@@ -1777,6 +1777,29 @@ def test_close_leaves_the_other_generations_alone(
         run.wait_completed()
 
 
+def test_generations_that_are_closed_together_are_all_closed_before_the_first_report(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    runs = [Run(client, provider.fresh(scripts.idle_mid_stream(["a"]))).start() for _ in range(5)]
+    for run in runs:
+        run.sink.wait_text("a")
+    first = runs[0].generation
+    at_report: list[bool] = []
+    report = first._on_end
+    assert report is not None
+
+    def look_and_report(result: GenerationResult) -> None:
+        at_report.extend(run.generation._is_closed for run in runs)
+        report(result)
+
+    first._on_end = look_and_report
+    for run in runs:
+        run.generation.close()
+    for run in runs:
+        run.wait_end()
+    assert at_report == [True] * len(runs)
+
+
 # Limits -----------------------------------------------------------------------------------------
 
 SHORT_SECONDS = 0.15
@@ -2050,6 +2073,36 @@ def test_control_has_its_turn_before_a_request_connects_and_before_its_answer_is
     assert order == ["made", "control", "connect", "answered", "control", "opened"]
 
 
+def test_control_has_its_turn_between_requests_that_start_together_on_kept_connections(
+    client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    post = ProviderClient.post
+
+    def post_with_control(self: ProviderClient, *args: Any, **kwargs: Any) -> Answer:
+        order.append("post")
+        lanes().run_next(order.append, "control")
+        return post(self, *args, **kwargs)
+
+    def runs() -> list[Run]:
+        key = provider.unique("key")
+        made = [Run(client, provider.fresh(scripts.finish_on_release(["a"], key))) for _ in "123"]
+        for run in made:
+            run.start()
+        for run in made:
+            run.sink.wait_text("a")
+        provider.release(key)
+        for run in made:
+            run.wait_completed()
+        return made
+
+    monkeypatch.setattr("llm.chat.attempt._DRAIN_SECONDS", PATIENCE_SECONDS)  # all are kept
+    connections = {conn_of(provider, run) for run in runs()}
+    monkeypatch.setattr(ProviderClient, "post", post_with_control)
+    assert {conn_of(provider, run) for run in runs()} == connections
+    assert order == ["post", "control"] * 3
+
+
 @pytest.mark.parametrize("port", ["http", "tls"])
 @pytest.mark.parametrize("framing", ["chunked", "content-length", "gzip"])
 def test_a_complete_answer_leaves_its_connection_to_the_next_request(
@@ -2255,10 +2308,12 @@ def test_a_generation_that_has_ended_leaves_nothing_for_the_collector(
     try:
         run = make(client, provider)
         run.wait_end()
+        assert run.generation._attempt is not None
         generation = weakref.ref(run.generation)
+        attempt = weakref.ref(run.generation._attempt)
         del run
         lanes().wait_turn()  # its reader is on its way out
         gevent.sleep(1e-6)  # its links are told in a turn of their own
-        assert generation() is None
+        assert (generation(), attempt()) == (None, None)
     finally:
         gc.enable()

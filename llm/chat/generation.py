@@ -261,7 +261,7 @@ class Generation(Stage):
     def _run(self) -> None:
         ending, error = Ending.CLOSED, None
         try:
-            self._loop.wait_turn()  # to make a connection takes half a millisecond of work
+            self._loop.wait_turn()  # first: to make a request takes half a millisecond of work
             with self._total_limit():
                 self._ask_providers()
             ending = Ending.COMPLETED
