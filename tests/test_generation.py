@@ -1329,6 +1329,19 @@ def test_tls_within_tls_which_holds_some_of_what_comes_next_leaves_turns_to_ever
     assert turns_at_read[39] - turns_at_read[0] >= 40 // 3
 
 
+@pytest.mark.parametrize("kilobytes", [1, 40, 100])
+def test_tls_within_tls_gives_all_that_has_left_the_kernel_without_waiting_for_more(
+    tls_in_tls: LlmClient, provider: ProviderProcess, kilobytes: int
+) -> None:
+    """Of an event of several records, the last may have been read ahead with the one before."""
+    text = "x" * (kilobytes << 10)
+    script = [*scripts.opening(), *scripts.tokens([text]), scripts.hang()]
+    run = Run(tls_in_tls, provider.fresh(script)).start()
+    run.sink.wait_text(text)
+    run.generation.close()
+    assert run.wait_end().ending is Ending.CLOSED
+
+
 def test_floods_do_not_starve_another_generation(
     make_client: MakeClient, provider: ProviderProcess
 ) -> None:

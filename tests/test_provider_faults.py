@@ -941,6 +941,10 @@ def test_a_second_refusal_that_names_the_usage_is_final(stand: Stand) -> None:
     detail = stand.wait_failed(request_id)["error_detail"]
     assert detail == "the provider answered 400: no stream_options ***"
     assert ["stream_options" in post.body for post in stand.posts(request_id)] == [True, False]
+    # The usage was not what it refused: later requests ask for it again.
+    request_id = stand.ask(scripts.answer([ANSWER]))
+    stand.wait_completed(request_id)
+    assert "stream_options" in stand.posts(request_id)[0].body
 
 
 @pytest.mark.parametrize(
