@@ -34,7 +34,7 @@ from gateway.doctor import command, pages, steps, stopping
 from gateway.doctor import target as targets
 from gateway.doctor.counts import Counts, read_counts
 from gateway.doctor.examination import examine
-from gateway.doctor.report import Report, Result, Status, TextRenderer
+from gateway.doctor.report import Report, Result, Status, TextRenderer, print_json
 from gateway.doctor.steps import STEPS
 from gateway.doctor.target import UsageError, auth_of, ops_url, target_of, websocket_url
 from gateway.doctor.visit import Limits
@@ -1414,6 +1414,15 @@ def test_a_terminal_that_has_no_ticks_gets_words() -> None:
     assert "seen ?it?" in lines[0]
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_json_is_printed_whatever_characters_the_output_has(encoding: str) -> None:
+    out = Terminal(encoding, is_terminal=False)
+    steps = (Result(STEPS[0], Status.FAILED, "it says “失败”", "→ do that", 1.25),)
+    print_json(Report("ws://host/", steps, 1.5), out)
+    (step,) = json.loads(out.shown)["steps"]
+    assert (step["seen"], step["advice"]) == ("it says “失败”", "→ do that")
+
+
 @pytest.mark.parametrize(
     ("results", "holds", "words"),
     [
@@ -1442,9 +1451,10 @@ def test_the_last_line_says_it_all(results: list[Result], holds: bool, words: st
 
 def test_nobody_who_reads_is_no_reason_to_fail() -> None:
     reader, writer = os.pipe()
-    os.close(reader)
+    os.fdopen(reader).close()  # gevent's os.close may leave the reader open for a moment
     out = os.fdopen(writer, "w", encoding="utf-8")
     TextRenderer(out, {}).show(result(Status.OK))
     TextRenderer(out, {}).show(result(Status.OK))
+    print_json(Report("ws://host/", (result(Status.OK),), 1.5), out)
     with contextlib.suppress(BrokenPipeError):  # of what its buffer may hold
         out.close()

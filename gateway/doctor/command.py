@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 
 from gateway.doctor.examination import examine
-from gateway.doctor.report import TextRenderer
+from gateway.doctor.report import TextRenderer, print_json
 from gateway.doctor.target import (
     ACCOUNT_VARIABLE,
     DEFAULT_OPS_URL,
@@ -80,7 +80,7 @@ def main(
     try:
         if args.json:
             report = examine(target, limits)
-            print(report.as_json(), flush=True)
+            print_json(report, sys.stdout)
         else:
             renderer.begin(target)
             report = examine(target, limits, renderer.show)

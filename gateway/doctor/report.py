@@ -67,6 +67,17 @@ class Report:
         return json.dumps(whole | {"steps": steps}, indent=2, ensure_ascii=False)
 
 
+def print_json(report: Report, out: TextIO) -> None:
+    """Print a report for machines, with escapes for characters that `out` cannot encode."""
+    text = report.as_json()
+    try:
+        text.encode(out.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(json.loads(text), indent=2)
+    with contextlib.suppress(OSError):  # the reader of a pipe may have gone
+        print(text, file=out, flush=True)
+
+
 class TextRenderer:
     """The report for people, line by line as it comes.
 
