@@ -1,4 +1,4 @@
-"""What an examination found, for machines and for people."""
+"""The results of an examination, as text for people and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -79,11 +79,11 @@ def print_json(report: Report, out: TextIO) -> None:
 
 
 class TextRenderer:
-    """The report for people, line by line as it comes.
+    """Prints the report for people, each line as soon as its step has ended.
 
     Args:
-        out: where to. Colours only where that is a terminal, and only characters that it can show.
-        environ: `NO_COLOR` is obeyed.
+        out: prints here. Uses colours only on a terminal, and only characters that it can show.
+        environ: `NO_COLOR` switches colours off.
     """
 
     _SIGNS: ClassVar = {
