@@ -24,7 +24,7 @@ _ROOMS = ("actors", "gateway", "llm", "metrics")
 
 
 def _is_ours(package: ModuleType, room: str) -> bool:
-    """Whether it is the folder beside this file, under whatever spelling of the path."""
+    """Whether it is the folder beside this file, even if its path is spelled differently."""
     ours = (_HERE / room).resolve()
     return any(Path(one).resolve() == ours for one in getattr(package, "__path__", ()))
 
@@ -32,9 +32,9 @@ def _is_ours(package: ModuleType, room: str) -> bool:
 def _put_our_rooms_first() -> None:
     """Make `import gateway` and the like find the packages beside this file, in this process only.
 
-    The sources name each other so, while the wheel installs everything below `bargein`. Others use
-    the same names: PyPI has an `llm`, and a project may have a `gateway` of its own. Where one of
-    those was imported already (by a .pth file, say), forget it.
+    The sources import each other by these names, while the wheel installs everything below
+    `bargein`. Others use the same names: PyPI has an `llm`, and a project may have a `gateway` of
+    its own. Where one of those was imported already (by a .pth file, say), forget it.
     """
     if sys.path[:1] != [str(_HERE)]:
         sys.path.insert(0, str(_HERE))

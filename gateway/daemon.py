@@ -101,7 +101,7 @@ def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
 
 
 def _handle_stop_signals() -> _StopSignal:
-    """Handle SIGINT and SIGTERM: the first one is returned, a second one ends the process."""
+    """Handle SIGINT and SIGTERM: the first one sets the result, a second one ends the process."""
     stop: _StopSignal = gevent.event.AsyncResult()
 
     def on_signal(number: int) -> None:

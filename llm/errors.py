@@ -1,8 +1,8 @@
 """Everything that can go wrong with a generation, as one small tree of exceptions.
 
-`llm/chat/attempt.py` maps the exceptions of urllib3, http.client and requests-sse to these, once;
-nothing else leaves it. The text of each error goes to the client (`error_detail`) and to the log.
-It names the cause in words and never contains the key.
+`llm/chat/attempt.py` maps the exceptions of urllib3, http.client and requests-sse to these, once,
+and lets none of those out. The text of each error goes to the client (`error_detail`) and to the
+log. It names the cause in words and never contains the key.
 """
 
 from __future__ import annotations

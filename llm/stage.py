@@ -54,7 +54,7 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str:
-        """A word for logs, metrics and the state dump, such as ``generate``."""
+        """Which stage this is, such as ``generate``. Its result has the same name."""
 
     @property
     def progress_at(self) -> float:

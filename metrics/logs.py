@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 Component = Literal["WS", "ACTOR", "LLM", "SYS"]
-LEVELS = ("debug", "info", "warning", "error")
+Level = Literal["debug", "info", "warning", "error"]
 
 _encoder = msgspec.json.Encoder(enc_hook=str)
 
@@ -25,11 +25,13 @@ def get_logger(component: Component) -> Any:
     return structlog.get_logger(component=component)
 
 
-def configure(level: str, log_format: Literal["text", "json"], stream: TextIO = sys.stderr) -> None:
+def configure(
+    level: Level, log_format: Literal["text", "json"], stream: TextIO = sys.stderr
+) -> None:
     """Set up logging for the process; call it once, before the first event.
 
     Args:
-        level: one of `LEVELS`; events below it cost next to nothing.
+        level: the lowest to log; events below it cost next to nothing.
         log_format: text for people, json for machines.
         stream: where the lines go.
     """

@@ -18,6 +18,7 @@ import gevent.server
 import msgspec
 import pytest
 import trustme
+from websockets.exceptions import InvalidURI
 from websockets.frames import Frame as WebSocketFrame
 from websockets.frames import Opcode
 from websockets.http11 import Request
@@ -38,6 +39,7 @@ from gateway.client import (
     Response,
     Session,
     SessionInfo,
+    Shutdown,
     WaitTimeout,
     connection,
     decode_frame,
@@ -48,6 +50,7 @@ from gateway.client import (
 from gateway.wire import frames as wire
 from gateway.wire.decode import decode
 from gateway.wire.encode import encode
+from tests.harness.client import Client
 
 FOLDER = Path(library.__file__).parent
 LIMIT = 10.0  # seconds; bounds a failure, and no success waits for it
@@ -206,6 +209,27 @@ def websocket(on_frame: Callable[[ServerProtocol, WebSocketFrame], None]) -> Any
     return serve
 
 
+FLOOD_BYTES = 16 * 1024 * 1024  # more than the kernel keeps for a server that does not read
+
+
+def shake_hands(sock: socket.socket, *, then_send: bool = True) -> ServerProtocol:
+    """Accept the WebSocket; `then_send` says whether the response is sent at once."""
+    protocol = ServerProtocol()
+    protocol.receive_data(sock.recv(65536))
+    (request,) = protocol.events_received()
+    assert isinstance(request, Request)
+    protocol.send_response(protocol.accept(request))
+    if then_send:
+        sock.sendall(b"".join(protocol.data_to_send()))
+    return protocol
+
+
+def shakes_hands_only(sock: socket.socket) -> None:
+    """A server that reads no message."""
+    shake_hands(sock)
+    gevent.sleep(LIMIT)  # until the server is stopped
+
+
 def opened(port: int, host: str = "127.0.0.1", **options: Any) -> Connection:
     sock = open_socket(host, port, timeout=LIMIT)
     return Connection(f"ws://{host}:{port}/", sock, **{"timeout": LIMIT} | options)
@@ -324,6 +348,71 @@ def test_a_server_that_never_pauses_meets_the_limit_too() -> None:
         with pytest.raises(TimeoutError):
             receive_bytes(ours, 0)
         assert receive_bytes(ours, LIMIT) == b"something"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1/", "ws://"])
+def test_a_url_that_is_not_valid_leaves_no_socket_open(url: str) -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        with pytest.raises(InvalidURI):
+            Connection(url, ours)
+        assert ours.fileno() == -1
+
+
+def test_a_reset_that_fails_closes_the_socket() -> None:
+    with listening(websocket(lambda protocol, frame: None)) as port, opened(port) as client:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="not available"):
+            patch.setattr(socket, "SO_LINGER", -1)
+            client.reset()
+        assert client._sock.fileno() == -1
+
+
+def test_after_a_write_that_failed_nothing_is_sent_into_the_middle_of_its_frame() -> None:
+    with listening(shakes_hands_only) as port, opened(port) as client:
+        client.timeout = 0.1
+        with pytest.raises(TimeoutError):
+            client.send_binary(b"x" * FLOOD_BYTES)
+        for send in (client.send_ping, client.send_close, lambda: client.send_raw(b"x")):
+            with pytest.raises(ConnectionEnded, match="a write has failed"):
+                send()
+
+
+def test_what_was_closed_here_says_so_when_something_is_sent() -> None:
+    with listening(websocket(lambda protocol, frame: None)) as port:
+        client = opened(port)
+        client.drop()
+        with pytest.raises(ConnectionEnded, match="has ended"):
+            client.send_text(b"hello")
+        with pytest.raises(ConnectionEnded), client.one_packet():
+            pass
+
+
+@pytest.mark.parametrize("asks_with", ["PING", "HEARTBEAT"])
+def test_a_server_that_wants_answers_and_does_not_read_cannot_lengthen_a_wait(
+    asks_with: str,
+) -> None:
+    heartbeat = {"msg_type": "HEARTBEAT", "payload": {"remaining_seconds": 9}}
+
+    def serve(sock: socket.socket) -> None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # full soon
+        protocol = shake_hands(sock)
+        while True:
+            if asks_with == "PING":
+                protocol.send_ping(b"x" * 125)
+            else:
+                protocol.send_text(json.dumps(heartbeat).encode())
+            sock.sendall(b"".join(protocol.data_to_send()))
+
+    with listening(serve) as port:
+        session = Session(opened(port), timeout=LIMIT)
+        session.connection._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        began = time.monotonic()
+        with pytest.raises(WaitTimeout):
+            session.wait(lambda: None, "nothing", 0.5)
+        assert time.monotonic() - began < LIMIT / 2
+        with pytest.raises(WaitTimeout, match=r"0.5 s are over"):
+            session.close(timeout=0.5)
+        assert time.monotonic() - began < LIMIT / 2
 
 
 def test_it_speaks_tls_and_checks_the_name() -> None:
@@ -454,6 +543,103 @@ def test_a_refused_interrupt_does_not_take_the_ack_of_the_next() -> None:
         assert [error.error_detail for error in session.refusals] == ["no"]
 
 
+@pytest.mark.parametrize("earlier", ["wire", "send", "fragments"])
+def test_the_error_for_an_earlier_frame_does_not_refuse_the_interrupt(earlier: str) -> None:
+    script = Script(
+        BAD=lambda _: [refused("the bad frame")], INTERRUPT=lambda payload: [ack_of(payload)]
+    )
+    bad = encode_frame("BAD", {}, None)
+    with talking(script) as session:
+        match earlier:
+            case "wire":
+                session.connection.send_text(bad)
+            case "send":
+                session.send("BAD")
+            case _:
+                session.connection.send_fragments([bad])
+        assert session.interrupt("a").status is AckStatus.FAILED
+        assert [error.error_detail for error in session.refusals] == ["the bad frame"]
+
+
+def test_the_error_for_an_earlier_frame_does_not_refuse_the_registration() -> None:
+    script = Script(BAD=lambda _: [refused("the bad frame")], REGISTER=lambda _: [REGISTERED])
+    with talking(script) as session:
+        session.send("BAD")
+        assert session.register().session_id == "s"
+
+
+def test_an_error_with_a_code_for_other_frames_does_not_refuse_the_interrupt() -> None:
+    def reply(payload: dict[str, Any]) -> list[tuple[str, Any]]:
+        name, fields = refused("voice")
+        return [(name, fields | {"error_code": "STREAM_SEQ_ERROR"}), ack_of(payload)]
+
+    with talking(Script(INTERRUPT=reply)) as session:
+        assert session.interrupt("a").status is AckStatus.FAILED
+
+
+def answered(session: Session, how: str) -> None:
+    """Send a frame that could have been refused, and read its answer."""
+    match how:
+        case "registration":
+            session.register()
+        case "request":
+            session.ask("Hello").collect()
+        case "query":
+            session.send("SESSION_QUERY")
+            session.wait_for(SessionInfo)
+        case "interrupt":
+            session.interrupt("b")
+        case "error":
+            session.send("BAD")
+            session.wait_for(Error)
+        case "heartbeat":
+            session.send("SESSION_QUERY")
+            session.wait_for(Heartbeat)
+
+
+@pytest.mark.parametrize(
+    "how", ["registration", "request", "query", "interrupt", "error", "heartbeat"]
+)
+def test_a_refused_interrupt_is_told_at_once_where_all_earlier_frames_were_answered(
+    how: str,
+) -> None:
+    end = {"text_stream_seq": -1, "outcome": "COMPLETED"}
+    info: tuple[str, Any] = ("SESSION_INFO", {"session_data": {}})
+    heartbeat = ("HEARTBEAT", {"remaining_seconds": 9})
+    script = Script(
+        REGISTER=lambda _: [REGISTERED],
+        REQUEST=lambda payload: [("RESPONSE", {"request_id": payload["request_id"]} | end)],
+        SESSION_QUERY=lambda _: [info, heartbeat],
+        BAD=lambda _: [refused("the bad frame")],
+        INTERRUPT=lambda payload: [
+            refused("no") if payload["interrupt_request_id"] == "a" else ack_of(payload)
+        ],
+    )
+    with talking(script) as session:
+        answered(session, how)
+        began = time.monotonic()
+        with pytest.raises(FrameRefused, match="no"):
+            session.interrupt("a")
+        assert time.monotonic() - began < LIMIT / 2
+
+
+def test_an_interrupt_that_may_be_refused_waits_for_its_ack_and_then_says_so() -> None:
+    with talking(Script(INTERRUPT=lambda _: [refused("no")])) as session:
+        session.send("FUNCTION_RESULT", call_id="c", result=1)  # gets no answer
+        with pytest.raises(FrameRefused, match="no"):
+            session.interrupt("a", timeout=0.1)
+        assert session.interruptions == []
+
+
+def test_a_second_registration_waits_for_its_own_answer() -> None:
+    replies = iter([[REGISTERED], [refused("already")]])
+    with talking(Script(REGISTER=lambda _: next(replies))) as session:
+        session.register()
+        with pytest.raises(FrameRefused, match="already"):
+            session.register()
+        assert session.session_id == "s"
+
+
 def test_heartbeats_are_answered_while_something_else_is_awaited() -> None:
     script = Script(
         REGISTER=lambda _: [("HEARTBEAT", {"remaining_seconds": 9}), REGISTERED],
@@ -506,20 +692,45 @@ def test_the_end_of_the_connection_shows_the_last_frames() -> None:
 
 def test_a_gateway_that_does_not_close_its_side_is_given_up() -> None:
     def serve(sock: socket.socket) -> None:
-        protocol = ServerProtocol()
-        protocol.receive_data(sock.recv(65536))
-        (request,) = protocol.events_received()
-        assert isinstance(request, Request)
-        protocol.send_response(protocol.accept(request))
-        sock.sendall(b"".join(protocol.data_to_send()))
+        shake_hands(sock)
         while sock.recv(65536):
             pass
 
     with listening(serve) as port:
         session = Session(opened(port), timeout=0.1)
-        with pytest.raises(WaitTimeout, match="end of the connection"):
+        with pytest.raises(WaitTimeout, match=r"0.1 s are over, waiting for the end of the conn"):
             session.close()
         assert session.connection.has_ended
+
+
+def test_closing_has_a_timeout_of_its_own_which_a_full_socket_does_not_lengthen() -> None:
+    with listening(shakes_hands_only) as port:
+        session = Session(opened(port), timeout=LIMIT)
+        sock = session.connection._sock
+        sock.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                sock.send(b"x" * 65536)
+        began = time.monotonic()
+        with pytest.raises(WaitTimeout, match=r"0.1 s are over"):
+            session.close(timeout=0.1)
+        assert time.monotonic() - began < LIMIT / 2
+        assert sock.fileno() == -1
+
+
+def test_frames_that_came_with_the_handshake_are_read_although_the_server_has_closed() -> None:
+    def serve(sock: socket.socket) -> None:
+        protocol = shake_hands(sock, then_send=False)
+        reply = {"msg_type": "SHUTDOWN", "payload": {"reason": "SERVER_SHUTDOWN"}}
+        protocol.send_text(json.dumps(reply).encode())
+        protocol.send_close(1013)
+        sock.sendall(b"".join(protocol.data_to_send()))
+
+    with listening(serve) as port, Session(opened(port), timeout=LIMIT) as session:
+        assert session.wait_for(Shutdown).reason == "SERVER_SHUTDOWN"
+        with pytest.raises(ConnectionEnded) as ended:
+            session.wait_for(Shutdown)
+        assert ended.value.code == 1013
 
 
 def test_an_error_of_a_request_ends_that_answer_only() -> None:
@@ -532,3 +743,51 @@ def test_an_error_of_a_request_ends_that_answer_only() -> None:
         assert isinstance(collected.error, Error)
         assert collected.outcome == "FAILED"
         assert session.refusals == []
+
+
+# The client for tests of the wire ---------------------------------------------------------------
+
+
+WAITS: list[Callable[[Client], object]] = [
+    lambda client: client.wait_for(lambda frame: frame.msg_type == "SESSION_INFO"),
+    Client.wait_ack,
+    lambda client: client.wait_terminal("another"),
+    lambda client: client.wait_text("another"),
+    Client.wait_closed,
+    Client.register,
+    Client.close,
+]
+
+
+@pytest.mark.parametrize(
+    "wait", WAITS, ids=["for", "ack", "terminal", "text", "closed", "register", "close"]
+)
+def test_a_wait_has_one_limit_however_many_frames_come(wait: Callable[[Client], object]) -> None:
+    frame = {
+        "msg_type": "RESPONSE",
+        "session_id": "s",
+        "payload": {"request_id": "r", "text_stream_seq": 0, "content": {"text": "more"}},
+    }
+
+    def serve(sock: socket.socket) -> None:
+        protocol = shake_hands(sock)
+        while True:
+            protocol.send_text(json.dumps(frame).encode())
+            sock.sendall(b"".join(protocol.data_to_send()))
+            gevent.sleep(0.01)  # far less than the limit
+
+    with listening(serve) as port, Client(port, register=False, timeout=LIMIT) as client:
+        client.timeout = 0.1
+        began = time.monotonic()
+        with pytest.raises(AssertionError, match=r"0.1 s are over; got \d+ frames"):
+            wait(client)
+        assert time.monotonic() - began < LIMIT / 2
+
+
+def test_closing_such_a_client_frees_its_socket_even_where_it_fails() -> None:
+    with listening(shakes_hands_only) as port:
+        client = Client(port, register=False, timeout=LIMIT)
+        client.timeout = 0.1
+        with pytest.raises(AssertionError):
+            client.close()
+        assert client._sock.fileno() == -1

@@ -817,7 +817,7 @@ FAULTS: Mapping[str, tuple[Script, type[StreamError], str]] = {
     "truncated": (
         scripts.truncated(["a"]),
         IncompleteAnswerError,
-        "^incomplete answer: the provider's stream ended before it said it was done",
+        "^incomplete answer: the provider's stream ended without a finish reason",
     ),
     "reset": (
         [*scripts.opening(), *scripts.tokens(["a"]), wait("reset"), scripts.reset()],
@@ -827,7 +827,7 @@ FAULTS: Mapping[str, tuple[Script, type[StreamError], str]] = {
     "proper end too early": (
         scripts.raw([text_event("a")]),
         IncompleteAnswerError,
-        "^incomplete answer: the provider's stream ended before it said it was done$",
+        "^incomplete answer: the provider's stream ended without a finish reason$",
     ),
     "truncated inside an event": (
         [send(scripts.sse_head(http10=True), text_event("a"), b'data: {"cho'), scripts.close()],
@@ -1114,7 +1114,9 @@ def test_a_connection_closed_unanswered_is_not_called_refused(
     client: LlmClient, provider: ProviderProcess, end: scripts.Step
 ) -> None:
     run = Run(client, provider.fresh([end])).start()
-    run.wait_failed(IncompleteAnswerError, "^the provider closed the connection unanswered: ")
+    run.wait_failed(
+        IncompleteAnswerError, "^the provider closed the connection without an answer: "
+    )
 
 
 @pytest.mark.parametrize("content", [KEY, "x" * 60_000], ids=["key", "long"])
@@ -1325,6 +1327,19 @@ def test_tls_within_tls_which_holds_some_of_what_comes_next_leaves_turns_to_ever
     assert endless.wait_end().ending is Ending.CLOSED
     # Of a record that is there the rest may be read at once: of 16 KiB, by 8 KiB.
     assert turns_at_read[39] - turns_at_read[0] >= 40 // 3
+
+
+@pytest.mark.parametrize("kilobytes", [1, 40, 100])
+def test_tls_within_tls_gives_all_that_has_left_the_kernel_without_waiting_for_more(
+    tls_in_tls: LlmClient, provider: ProviderProcess, kilobytes: int
+) -> None:
+    """Of an event of several records, the last may have been read ahead with the one before."""
+    text = "x" * (kilobytes << 10)
+    script = [*scripts.opening(), *scripts.tokens([text]), scripts.hang()]
+    run = Run(tls_in_tls, provider.fresh(script)).start()
+    run.sink.wait_text(text)
+    run.generation.close()
+    assert run.wait_end().ending is Ending.CLOSED
 
 
 def test_floods_do_not_starve_another_generation(
@@ -1775,6 +1790,29 @@ def test_close_leaves_the_other_generations_alone(
         run.wait_completed()
 
 
+def test_generations_that_are_closed_together_are_all_closed_before_the_first_report(
+    client: LlmClient, provider: ProviderProcess
+) -> None:
+    runs = [Run(client, provider.fresh(scripts.idle_mid_stream(["a"]))).start() for _ in range(5)]
+    for run in runs:
+        run.sink.wait_text("a")
+    first = runs[0].generation
+    at_report: list[bool] = []
+    report = first._on_end
+    assert report is not None
+
+    def look_and_report(result: GenerationResult) -> None:
+        at_report.extend(run.generation._is_closed for run in runs)
+        report(result)
+
+    first._on_end = look_and_report
+    for run in runs:
+        run.generation.close()
+    for run in runs:
+        run.wait_end()
+    assert at_report == [True] * len(runs)
+
+
 # Limits -----------------------------------------------------------------------------------------
 
 SHORT_SECONDS = 0.15
@@ -2048,6 +2086,36 @@ def test_control_has_its_turn_before_a_request_connects_and_before_its_answer_is
     assert order == ["made", "control", "connect", "answered", "control", "opened"]
 
 
+def test_control_has_its_turn_between_requests_that_start_together_on_kept_connections(
+    client: LlmClient, provider: ProviderProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    post = ProviderClient.post
+
+    def post_with_control(self: ProviderClient, *args: Any, **kwargs: Any) -> Answer:
+        order.append("post")
+        lanes().run_next(order.append, "control")
+        return post(self, *args, **kwargs)
+
+    def runs() -> list[Run]:
+        key = provider.unique("key")
+        made = [Run(client, provider.fresh(scripts.finish_on_release(["a"], key))) for _ in "123"]
+        for run in made:
+            run.start()
+        for run in made:
+            run.sink.wait_text("a")
+        provider.release(key)
+        for run in made:
+            run.wait_completed()
+        return made
+
+    monkeypatch.setattr("llm.chat.attempt._DRAIN_SECONDS", PATIENCE_SECONDS)  # all are kept
+    connections = {conn_of(provider, run) for run in runs()}
+    monkeypatch.setattr(ProviderClient, "post", post_with_control)
+    assert {conn_of(provider, run) for run in runs()} == connections
+    assert order == ["post", "control"] * 3
+
+
 @pytest.mark.parametrize("port", ["http", "tls"])
 @pytest.mark.parametrize("framing", ["chunked", "content-length", "gzip"])
 def test_a_complete_answer_leaves_its_connection_to_the_next_request(
@@ -2253,10 +2321,12 @@ def test_a_generation_that_has_ended_leaves_nothing_for_the_collector(
     try:
         run = make(client, provider)
         run.wait_end()
+        assert run.generation._attempt is not None
         generation = weakref.ref(run.generation)
+        attempt = weakref.ref(run.generation._attempt)
         del run
         lanes().wait_turn()  # its reader is on its way out
         gevent.sleep(1e-6)  # its links are told in a turn of their own
-        assert generation() is None
+        assert (generation(), attempt()) == (None, None)
     finally:
         gc.enable()

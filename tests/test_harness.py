@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import inspect
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from llm.demo.steps import ChatRequest, Completion, Pause, Stall
 from tests.harness import (
     AckStatus,
     AnswerEnded,
+    ChatClient,
     ConnectionEnded,
     Error,
     ErrorCode,
@@ -28,6 +32,7 @@ from tests.harness import (
     InterruptOutcome,
     Outcome,
     RunningGateway,
+    RunningProvider,
     SessionInfo,
     Shutdown,
     StartFailed,
@@ -271,9 +276,50 @@ def test_a_wait_for_the_provider_has_an_end_and_shows_what_it_saw() -> None:
         answer = client.ask("Tell me a story")
         answer.wait_text()
         with pytest.raises(WaitTimeout, match=r"completion 1 .*stall-mid-stream.*ended=None"):
-            gateway.provider.wait_ended(1, timeout=0.05)
+            gateway.provider.wait_ended(1, timeout=0.3)
         assert client.interrupt().status == AckStatus.SUCCESS
         assert gateway.provider.wait_ended(1).ended == "client_closed"
+
+
+def test_a_provider_that_hangs_does_not_make_that_wait_longer() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        line = f"listening on http://127.0.0.1:{silent.getsockname()[1]}/v1\n"
+        found = running._PROVIDER_LISTENING.fullmatch(line)
+        assert found is not None
+        with program() as process:
+            began = time.monotonic()
+            with pytest.raises(WaitTimeout, match=r"0.1 s are over.*the latest"):
+                RunningProvider(process, found).wait_ended(timeout=0.1)
+    assert time.monotonic() - began < running._HTTP_SECONDS / 2
+
+
+def test_a_gateway_forgets_clients_that_have_ended(gateway: RunningGateway) -> None:
+    with gateway.connect() as open_client:
+        closed, dropped, lost = (weakref.ref(gateway.connect()) for _ in range(3))
+        for client, end in (
+            (closed(), ChatClient.close),
+            (dropped(), ChatClient.drop),
+            (lost(), end_by_the_gateway),
+        ):
+            assert client is not None  # it is kept while it is open
+            end(client)
+        lost_client = lost()
+        assert lost_client is not None
+        sock = lost_client.connection._sock
+        assert sock.fileno() >= 0
+        del client, lost_client
+        gateway.connect().close()
+        gc.collect()
+        assert [one() for one in (closed, dropped, lost)] == [None, None, None]
+        assert sock.fileno() == -1
+        assert open_client.connection.is_open
+
+
+def end_by_the_gateway(client: ChatClient) -> None:
+    """Read the gateway's end of the connection; do not close ours."""
+    client.send("SHUTDOWN")
+    while not client.connection.has_ended:
+        client.connection.receive()
 
 
 def test_the_callers_key_stays_at_home_unless_it_is_handed_over(
@@ -533,7 +579,15 @@ def test_a_process_that_says_nothing_is_not_waited_for_for_ever() -> None:
     with program("print('working on it', flush=True)") as process:
         process.read_line()
         process.timeout = 0.1
-        with pytest.raises(ProcessFailed, match=r"said nothing for 0.1 s: working on it"):
+        with pytest.raises(ProcessFailed, match=r"awaited within 0.1 s: working on it"):
+            process.wait_for_line(re.compile("ready\n"))
+    assert process.exit_code == -signal.SIGKILL
+
+
+def test_a_process_that_says_something_else_all_the_time_is_given_up_too() -> None:
+    with program("while True: print('working on it', flush=True)") as process:
+        process.timeout = 0.3
+        with pytest.raises(ProcessFailed, match=r"awaited within 0.3 s"):
             process.wait_for_line(re.compile("ready\n"))
     assert process.exit_code == -signal.SIGKILL
 

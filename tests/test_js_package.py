@@ -250,6 +250,24 @@ export { failure };
 """
 
 
+SERVER_PROGRAM = """
+import { MessageService } from "bargein/message-service.js";
+import { WebSocketClient } from "bargein/websocket-client.js";
+
+const registration = () => ({ auth: { type: "API_KEY" as const, api_key: "x" } });
+const client = new WebSocketClient({ url: "ws://x", registration });
+new MessageService(client).on("text", ({ text }) => text.trim());
+// @ts-expect-error declared in the dom library only
+export type Unknown = AudioContext;
+"""
+
+NODE_TYPES = """
+interface AbortSignal {}
+interface Console { log(...data: any[]): void; debug(...data: any[]): void; }
+"""
+"""What the library needs of `@types/node`."""
+
+
 @pytest.mark.parametrize("version", COMPILERS)
 @pytest.mark.parametrize(
     "options",
@@ -278,4 +296,24 @@ def test_a_strict_program_gets_types(
     project = {"compilerOptions": config, "files": ["app.ts"]}
     (tmp_path / "tsconfig.json").write_text(json.dumps(project))
     (tmp_path / "app.ts").write_text(PROGRAM)
+    compile_with(version, tmp_path)
+
+
+@pytest.mark.parametrize("version", COMPILERS)
+def test_two_modules_need_no_dom_library(
+    npm: Npm, compile_with: Compile, tmp_path: Path, version: str
+) -> None:
+    make_project(tmp_path, npm)
+    config = {
+        "strict": True,
+        "noEmit": True,
+        "target": "es2022",
+        "module": "nodenext",
+        "lib": ["es2022"],
+        "types": [],
+    }
+    project = {"compilerOptions": config, "files": ["app.ts", "node.d.ts"]}
+    (tmp_path / "tsconfig.json").write_text(json.dumps(project))
+    (tmp_path / "app.ts").write_text(SERVER_PROGRAM)
+    (tmp_path / "node.d.ts").write_text(NODE_TYPES)
     compile_with(version, tmp_path)

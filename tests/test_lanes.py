@@ -11,6 +11,7 @@ import gevent.socket
 import pytest
 
 from actors.loop.lanes import Lanes, PlainLanes, lanes
+from actors.loop.readable import Readable
 from tests.harness.client import wait_until
 
 LIMIT = 5.0
@@ -67,7 +68,7 @@ def test_control_runs_before_the_data_that_was_reported_with_it(
     assert order == ["data", "control", *["data"] * (len(pairs) - 1)]
 
 
-def test_a_client_is_heard_between_two_slices_of_data(
+def test_a_client_is_read_between_two_slices_of_data(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
     order: list[str] = []
@@ -79,15 +80,14 @@ def test_a_client_is_heard_between_two_slices_of_data(
         order.append("data")
         spin(0.002)  # more than a slice
 
-    def hear(sock: gevent.socket.socket) -> None:
-        loop = gevent.get_hub().loop
-        watcher = loop.io(sock.fileno(), 1, priority=2)
-        gevent.get_hub().wait(watcher)
-        watcher.close()
+    def read_client(sock: gevent.socket.socket) -> None:
+        readable = lanes().readable_control(sock.fileno())
+        readable.wait()
+        readable.close()
         order.append("client")
 
     (mine, client), *others = pairs
-    listener = gevent.spawn(hear, mine)
+    listener = gevent.spawn(read_client, mine)
     readers = [gevent.spawn(read, one) for one, _ in others]
     gevent.sleep(0)
     for _, other in others:
@@ -154,6 +154,93 @@ def test_what_control_asks_of_gevents_loop_runs_without_another_event() -> None:
     assert time.monotonic() - started < LIMIT / 2
 
 
+def test_a_report_that_another_report_asks_for_runs_after_the_next_poll() -> None:
+    """Without another event, too: polls must not block meanwhile."""
+    order: list[str] = []
+    done = gevent.event.Event()
+
+    def report() -> None:
+        order.append("report")
+        lanes().run_after_poll(next_report)
+        lanes().run_next(order.append, "control")
+
+    def next_report() -> None:
+        order.append("next report")
+        lanes().run_after_poll(done.set)
+
+    started = time.monotonic()
+    lanes().run_after_poll(report)
+    assert done.wait(LIMIT)
+    assert time.monotonic() - started < LIMIT / 2
+    assert order == ["report", "control", "next report"]
+
+
+def test_data_gives_way_to_a_client_that_sends_right_after_control(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    order: list[str] = []
+
+    def read(sock: gevent.socket.socket, name: str, readable: Readable) -> None:
+        readable.wait()
+        readable.close()
+        order.append(name)
+        if name == "first client":
+            lanes().run_next(order.append, "control")
+            pairs[1][1].send(b"INTERRUPT")
+
+    waits = [lanes().readable_control, lanes().readable_control, lanes().readable]
+    names = ["first client", "second client", "data"]
+    readers = [
+        gevent.spawn(read, mine, name, wait(mine.fileno()))
+        for (mine, _), name, wait in zip(pairs[:3], names, waits, strict=True)
+    ]
+    gevent.sleep(0)
+    pairs[2][1].send(b"x")
+    pairs[0][1].send(b"INTERRUPT")
+    gevent.joinall(readers, LIMIT, raise_error=True)
+    assert order == ["first client", "control", "second client", "data"]
+
+
+def test_a_task_is_a_slice_of_its_own(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    """A client is read between a reader of data and a task, and between two tasks."""
+    order: list[str] = []
+    done = gevent.event.Event()
+
+    def client(sock: gevent.socket.socket, readable: Readable) -> None:
+        for _ in range(2):
+            readable.wait()
+            sock.recv(1)
+            order.append("client")
+
+    def read(readable: Readable) -> None:
+        readable.wait()
+        order.append("data")
+        lanes().run_deferred(task)
+        lanes().run_deferred(order.append, "task")
+        lanes().run_deferred(done.set)
+        pairs[0][1].send(b"x")
+
+    def task() -> None:
+        order.append("task")
+        pairs[0][1].send(b"x")
+
+    readables = [lanes().readable_control(pairs[0][0].fileno())]
+    readables.append(lanes().readable(pairs[1][0].fileno()))
+    listener = gevent.spawn(client, pairs[0][0], readables[0])
+    reader = gevent.spawn(read, readables[1])
+    gevent.sleep(0)
+    pairs[1][1].send(b"x")
+    for one in (listener, reader):
+        one.join(LIMIT)
+        assert one.successful()
+    assert done.wait(LIMIT)
+    assert order == ["data", "client", "task", "client", "task"]
+    for readable in readables:
+        readable.close()
+
+
 def test_reports_run_after_all_control_and_before_data() -> None:
     order: list[str] = []
     done = gevent.event.Event()
@@ -176,10 +263,9 @@ def test_control_that_has_arrived_by_then_runs_before_reports() -> None:
     done = gevent.event.Event()
 
     def interrupt(sock: gevent.socket.socket, name: str) -> None:
-        loop: Any = gevent.get_hub().loop
-        watcher = loop.io(sock.fileno(), 1, priority=loop.MAXPRI)
-        gevent.get_hub().wait(watcher)
-        watcher.close()
+        readable = lanes().readable_control(sock.fileno())
+        readable.wait()
+        readable.close()
         order.append(f"close {name}")
         lanes().run_after_poll(order.append, f"ack {name}")
         if name == "first":
@@ -227,6 +313,29 @@ def test_what_runs_after_acks_runs_right_after_them_and_before_data(before: int)
     at = order.index("report")
     assert "data" in order[at:]
     assert order[at : at + 3] == ["report", "ack", "free"]
+
+
+def test_what_runs_after_acks_runs_before_data_of_the_same_poll(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
+) -> None:
+    mine, other = pairs[0]
+    order: list[str] = []
+    readable = lanes().readable(mine.fileno())
+
+    def read() -> None:
+        readable.wait()
+        order.append("data")
+
+    def close_and_send() -> None:
+        lanes().run_after_acks(order.append, "free")
+        other.send(b"x")
+
+    reader = gevent.spawn(read)
+    gevent.sleep(0)
+    in_the_poll_phase(close_and_send)
+    reader.join(LIMIT)
+    readable.close()
+    assert order == ["free", "data"]
 
 
 def test_control_without_end_does_not_hold_up_data() -> None:

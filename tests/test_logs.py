@@ -7,12 +7,14 @@ import json
 import logging
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import structlog
 
-from metrics.logs import LEVELS, configure, get_logger
+from metrics.logs import Level, configure, get_logger
+
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +79,7 @@ def test_a_value_cannot_break_out_of_its_line(log_format: Any) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_what_is_below_the_level_is_not_logged(level: str) -> None:
+def test_what_is_below_the_level_is_not_logged(level: Level) -> None:
     stream = io.StringIO()
     configure(level, "json", stream)
     logger = get_logger("SYS")

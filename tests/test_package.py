@@ -333,9 +333,27 @@ def test_a_room_of_another_project_that_was_imported_before_is_replaced(
 ) -> None:
     """As a .pth file or a sitecustomize may do it."""
     (project / "llm" / "__init__.py").write_text("")
-    (project / "llm" / "errors.py").write_text("")
+    (project / "llm" / "errors.py").write_text("open('was-imported', 'w').close()\n")
     (project / "sitecustomize.py").write_text("import llm.errors\n")
     check_daemon([installed.command("bargein")], project, {"PYTHONPATH": "."})
+    assert (project / "was-imported").exists()
+
+
+def test_beside_a_clone_the_command_and_an_isolated_module_run_what_is_installed(
+    installed: Environment, tmp_path: Path
+) -> None:
+    """As the front page says. Python puts the folder in which `-m` is run before what is installed,
+    and makes one package of both folders named `bargein`, since neither has an `__init__.py`."""
+    (tmp_path / "bargein").mkdir()
+    (tmp_path / "bargein" / "run.py").write_text("print('this is the clone')\n")
+    for command in (
+        [installed.command("bargein"), "--help"],
+        [installed.python, "-P", "-m", "bargein.run", "--help"],
+    ):
+        done = run(command, tmp_path)
+        assert done.stdout.startswith("usage: bargein "), done.stderr
+    done = run([installed.python, "-m", "bargein.run", "--help"], tmp_path)
+    assert done.stdout == "this is the clone\n", done.stderr
 
 
 def test_run_py_under_two_names_shares_what_it_runs(installed: Environment, tmp_path: Path) -> None:

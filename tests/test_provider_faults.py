@@ -104,7 +104,7 @@ class Row:
     is_whole: bool = False
 
 
-INCOMPLETE = "incomplete answer: the provider's stream ended before it said it was done"
+INCOMPLETE = "incomplete answer: the provider's stream ended without a finish reason"
 CHUNK_HEAD = scripts.sse_head()
 NOT_A_STREAM = (
     "the provider's answer is not a stream: its content type is {}, not text/event-stream"
@@ -235,10 +235,10 @@ FAULTS: Mapping[str, Row] = {
         text=ANSWER,
     ),
     "close after the POST": Row(
-        [scripts.close()], "the provider closed the connection unanswered: .+"
+        [scripts.close()], "the provider closed the connection without an answer: .+"
     ),
     "reset after the POST": Row(
-        [scripts.reset()], "the provider closed the connection unanswered: .+"
+        [scripts.reset()], "the provider closed the connection without an answer: .+"
     ),
     "an answer that is not HTTP": Row(
         [send(f"{KEY} says hello\r\n\r\n".encode()), scripts.close()],
@@ -941,6 +941,10 @@ def test_a_second_refusal_that_names_the_usage_is_final(stand: Stand) -> None:
     detail = stand.wait_failed(request_id)["error_detail"]
     assert detail == "the provider answered 400: no stream_options ***"
     assert ["stream_options" in post.body for post in stand.posts(request_id)] == [True, False]
+    # The usage was not what it refused: later requests ask for it again.
+    request_id = stand.ask(scripts.answer([ANSWER]))
+    stand.wait_completed(request_id)
+    assert "stream_options" in stand.posts(request_id)[0].body
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from llm.errors import (
 AGAIN = [429, 500, 501, 502, 503, 504, 520, 529]
 NOT_AGAIN = [301, 302, 307, 400, 401, 402, 403, 404, 405, 408, 409, 413, 422, 451]
 OTHERS: list[StreamError] = [
-    IncompleteAnswerError("the provider closed the connection unanswered"),
+    IncompleteAnswerError("the provider closed the connection without an answer"),
     MalformedCallError("x"),
     MalformedStreamError("x"),
     NotAStreamError("x"),

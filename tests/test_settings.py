@@ -17,6 +17,7 @@ import certifi
 import msgspec
 import pytest
 
+from gateway.doctor.target import ACCOUNT_VARIABLE, KEY_VARIABLE, PASSWORD_VARIABLE
 from gateway.settings.options import SETTINGS, Config, default_config
 from gateway.settings.settings import Settings, SettingsError
 from gateway.settings.sources import ConfigSources
@@ -524,8 +525,11 @@ def test_a_name_that_resembles_no_setting_gets_no_hint(bench: Bench) -> None:
     assert bench.read().warnings == ["unknown environment variable BARGEIN_NONSENSE"]
 
 
-def test_variables_of_the_tests_are_no_typos() -> None:
-    assert given(environ={"BARGEIN_REAL_SERVERS": "1"}).warnings == []
+@pytest.mark.parametrize(
+    "variable", ["BARGEIN_REAL_SERVERS", KEY_VARIABLE, ACCOUNT_VARIABLE, PASSWORD_VARIABLE]
+)
+def test_variables_of_the_tests_and_of_the_doctor_are_no_typos(variable: str) -> None:
+    assert given(environ={variable: "1"}).warnings == []
 
 
 def test_a_part_of_a_flag_is_not_taken_for_it() -> None:
@@ -681,6 +685,12 @@ def test_what_is_not_utf_8_in_the_environment_is_a_fault() -> None:
 
 
 # Several faults ----------------------------------------------------------------------------------
+
+
+def test_what_is_not_utf_8_in_a_repeated_flag_is_a_fault() -> None:
+    (line,) = faults(given("--allow-origin", "https://chat\udcff.example.com"))
+    expected = "is not a list of web origins, each like https://chat.example.com"
+    assert line == f"--allow-origin 'https://chat\\udcff.example.com' {expected}"
 
 
 def test_faults_of_all_kinds_are_all_named_and_each_once(bench: Bench) -> None:

@@ -248,13 +248,13 @@ class Lanes:
     def _may_sleep(self) -> None:
         """Let polls block again, if nothing is queued.
 
-        A poll must not block in two cases. Something is queued here to be run after it: the queues
-        would tell that. Or control that ran just before the poll has asked something of gevent's
-        own loop (`run_callback`, as `spawn` and `Event.set` do), which has run its callbacks of
-        this iteration already, and would run this one when the poll returns: no queue here tells
-        that. So it is an idle watcher that ends it. One of the lowest priority fires only when a
-        poll brought nothing and no event is pending, and before the next poll gevent runs its
-        callbacks again.
+        A poll must not block in two cases. First: something is queued here to be run after it.
+        Second: control that ran just before the poll has queued a callback in gevent's own loop
+        (`run_callback`, as `spawn` and `Event.set` do). That loop has run its callbacks of this
+        iteration already, and would run this one only when the poll returns. The queues here show
+        the first case, but not the second. So this is the callback of an idle watcher: with the
+        lowest priority, it fires only when a poll brought nothing and no event is pending, and
+        gevent runs its callbacks again before the next poll.
         """
         if not (self._control or self._after_poll or self._data):
             self._is_awake = False

@@ -12,7 +12,7 @@ INTERVAL_SECONDS = 0.1
 """Between two ticks. Any stall of 100 ms is seen, and ten wake-ups a second cost little."""
 
 _MAX_TICKS = 100
-"""Counted for one stall, at most. After more (a suspended machine) the schedule starts anew."""
+"""Counted for one stall, at most. After more (a suspended machine) the schedule starts again."""
 
 
 class LoopLag:

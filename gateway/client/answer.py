@@ -42,7 +42,8 @@ class Collected:
 class Answer:
     """The frames of one request: those with its own `request_id`, and no others.
 
-    Iterating gives its pieces of text as they come, up to its end.
+    Iterating gives its pieces of text as they come, up to its end. Each piece is a wait of its own,
+    with the session's timeout.
     """
 
     request_id: str

@@ -46,8 +46,8 @@ def open_socket(
         host: name or address.
         port: its port.
         tls: for an encrypted connection; None is a plain one.
-        timeout: seconds for connecting and for the TLS handshake, each. Resolving the name is
-            outside of this limit.
+        timeout: seconds for connecting to each address that the name has, and for the TLS
+            handshake. Resolving the name is outside of this limit.
 
     Raises:
         OSError: there is no connection (`TimeoutError`, `socket.gaierror` and `ssl.SSLError` are
@@ -101,7 +101,8 @@ class Connection:
 
     Args:
         url: `ws://` or `wss://`, with the path.
-        sock: a connection to that server; it belongs to this object from here on.
+        sock: a connection to that server; it belongs to this object from here on, and is closed
+            if this raises.
         headers: more headers for the handshake, or other values (`Host`, `Origin`).
         max_message_bytes: a longer message ends the connection; None is no limit.
         timeout: seconds that the handshake, a read, or a write may take.
@@ -109,8 +110,10 @@ class Connection:
     Raises:
         HandshakeRefused: the server answered with another status than 101.
         HandshakeFailed: it gave no valid answer, or none in time.
+        websockets.exceptions.InvalidURI: the URL is not valid.
 
     Public attributes:
+        messages_sent: how many messages were sent; each `send_raw` counts as one.
         pings, pongs: frames of these kinds that were received.
         timeout: as above; it can be changed.
     """
@@ -125,16 +128,19 @@ class Connection:
         timeout: float = 10.0,
     ) -> None:
         self.timeout = timeout
+        self.messages_sent = 0
         self.pings = self.pongs = 0
         self._sock = sock
-        self._protocol = ClientProtocol(parse_uri(url), max_size=max_message_bytes)
         self._messages: list[Message] = []
         self._fragments: list[bytes] = []
         self._is_text = True
         """Of the message whose fragments these are."""
         self._is_corked = False
         self._has_ended = False
+        self._write_failed = False
+        """A frame may have been sent in part, so nothing can follow it."""
         try:
+            self._protocol = ClientProtocol(parse_uri(url), max_size=max_message_bytes)
             self._shake_hands(headers or {})
         except BaseException:
             sock.close()
@@ -153,18 +159,25 @@ class Connection:
 
     # Sending.
 
-    def send_text(self, data: bytes) -> None:
+    def send_text(self, data: bytes, *, timeout: float | None = None) -> None:
         """Send a text message.
 
+        Args:
+            data: the message.
+            timeout: seconds; None is the connection's own.
+
         Raises:
-            ConnectionEnded: the connection has ended, or is closing. So do all that send.
+            ConnectionEnded: the connection has ended or is closing, or a write has failed. So do
+                all methods that send.
             OSError: the write failed, or took too long.
         """
-        self._send(lambda: self._protocol.send_text(data))
+        self._send(lambda: self._protocol.send_text(data), timeout)
+        self.messages_sent += 1
 
     def send_binary(self, data: bytes) -> None:
         """Send a binary message."""
         self._send(lambda: self._protocol.send_binary(data))
+        self.messages_sent += 1
 
     def send_fragments(self, pieces: Sequence[bytes]) -> None:
         """Send one text message in several frames."""
@@ -175,19 +188,25 @@ class Connection:
                 self._protocol.send_continuation(piece, fin=number == len(pieces))
 
         self._send(send)
+        self.messages_sent += 1
 
     def send_ping(self) -> None:
         """Send a ping; `pongs` counts the answers."""
         self._send(lambda: self._protocol.send_ping(b""))
 
-    def send_close(self) -> None:
-        """Send a close frame with 1000; does not wait for the answer."""
-        self._send(lambda: self._protocol.send_close(CloseCode.NORMAL_CLOSURE))
+    def send_close(self, *, timeout: float | None = None) -> None:
+        """Send a close frame with 1000; does not wait for the answer.
+
+        Args:
+            timeout: seconds for the write; None is the connection's own.
+        """
+        self._send(lambda: self._protocol.send_close(CloseCode.NORMAL_CLOSURE), timeout)
 
     def send_raw(self, data: bytes) -> None:
         """Send bytes past the WebSocket layer."""
-        self._sock.settimeout(self.timeout)  # a wait may have left less
-        self._sock.sendall(data)
+        self._check_writable()
+        self._write([data])
+        self.messages_sent += 1
 
     @contextlib.contextmanager
     def one_packet(self) -> Iterator[None]:
@@ -197,8 +216,8 @@ class Connection:
             yield
         finally:
             self._is_corked = False
-        self._sock.settimeout(self.timeout)
-        self._sock.sendall(b"".join(self._protocol.data_to_send()))
+        self._check_writable()
+        self._write([b"".join(self._protocol.data_to_send())])
 
     # Receiving.
 
@@ -206,13 +225,15 @@ class Connection:
         """Read once, answer pings, and return the messages that are whole now; there may be none.
 
         Args:
-            timeout: seconds; None is the connection's own.
+            timeout: seconds for all of this; None is the connection's own.
 
         Raises:
             TimeoutError: nothing came in that time.
         """
         if not self._messages and not self._has_ended:
-            self._feed(receive_bytes(self._sock, self.timeout if timeout is None else timeout))
+            timeout = self.timeout if timeout is None else timeout
+            until = time.monotonic() + timeout
+            self._feed(receive_bytes(self._sock, timeout), until)
         messages, self._messages = self._messages, []
         return messages
 
@@ -220,6 +241,11 @@ class Connection:
     def is_open(self) -> bool:
         """Whether messages can still be exchanged: no close frame was sent or read, no end."""
         return self._protocol.state is State.OPEN and not self._has_ended
+
+    @property
+    def has_unread(self) -> bool:
+        """Whether `receive` returns messages without a read: they came with the handshake."""
+        return bool(self._messages)
 
     @property
     def has_ended(self) -> bool:
@@ -256,8 +282,10 @@ class Connection:
     def reset(self) -> None:
         """Close the socket with an RST, as when the client's machine gave up."""
         linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        self.drop()
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        finally:
+            self.drop()
 
     # Inside.
 
@@ -278,7 +306,7 @@ class Connection:
             except TimeoutError:
                 raise self._handshake_error(bytes(received), timed_out=True) from None
             received += data
-            self._feed(data)
+            self._feed(data, until)
             # A server of another protocol may wait for us now.
             if not data or not received.startswith(b"HTTP/"[: len(received)]):
                 break
@@ -298,24 +326,39 @@ class Connection:
         why = "no answer to the handshake in time" if timed_out else str(error or "no HTTP answer")
         return HandshakeFailed(why, received, timed_out=timed_out)
 
-    def _send(self, send: Callable[[], None]) -> None:
+    def _send(self, send: Callable[[], None], timeout: float | None = None) -> None:
+        self._check_writable()
         try:
             send()
         except InvalidState as error:
             raise ConnectionEnded(f"nothing can be sent: {error}", self.close_code) from None
-        self._flush()
+        self._flush(timeout)
 
-    def _flush(self) -> None:
-        if self._is_corked:
+    def _flush(self, timeout: float | None = None) -> None:
+        if not self._is_corked:
+            self._write(self._protocol.data_to_send(), timeout)
+
+    def _write(self, pieces: Sequence[bytes], timeout: float | None = None) -> None:
+        if self._write_failed:
             return
-        self._sock.settimeout(self.timeout)
-        for data in self._protocol.data_to_send():
-            if data:
-                self._sock.sendall(data)
-            elif not isinstance(self._sock, ssl.SSLSocket):  # TLS has no half-closed connection
-                self._sock.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + (self.timeout if timeout is None else timeout)
+        try:
+            for data in pieces:
+                if data:
+                    self._sock.settimeout(max(until - time.monotonic(), 0.0))
+                    self._sock.sendall(data)
+                elif not isinstance(self._sock, ssl.SSLSocket):  # TLS has no half-closed connection
+                    self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._write_failed = True
+            raise
 
-    def _feed(self, data: bytes) -> None:
+    def _check_writable(self) -> None:
+        if self._has_ended or self._write_failed:
+            why = "the connection has ended" if self._has_ended else "a write has failed"
+            raise ConnectionEnded(f"nothing can be sent: {why}", self.close_code)
+
+    def _feed(self, data: bytes, until: float) -> None:
         at = time.monotonic()
         if data:
             self._protocol.receive_data(data)
@@ -323,9 +366,10 @@ class Connection:
             self._has_ended = True
             self._protocol.receive_eof()
         try:
-            self._flush()
+            self._flush(until - time.monotonic())
         except OSError:
-            self._protocol.data_to_send()  # the server was faster to close: drop the answer
+            # The server was faster to close, or does not read: drop the answer.
+            self._protocol.data_to_send()
         for event in self._protocol.events_received():
             if isinstance(event, Frame):
                 self._take(event, at)

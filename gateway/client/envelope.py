@@ -22,7 +22,7 @@ class Frame:
     at: float
     """`time.monotonic()` when it was read."""
     order: int = 0
-    """Its place among all frames of the connection, from 0."""
+    """Its place among the frames of the connection, from 0, without those of unknown kinds."""
 
     @property
     def msg_type(self) -> str:
@@ -83,7 +83,7 @@ def encode_frame(msg_type: str, payload: Any, session_id: str | None) -> bytes:
     try:
         return _encode(frame)
     except UnicodeEncodeError:
-        # Half a surrogate pair, as a browser sends it that has cut a text inside of an emoji: the
+        # Half a surrogate pair: a browser sends one when it cuts a text inside an emoji. The
         # standard library escapes it, msgspec does not.
         return json.dumps(msgspec.to_builtins(frame)).encode()
 
@@ -94,7 +94,7 @@ def decode_frame(data: bytes, at: float, order: int) -> Frame | None:
     Args:
         data: the message.
         at: `time.monotonic()` when it was read.
-        order: its place among all frames of the connection.
+        order: of the frame: see `Frame`.
 
     Returns:
         None for a `msg_type` that this version does not know: clients ignore it.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
@@ -29,16 +29,34 @@ from .envelope import Frame, decode_frame, encode_frame
 from .errors import ConnectionEnded, FrameRefused, InvalidFrame, WaitTimeout
 from .frames import (
     Error,
+    ErrorCode,
     FunctionCall,
+    HealthCheckAck,
     Heartbeat,
     InterruptAck,
     RegisterAck,
     Response,
+    SessionInfo,
     Shutdown,
 )
 
 SHOWN_FRAMES = 10
 """The last frames, in a failure's message."""
+
+_REFUSALS = {
+    "REGISTER": {
+        ErrorCode.AUTH_FAILED,
+        ErrorCode.MALFORMED_PAYLOAD,
+        ErrorCode.PAYLOAD_TOO_LARGE,
+        ErrorCode.SERVER_BUSY,
+    },
+    "INTERRUPT": {
+        ErrorCode.MALFORMED_PAYLOAD,
+        ErrorCode.PAYLOAD_TOO_LARGE,
+        ErrorCode.SESSION_INVALID,
+    },
+}
+"""The codes with which a gateway refuses these frames."""
 
 _ids = itertools.count(1)
 
@@ -57,6 +75,8 @@ class Interruption:
     ack: InterruptAck | None = None
     ack_frame: Frame | None = None
     """The frame of the ack: when it came, and in which order."""
+    place: int = 0
+    """Its place among the messages that the connection has sent, from 1."""
 
 
 class Session:
@@ -91,6 +111,20 @@ class Session:
         self._registered: RegisterAck | None = None
         self._taken: Counter[type[Any]] = Counter()
         """Of each kind, up to which frame `wait_for` has looked."""
+        # To know which ERROR refuses which message. Places count the messages that were sent.
+        self._request_places: dict[str, int] = {}
+        """Of the first message for each request."""
+        self._register_place = 0
+        self._query_places: dict[type[Any], deque[int]] = {
+            SessionInfo: deque(),
+            HealthCheckAck: deque(),
+        }
+        """Of the messages that wait for such an answer."""
+        self._answered_place = 0
+        """Of the last message whose answer has come. The gateway answers in order, so all ERRORs
+        that refuse messages before it have come too."""
+        self._settled = 0
+        """Later messages that had an ERROR, or cannot get one (HEARTBEAT_REPLY)."""
 
     def __enter__(self) -> Self:
         return self
@@ -116,17 +150,17 @@ class Session:
             fields: of the frame: `auth`, `platform`, …
 
         Raises:
-            FrameRefused: the gateway refused it.
+            FrameRefused: the gateway refused it. `interrupt` says how that is known.
             WaitTimeout, ConnectionEnded: as every wait.
         """
-        known = len(self.refusals)
+        before, earlier = self._registered, self._unanswered()
         self.send("REGISTER", **fields)
+        self._register_place = self.connection.messages_sent
 
         def look() -> RegisterAck | None:
-            self._raise_refusal(known)
-            return self._registered
+            return None if self._registered is before else self._registered
 
-        return self.wait(look, "the REGISTER_ACK", timeout)
+        return self._wait_ack(look, "REGISTER", earlier, "the REGISTER_ACK", timeout)
 
     def ask(self, text: str, *, request_id: str | None = None, **fields: Any) -> Answer:
         """Send a REQUEST; does not wait.
@@ -156,6 +190,14 @@ class Session:
     ) -> InterruptAck:
         """Send an INTERRUPT, and wait for its INTERRUPT_ACK.
 
+        An ERROR does not name the frame that it refuses. The gateway answers in order and sends at
+        most one ERROR for a frame, so an ERROR is taken for the refusal of this INTERRUPT if its
+        code can refuse one, and if each earlier frame that is still unanswered has had an ERROR.
+        Other ERRORs cannot be told apart: this then waits for the ack, and raises FrameRefused with
+        the last of them if no ack has come when the time is up or the connection ends. What
+        `send_raw` sends counts as one frame; if it is several bad ones, their ERRORs can be taken
+        for the refusal.
+
         Args:
             target: an answer or a request's id; None is every live one.
             reason: as the protocol names them.
@@ -166,19 +208,14 @@ class Session:
             FrameRefused: the gateway refused it.
             WaitTimeout, ConnectionEnded: as every wait.
         """
-        known = len(self.refusals)
+        earlier = self._unanswered()
         sent = self.send_interrupt(target, reason=reason, delivered_text_chars=delivered_text_chars)
-
-        def look() -> InterruptAck | None:
-            try:
-                self._raise_refusal(known)
-            except FrameRefused:
-                self.interruptions.remove(sent)  # it gets no ack
-                raise
-            return sent.ack
-
-        which = sent.request_id or "all requests"
-        return self.wait(look, f"the INTERRUPT_ACK for {which}", timeout)
+        what = f"the INTERRUPT_ACK for {sent.request_id or 'all requests'}"
+        try:
+            return self._wait_ack(lambda: sent.ack, "INTERRUPT", earlier, what, timeout)
+        except FrameRefused:
+            self.interruptions.remove(sent)  # it gets no ack
+            raise
 
     def send_interrupt(
         self,
@@ -189,7 +226,8 @@ class Session:
     ) -> Interruption:
         """Send an INTERRUPT; does not wait. The arguments are those of `interrupt`."""
         request_id = target.request_id if isinstance(target, Answer) else target
-        sent = Interruption(request_id, time.monotonic())
+        place = self.connection.messages_sent + 1
+        sent = Interruption(request_id, time.monotonic(), place=place)
         self.interruptions.append(sent)
         self.send(
             "INTERRUPT",
@@ -228,8 +266,11 @@ class Session:
             ConnectionEnded: the connection has ended, or is closing.
             OSError: the write failed, or took too long.
         """
-        session_id = self._registered.session_id if self._registered else None
-        self.connection.send_text(encode_frame(msg_type, payload, session_id))
+        self._send(msg_type, payload, None)
+        if msg_type == "SESSION_QUERY":
+            self._query_places[SessionInfo].append(self.connection.messages_sent)
+        elif msg_type == "HEALTH_CHECK":
+            self._query_places[HealthCheckAck].append(self.connection.messages_sent)
 
     def one_packet(self) -> contextlib.AbstractContextManager[None]:
         """A block; what is sent inside goes out in one write at its end."""
@@ -288,7 +329,7 @@ class Session:
         timeout = self.timeout if timeout is None else timeout
         until = time.monotonic() + timeout
         while (found := look()) is None:
-            if not self.connection.is_open:
+            if not self.connection.is_open and not self.connection.has_unread:
                 code = self.connection.close_code
                 how = f"the connection ended (close code {code})"
                 raise ConnectionEnded(f"{how}, waiting for {what}; {self._shown()}", code)
@@ -302,22 +343,29 @@ class Session:
 
     # Ending.
 
-    def close(self) -> None:
-        """Close the connection in order, and wait for its end; a second time, nothing.
+    def close(self, *, timeout: float | None = None) -> None:
+        """Close the connection in order, and wait for its end. A second call does nothing.
+
+        Args:
+            timeout: seconds; None is the session's own.
 
         Raises:
-            WaitTimeout: the gateway did not close its side.
+            WaitTimeout: the gateway did not close its side in time.
+            InvalidFrame: the gateway sent what is not a frame of the protocol.
+
+        The socket is closed in each of these cases too.
         """
-        until = time.monotonic() + self.timeout
+        timeout = self.timeout if timeout is None else timeout
+        until = time.monotonic() + timeout
         try:
             with contextlib.suppress(OSError):  # the gateway was faster
                 if self.connection.is_open:
-                    self.connection.send_close()
+                    self.connection.send_close(timeout=timeout)
             while not self.connection.has_ended:
                 self._read(until - time.monotonic())
         except TimeoutError:
             raise WaitTimeout(
-                f"{self.timeout} s are over, waiting for the end of the connection; {self._shown()}"
+                f"{timeout} s are over, waiting for the end of the connection; {self._shown()}"
             ) from None
         finally:
             self.drop()
@@ -333,13 +381,66 @@ class Session:
         answer = self.answers.get(request_id)
         if answer is None or answer.ended:  # an id that was refused may be used again
             answer = self.answers[request_id] = Answer(request_id, self, time.monotonic())
+            self._request_places[request_id] = self.connection.messages_sent + 1
         return answer
 
-    def _raise_refusal(self, known: int) -> None:
-        for error in self.refusals[known:]:
-            raise FrameRefused(error)
+    def _send(self, msg_type: str, payload: dict[str, Any], timeout: float | None) -> None:
+        session_id = self._registered.session_id if self._registered else None
+        data = encode_frame(msg_type, payload, session_id)
+        self.connection.send_text(data, timeout=timeout)
+
+    def _unanswered(self) -> int:
+        """How many of the messages that were sent can still get an ERROR, at most."""
+        later = self.connection.messages_sent - self._answered_place
+        return max(later - self._settled, 0)
+
+    def _note_answer(self, place: int) -> None:
+        """The answer to the message at this place has come."""
+        if place > self._answered_place:
+            self._answered_place, self._settled = place, 0
+
+    def _wait_ack(
+        self,
+        look: Callable[[], T | None],
+        msg_type: str,
+        earlier: int,
+        what: str,
+        timeout: float | None,
+    ) -> T:
+        """Wait for the ack of a frame that was just sent, or its refusal.
+
+        Args:
+            look: finds the ack.
+            msg_type: of the frame.
+            earlier: how many messages before it could still get an ERROR.
+            what: what is awaited, for the failure's message.
+            timeout: seconds; None is the session's own.
+
+        Raises:
+            FrameRefused: see `interrupt`.
+            WaitTimeout, ConnectionEnded: as every wait.
+        """
+        known = len(self.refusals)
+
+        def refusals(since: int) -> list[Error]:
+            codes = _REFUSALS[msg_type]
+            return [error for error in self.refusals[since:] if error.error_code in codes]
+
+        def look_for_both() -> T | None:
+            found = look()
+            if found is None and (certain := refusals(known + earlier)):
+                raise FrameRefused(certain[0])
+            return found
+
+        try:
+            return self.wait(look_for_both, what, timeout)
+        except (WaitTimeout, ConnectionEnded):
+            if possible := refusals(known):
+                raise FrameRefused(possible[-1]) from None
+            raise
 
     def _read(self, timeout: float) -> None:
+        until = time.monotonic() + timeout
         invalid: InvalidFrame | None = None
         for message in self.connection.receive(timeout):
             if message.is_text:
@@ -350,26 +451,34 @@ class Session:
                     continue
                 if frame is not None:
                     self.frames.append(frame)
-                    self._take(frame)
+                    self._take(frame, until)
         if invalid is not None:
             raise invalid
 
-    def _take(self, frame: Frame) -> None:
+    def _take(self, frame: Frame, until: float) -> None:
         match frame.payload:
             case RegisterAck() as ack:
                 self._registered = ack
+                self._note_answer(self._register_place)
             case Response(request_id=str(request_id)) | Error(request_id=str(request_id)):
                 if (answer := self.answers.get(request_id)) is not None:
                     answer.add(frame)
+                    self._note_answer(self._request_places[request_id])
                 else:
                     self.unexpected.append(frame)
             case Error() as error:
                 self.refusals.append(error)
+                if self._unanswered():
+                    self._settled += 1
             case InterruptAck() as ack:
                 self._take_ack(ack, frame)
             case Heartbeat():
                 with contextlib.suppress(OSError):  # the gateway may be gone again
-                    self.send("HEARTBEAT_REPLY")
+                    self._send("HEARTBEAT_REPLY", {}, until - time.monotonic())
+                    self._settled += 1
+            case SessionInfo() | HealthCheckAck() as info:
+                if places := self._query_places[type(info)]:
+                    self._note_answer(places.popleft())
             case Shutdown() as goodbye:
                 self.goodbye = goodbye
 
@@ -377,6 +486,7 @@ class Session:
         for sent in self.interruptions:
             if sent.ack is None and sent.request_id == ack.interrupt_request_id:
                 sent.ack, sent.ack_frame = ack, frame
+                self._note_answer(sent.place)
                 return
         self.unexpected.append(frame)
 

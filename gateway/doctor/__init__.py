@@ -1,19 +1,19 @@
-"""Does a daemon work? What people would try by hand, step by step, as one of its clients.
+"""Tests a running daemon step by step, as one of its clients.
 
-It knows the daemon by its sockets only. From the bottom up:
+It reaches the daemon only through its ports. From the bottom up:
 
-    faults        how a step ends that did not go well
-    wording       numbers, times, and a server's own words, for people
-    target        what is examined
+    faults        how a step ends: failed or skipped
+    wording       numbers, times, and a server's text, for people
+    target        the daemon's addresses, and the credentials for it
     pages         connections and HTTP
-    talk          a session of the client library that tells its failures in words
-    counts        what the metrics count
-    visit         one examination: its limits, and what its steps know of each other
+    talk          a client session whose errors are step failures, in words
+    counts        reads the daemon's metrics, and counts what the steps did
+    visit         one examination: its limits, and what its steps share
     reaching, streaming, stopping      the steps
     steps         the table of all steps
-    report        what was found
-    examination   goes through the table
+    report        the results, as text and as JSON
+    examination   runs the steps of the table
     command       the command line
 
-Every wait has a limit (`Limits`), and so has the whole.
+Every wait has a limit (`Limits`), and so has the whole examination.
 """

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 
 from gateway.doctor.examination import examine
-from gateway.doctor.report import TextRenderer
+from gateway.doctor.report import TextRenderer, print_json
 from gateway.doctor.target import (
     ACCOUNT_VARIABLE,
     DEFAULT_OPS_URL,
@@ -23,21 +23,25 @@ from gateway.doctor.visit import Limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the flags of the command."""
+    """Add the flags of this command to its parser."""
     parser.description = (
         "Test a running daemon as one of its clients: ask, interrupt, and check that the answer "
         "really stops. This makes the provider begin a few answers."
     )
     parser.epilog = (
         f"Credentials come from the environment: {KEY_VARIABLE}, or {ACCOUNT_VARIABLE} and "
-        f"{PASSWORD_VARIABLE}. Exit code: 0 when all is well, 1 when not, 2 for wrong arguments."
+        f"{PASSWORD_VARIABLE}. Exit code: 0 if all is well, 1 if not, 2 for wrong arguments."
     )
     add = parser.add_argument
-    add("--url", default=DEFAULT_URL, help=f"its WebSocket, ws or wss (default: {DEFAULT_URL})")
+    add(
+        "--url",
+        default=DEFAULT_URL,
+        help=f"the daemon's WebSocket, ws or wss (default: {DEFAULT_URL})",
+    )
     add(
         "--ops-url",
         metavar="URL",
-        help=f"its metrics (default: {DEFAULT_OPS_URL}, where --url is on this machine too)",
+        help=f"the daemon's metrics (default: {DEFAULT_OPS_URL}, if --url is on this machine)",
     )
     add("--ca-file", metavar="FILE", help="certificate authorities to trust, for wss and https")
     add(
@@ -45,19 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=Limits().wait,
         metavar="SECONDS",
-        help=f"limit of each wait; all together take eight at most (default: {Limits().wait:g})",
+        help="time limit of each wait; the whole test may take eight times as long "
+        f"(default: {Limits().wait:g})",
     )
     add("--json", action="store_true", help="print one JSON object, for machines")
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < math.inf:  # written so that it refuses NaN too
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
     return value
-
-
-_seconds.__name__ = "number of seconds"
 
 
 def main(
@@ -80,7 +85,7 @@ def main(
     try:
         if args.json:
             report = examine(target, limits)
-            print(report.as_json(), flush=True)
+            print_json(report, sys.stdout)
         else:
             renderer.begin(target)
             report = examine(target, limits, renderer.show)

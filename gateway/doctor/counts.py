@@ -1,4 +1,4 @@
-"""What the daemon's metrics count, against what was done here."""
+"""Compares the daemon's metrics with what the doctor did."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.client import InterruptAck, Response, Session
 
 @dataclass(frozen=True)
 class Counts:
-    """What the metrics count of what the doctor does."""
+    """Numbers of requests and interrupts: in the metrics, or of the doctor's own."""
 
     requests: int = 0
     interrupts: int = 0
@@ -19,7 +19,12 @@ class Counts:
     closed_streams: int = 0
 
     def shortfall(self, before: Counts, done: Counts) -> list[str]:
-        """In words, which of these have moved by less than was done."""
+        """In words, each metric that rose by less than what was done.
+
+        Args:
+            before: the metrics before the first step.
+            done: what the doctor did since.
+        """
         seconds = "bargein_interrupt_seconds_count"
         rows = (
             ("bargein_requests_total", self.requests - before.requests, done.requests),
@@ -32,9 +37,9 @@ class Counts:
             ),
         )
         return [
-            f"{name} moved by {moved} where {due} {'was' if due == 1 else 'were'} due"
-            for name, moved, due in rows
-            if moved < due
+            f"{name} rose by {rose}, expected at least {due}"
+            for name, rose, due in rows
+            if rose < due
         ]
 
 
@@ -58,7 +63,7 @@ def read_counts(page: str) -> Counts | None:
 
 
 def counts_of(session: Session) -> Counts:
-    """What was done in a session, as far as its end was seen."""
+    """What the doctor did in a session, as far as the frames it received show it."""
     payloads = [frame.payload for frame in session.frames]
     acks = [payload for payload in payloads if isinstance(payload, InterruptAck)]
     results = [result for ack in acks for result in ack.results]

@@ -1,4 +1,4 @@
-"""Go through all steps, and make a report."""
+"""Runs all steps, and makes a report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gateway.doctor.wording import hiding, span
 def examine(
     target: Target, limits: Limits, on_result: Callable[[Result], None] = lambda result: None
 ) -> Report:
-    """Go through all steps.
+    """Run all steps.
 
     Args:
-        target: what to examine.
+        target: the daemon to test.
         limits: how long to wait.
         on_result: called after each step.
     """
@@ -45,7 +45,9 @@ def _try_step(step: Step, visit: Visit, results: Mapping[str, Result]) -> Result
         if step.needs is not None and (needed := results[step.needs]).status is not Status.OK:
             raise StepSkipped(f"it needs “{needed.step.title}”")
         if began >= visit.until:
-            raise StepSkipped(f"no time was left: all took over {span(visit.limits.total)}")
+            raise StepSkipped(
+                f"no time was left: the steps before took over {span(visit.limits.total)}"
+            )
         seen = step.run(visit)
         status = Status.OK
     except StepFailed as failure:

@@ -1,4 +1,4 @@
-"""How a step ends that did not go well."""
+"""How a step ends when it does not succeed: it fails, or it is skipped."""
 
 from __future__ import annotations
 

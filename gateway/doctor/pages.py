@@ -1,4 +1,4 @@
-"""Connections and HTTP. Every wait has an end, and every failure is told in plain words."""
+"""Connections and HTTP. Every wait has a limit; every failure is a `StepFailed` in plain words."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gateway.doctor.wording import quoted, span
 
 _MAX_PAGE_BYTES = 8 * 1024 * 1024
 _BODY_SECONDS = 2.0
-"""How long to wait for the rest of a page whose length is unknown: some servers do not close."""
+"""How long to wait for the rest of a page once its headers have come: some servers never close."""
 
 
 def dial(target: Target, address: Address, until: float) -> socket.socket:
@@ -33,7 +33,7 @@ def dial(target: Target, address: Address, until: float) -> socket.socket:
         until: `time.monotonic()` when to give up.
 
     Raises:
-        StepFailed: there is no connection; says why.
+        StepFailed: the connection failed; says why.
     """
     seconds = max(until - time.monotonic(), 0.001)
     tls = target.tls if address.is_tls else None
@@ -57,8 +57,8 @@ def _no_connection(
         case ssl.SSLCertVerificationError():
             return StepFailed(
                 f"the certificate of {address} is not trusted: {quoted(error.verify_message)}",
-                "Give the authority that signed it as --ca-file, or use the host name that it is "
-                "for in --url.",
+                "Give the authority that signed it as --ca-file, or use the host name of the "
+                "certificate in --url.",
             )
         case ssl.SSLError():
             return StepFailed(
@@ -73,8 +73,8 @@ def _no_connection(
         case ConnectionRefusedError():
             return StepFailed(
                 f"nothing listens on {address}",
-                f"Is the daemon running ({target.prog} serve), with the --host and --port that "
-                "--url has?",
+                f"Is the daemon running ({target.prog} serve), and are its --host and --port those "
+                "of --url?",
             )
         case _:
             words = getattr(error, "strerror", None) or str(error)
@@ -101,7 +101,7 @@ def get(target: Target, url: SplitResult, path: str, until: float) -> Page:
     """One GET on a connection of its own.
 
     Raises:
-        StepFailed: there is no connection, or what came is not a page.
+        StepFailed: the connection failed, or the answer is not HTTP.
     """
     head = f"GET {path} HTTP/1.1\r\nHost: {url.netloc}\r\nConnection: close\r\n\r\n"
     with dial(target, address_of(url), until) as sock:
@@ -123,12 +123,12 @@ def _read_page(sock: socket.socket, until: float) -> Page:
 
 
 def page_of(raw: bytes, *, timed_out: bool, seconds: float) -> Page:
-    """The HTTP response in what a server has sent.
+    """Parse the HTTP response that a server has sent.
 
     Args:
         raw: its bytes.
         timed_out: whether the server might have sent more.
-        seconds: how long that took.
+        seconds: how long the doctor waited for it.
 
     Raises:
         StepFailed: it is not a response.
@@ -136,13 +136,13 @@ def page_of(raw: bytes, *, timed_out: bool, seconds: float) -> Page:
     if timed_out and b"\r\n\r\n" not in raw:
         what = f"only {quoted(raw)!r}" if raw else "nothing"
         raise StepFailed(
-            f"it accepted the connection, and said {what} for {span(seconds)}",
+            f"it accepted the connection, and sent {what} for {span(seconds)}",
             "Either the daemon hangs (SIGUSR1 makes it log what it does), or another program "
             "that is not a web server uses this port.",
         )
     if not raw:
         raise StepFailed(
-            "it accepted the connection, and closed it without a word",
+            "it accepted the connection, and closed it without sending anything",
             "Another program uses this port, or a proxy in front does not reach its daemon.",
         )
     response = http.client.HTTPResponse(_Bytes(raw))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from gateway.doctor.target import ACCOUNT_VARIABLE, KEY_VARIABLE, PASSWORD_VARIA
 from gateway.doctor.visit import Visit
 from gateway.doctor.wording import count, quoted, span
 
-BUSY_ADVICE = "The daemon is stopping, or has no room: try again, and see /readyz."
+BUSY_ADVICE = "The daemon is stopping, or at its limits: try again, and see /readyz."
 
 
 def connect(visit: Visit) -> str:
@@ -43,12 +43,12 @@ def health(visit: Visit) -> str:
         found = msgspec.json.decode(page.body, type=_Health)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise StepFailed(
-            f"GET {path} gets an answer, but not bargein's: {quoted(page.body)}", OTHER_PROGRAM
+            f"GET {path} gets an answer that is not bargein's: {quoted(page.body)}", OTHER_PROGRAM
         ) from None
     if found.status != "ok":
         raise StepFailed(
-            f"the daemon says that it is {quoted(found.status)}",
-            "Its supervisor does not answer: the log says why. Restart the daemon.",
+            f"the daemon reports the status {quoted(found.status)}",
+            "Its supervisor does not answer: see the log for the reason, and restart the daemon.",
         )
     return (
         f"bargein {quoted(found.version)}, up for {span(found.uptime_seconds)}, with "
@@ -89,12 +89,12 @@ def _refused(error: Error, target: Target) -> StepFailed:
             advice = BUSY_ADVICE
         case ErrorCode.AUTH_FAILED if target.secrets:
             advice = (
-                f"It refuses the credentials. Is the value of {KEY_VARIABLE} (or …_ACCOUNT and "
-                "…_PASSWORD) right, and is it in the daemon's file (--auth-file)?"
+                f"The daemon refuses the credentials. Is the value of {KEY_VARIABLE} (or …_ACCOUNT "
+                "and …_PASSWORD) right, and is it in the daemon's file (--auth-file)?"
             )
         case ErrorCode.AUTH_FAILED:
             advice = (
-                f"It wants credentials. Set {KEY_VARIABLE}, or {ACCOUNT_VARIABLE} and "
+                f"The daemon requires credentials. Set {KEY_VARIABLE}, or {ACCOUNT_VARIABLE} and "
                 f"{PASSWORD_VARIABLE}."
             )
         case _:

@@ -1,4 +1,4 @@
-"""What an examination found, for machines and for people."""
+"""The results of an examination, as text for people and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -67,12 +67,23 @@ class Report:
         return json.dumps(whole | {"steps": steps}, indent=2, ensure_ascii=False)
 
 
+def print_json(report: Report, out: TextIO) -> None:
+    """Print a report for machines, with escapes for characters that `out` cannot encode."""
+    text = report.as_json()
+    try:
+        text.encode(out.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(json.loads(text), indent=2)
+    with contextlib.suppress(OSError):  # the reader of a pipe may have gone
+        print(text, file=out, flush=True)
+
+
 class TextRenderer:
-    """The report for people, line by line as it comes.
+    """Prints the report for people, each line as soon as its step has ended.
 
     Args:
-        out: where to. Colours only where that is a terminal, and only characters that it can show.
-        environ: `NO_COLOR` is obeyed.
+        out: prints here. Uses colours only on a terminal, and only characters that it can show.
+        environ: `NO_COLOR` switches colours off.
     """
 
     _SIGNS: ClassVar = {

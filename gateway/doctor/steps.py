@@ -1,4 +1,4 @@
-"""The table of all steps. A further step is one more function, and its row here."""
+"""The table of all steps. A new step is a function, and a row here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.doctor.visit import Visit
 from gateway.doctor.wording import count
 
 _BOOKS_SECONDS = 2.0
-"""The daemon counts a moment after what it counts, on a busy machine."""
+"""How long the metrics may lag: a busy daemon counts a moment after it answers."""
 
 _POLL_SECONDS = 0.05
 
@@ -31,11 +31,11 @@ class Step:
     run: Callable[[Visit], str]
     """Returns what was seen; raises `StepFailed` or `StepSkipped`."""
     needs: str | None
-    """The step without which this one is not tried."""
+    """The step that must have succeeded before this one is tried."""
 
 
 def metrics(visit: Visit) -> str:
-    """Check that the metrics have counted what was done."""
+    """Check that the metrics have counted what the steps did."""
     before = visit.before
     if isinstance(before, StepFailed | StepSkipped):
         raise before
@@ -49,8 +49,8 @@ def metrics(visit: Visit) -> str:
     target = visit.target
     if shortfall and not target.is_ops_given and not target.is_default_port:
         raise StepSkipped(
-            "the metrics at the default address did not move: are they another daemon's?",
-            "--ops-url says where this one's are.",
+            "the metrics at the default address did not rise: are they another daemon's?",
+            "Give the address of this daemon's metrics as --ops-url.",
             is_allowed=True,
         )
     if shortfall:
@@ -60,7 +60,7 @@ def metrics(visit: Visit) -> str:
         )
     return (
         f"at least {count(done.requests, 'request')} and {count(done.interrupts, 'interrupt')} "
-        "more, as was done here"
+        "more, as expected"
     )
 
 

@@ -24,7 +24,7 @@ _NEW_INPUT = (
 )
 
 _TRIES = 3
-"""To interrupt an answer before it is complete: the machine may just have been busy."""
+"""Attempts to interrupt an answer before it is complete: the machine may have been busy."""
 
 _SLOW_ACK_SECONDS = 2.0
 """The gateway waits at most 1 s for a stream to close; the rest is for the network."""
@@ -44,7 +44,7 @@ def interrupt(visit: Visit) -> str:
     assert old is not None
     tries = 0
     while True:
-        if old.ends:  # it was too short, or too quick to interrupt: be quicker
+        if old.ends:  # it was too short, or too quick: interrupt the next one at its first text
             _settle(visit)
             old = talk.ask(STORY)
             wait_first_text(visit, old)
@@ -83,14 +83,14 @@ def new_starts(visit: Visit) -> str:
     # At their very beginning the two may be alike: some test providers always say the same.
     if len(start) == _OVERLAP_CHARS and old.text.find(start) > 0:
         raise StepFailed(
-            f"the new answer begins with what the old one had said: {quoted(start)!r}",
+            f"the new answer begins with text of the old one: {quoted(start)!r}",
             "Text that was queued for the old answer is sent as the new one. " + SEE_LOG,
         )
     return f"first token after {span(first - new.asked_at)}"
 
 
 def before_first_token(visit: Visit) -> str:
-    """Interrupt a request in the moment in which it is sent."""
+    """Interrupt a request at the moment it is sent."""
     talk = visit.talk
     _settle(visit)
     with talk.one_packet():
@@ -118,10 +118,10 @@ def nothing_running(visit: Visit) -> str:
         if ack.status is not AckStatus.FAILED or ack.interrupted_request_ids:
             which = quoted(", ".join(ack.interrupted_request_ids)) or "no request"
             raise StepFailed(
-                f"INTERRUPT_ACK says {ack.status} for {which}, where nothing ran",
+                f"INTERRUPT_ACK says {ack.status} for {which}, while nothing was running",
                 "Clients believe that something was stopped. " + SEE_LOG,
             )
-    return f"INTERRUPT_ACK after {' and '.join(times)}: FAILED, as it has to be"
+    return f"INTERRUPT_ACK after {' and '.join(times)}: FAILED, as expected"
 
 
 def everything(visit: Visit) -> str:
@@ -179,7 +179,7 @@ def _check_acknowledged(visit: Visit, stop: Interruption, target: Answer) -> str
     """Wait for an INTERRUPT_ACK which says that a live answer was stopped.
 
     Raises:
-        StepFailed: it says something else.
+        StepFailed: it does not come in time, or says something else.
         StepSkipped: the answer had ended before.
     """
     ack, took = _wait_ack(visit, stop)
@@ -205,12 +205,11 @@ def _check_acknowledged(visit: Visit, stop: Interruption, target: Answer) -> str
     has_stopped = outcome is InterruptOutcome.STOPPED and ack.status is AckStatus.SUCCESS
     if result is None or not has_stopped:
         raise StepFailed(
-            f"INTERRUPT_ACK says {ack.status}, {outcome or 'nothing of the request'}, of an answer "
-            "that was live",
+            f"INTERRUPT_ACK for a live answer says {ack.status}, {outcome or 'without its result'}",
             "See the daemon's log for “Interrupt request details”.",
         )
     if target.request_id not in ack.interrupted_request_ids:
-        raise StepFailed("interrupted_request_ids of INTERRUPT_ACK lacks what it stopped", SEE_LOG)
+        raise StepFailed("INTERRUPT_ACK lacks the request in interrupted_request_ids", SEE_LOG)
     closed = result.stream_closed_ms
     return f"INTERRUPT_ACK after {took}" + (
         "" if closed is None else f"; the provider's stream was closed in {span(closed / 1000)}"
@@ -221,10 +220,10 @@ def _check_silent(visit: Visit, target: Answer, stop: Interruption, *others: Ans
     """Check that an interrupted answer ends, and that nothing follows.
 
     Args:
-        visit: of this examination.
+        visit: the examination.
         target: the answer.
         stop: what interrupted it.
-        others: answers that must have ended too, in whatever way.
+        others: answers that must have ended too, with any outcome.
 
     Raises:
         StepFailed: it did not end, or something followed.
@@ -248,9 +247,9 @@ def _check_silent(visit: Visit, target: Answer, stop: Interruption, *others: Ans
             "this server bargein, or a proxy that holds frames back?",
         )
     if not talk.wait(lambda: all(answer.ends for answer in answers), limits.wait):
-        which = "that of the answer before it" if target.ends else "the old answer's"
+        which = "the answer before it" if target.ends else "the old answer"
         raise StepFailed(
-            f"the last frame (text_stream_seq -1) did not come: {which}",
+            f"the last frame (text_stream_seq -1) of {which} did not come",
             "Clients wait for it: bargein promises exactly one. " + SEE_LOG,
         )
     for answer in answers:
@@ -258,9 +257,11 @@ def _check_silent(visit: Visit, target: Answer, stop: Interruption, *others: Ans
     end = target.end
     if not isinstance(end, Response) or end.interrupted is not True:
         outcome = None if end is None else end.outcome
-        raise StepFailed(f"it ended as {outcome} where it was interrupted", SEE_LOG)
+        raise StepFailed(f"it ended as {outcome}, not as an interrupted answer", SEE_LOG)
     if ack is not None and target.ends[0].order < ack.order:
         raise StepFailed("its last frame came before the INTERRUPT_ACK", SEE_LOG)
     if talk.unexpected is not None:
-        raise StepFailed(f"{talk.unexpected} came, though nothing had asked for it", SEE_LOG)
+        raise StepFailed(
+            f"{talk.unexpected} came unexpectedly: it answers no frame of the doctor's", SEE_LOG
+        )
     return f"its last frame came, and nothing more for {span(limits.quiet)}"

@@ -1,4 +1,4 @@
-"""The step that an answer streams, and what the other steps need of answers."""
+"""The step that streams an answer, and the checks of answers that other steps use."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STORY = (
 )
 
 _STREAM_FRAMES = 20
-"""This many pieces of text are a stream: some providers fall silent only after a few."""
+"""Pieces of text to read: some providers stall only after the first few."""
 
 _STREAM_SECONDS = 3.0
-"""Of a slow stream, what came in this time is enough."""
+"""How long to read a slow stream that brings fewer pieces than that."""
 
 
 def stream(visit: Visit) -> str:
@@ -54,7 +54,7 @@ def stream(visit: Visit) -> str:
 
 
 def is_complete(answer: Answer) -> bool:
-    """Whether an answer ended by itself, and well."""
+    """Whether an answer ended with COMPLETED."""
     return isinstance(answer.end, Response) and answer.end.outcome is Outcome.COMPLETED
 
 
@@ -68,7 +68,7 @@ def wait_first_text(visit: Visit, answer: Answer) -> float:
     if not visit.talk.wait(lambda: answer.texts or answer.ends, visit.limits.wait):
         raise StepFailed(
             f"no first token within {span(time.monotonic() - began)}",
-            "The gateway works, its provider stalls: check that one. The daemon's "
+            "The gateway works, its provider stalls: check the provider. The daemon's "
             "--llm-first-token-timeout limits how long it waits. (For a slow model, give this "
             "doctor a longer --timeout.)",
         )
@@ -106,15 +106,18 @@ def _wait_next_piece(visit: Visit, answer: Answer) -> bool:
 _PROVIDER_ADVICE = (
     (
         r"no connection to the provider",
-        "The gateway works, its provider cannot be reached: is that one up, and is the address "
-        "right that the daemon printed when it started (--llm-url)?",
+        "The gateway works, its provider cannot be reached: is the provider running, and is its "
+        "address right (--llm-url; the daemon printed it when it started)?",
     ),
     (
         r"answered 40[13]\b",
         "The provider refuses the daemon's key: check its OPENAI_API_KEY (--llm-api-key-env).",
     ),
-    (r"answered 404\b", "The provider has no such path or model: --llm-url, --llm-model."),
-    (r"answered 429\b", "The provider refuses more requests with this key: its limits, or a bill."),
+    (r"answered 404\b", "The provider has no such path or model: check --llm-url and --llm-model."),
+    (
+        r"answered 429\b",
+        "The provider refuses more requests with this key: check its limits and your account.",
+    ),
     (r"answered 5\d\d\b", "The provider is failing (5xx): check it, or its status page."),
 )
 

@@ -1,4 +1,4 @@
-"""The doctor's conversation: a session of the client library that tells its failures in words."""
+"""The doctor's session: one of the client library, whose errors become step failures in words."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
 
 class Talk:
-    """A WebSocket to the target, and the record of what came.
+    """A WebSocket to the target, with a record of the frames received.
 
     Args:
-        target: where to.
-        until: `time.monotonic()` when any wait ends at the latest.
+        target: the daemon to connect to.
+        until: `time.monotonic()` when every wait ends.
         seconds: limit of the connection's own waits: for the handshake, and for each write.
 
     Raises:
-        StepFailed: there is no WebSocket.
+        StepFailed: the WebSocket cannot be opened.
     """
 
     def __init__(self, target: Target, until: float, seconds: float) -> None:
@@ -72,7 +72,7 @@ class Talk:
 
         Raises:
             FrameRefused: the gateway refused it.
-            StepFailed: the connection ended, or what came was no frame.
+            StepFailed: the connection ended, or a frame does not match the protocol.
         """
         with self._told():
             try:
@@ -108,20 +108,21 @@ class Talk:
 
     @contextlib.contextmanager
     def one_packet(self) -> Iterator[None]:
-        """What is sent inside goes out in one write."""
+        """Send all frames of this block in one write."""
         with contextlib.suppress(OSError), self.session.one_packet():
             yield
 
     # Receiving.
 
     def wait(self, done: Callable[[], object], seconds: float) -> bool:
-        """Read until something is so; False when that takes too long.
+        """Read frames until `done()` is true; False when that takes too long.
 
         Raises:
-            StepFailed: the connection ended, the gateway refused a frame, or what came was none.
+            StepFailed: the connection ended, the gateway refused a frame, or a frame does not
+                match the protocol.
         """
 
-        def look() -> bool | None:
+        def check() -> bool | None:
             if done():
                 return True
             self._check_refusals()
@@ -129,7 +130,7 @@ class Talk:
 
         with self._told():
             try:
-                return self.session.wait(look, "a step of the doctor", self._left(seconds))
+                return self.session.wait(check, "a step of the doctor", self._left(seconds))
             except WaitTimeout:
                 return False
 
@@ -151,7 +152,7 @@ class Talk:
 
     @property
     def loss(self) -> str | None:
-        """Why nothing more can be said; None while something can."""
+        """Why no more frames can be exchanged; None while they can."""
         connection = self.session.connection
         if self.session.goodbye is not None:
             return f"the daemon ended the session: {quoted(str(self.session.goodbye.reason))}"
@@ -162,11 +163,11 @@ class Talk:
             return f"the connection ended: {words.strip()}"
         fault = connection.wire_error
         if fault is not None and not isinstance(fault, EOFError):
-            return f"the connection ended: no WebSocket frame: {quoted(str(fault))}"
+            return f"the connection ended: invalid WebSocket frame: {quoted(str(fault))}"
         return "the connection ended: no close code"
 
     def close(self) -> None:
-        """Say goodbye, and go."""
+        """Send SHUTDOWN and a close frame, then close the socket."""
         with contextlib.suppress(OSError):
             if self.session.session_id is not None and self.loss is None:
                 self.session.send("SHUTDOWN", reason="doctor")
@@ -197,8 +198,9 @@ class Talk:
             yield
         except InvalidFrame as error:
             raise StepFailed(
-                f"a frame that is not of the protocol ({quoted(str(error))}): {quoted(error.data)}",
-                "Is it a bargein, and of this version? gateway/PROTOCOL.md describes every frame.",
+                f"a frame does not match the protocol ({quoted(str(error))}): {quoted(error.data)}",
+                "Is the server bargein, and the same version as this doctor? gateway/PROTOCOL.md "
+                "describes every frame.",
             ) from None
         except (ConnectionEnded, OSError):  # ended while it was read, or written
             raise StepFailed(self.loss or "the connection ended", SEE_LOG) from None
@@ -243,18 +245,22 @@ def _described(frame: Frame) -> str:
 
 
 def _advice(page: Page, target: Target) -> str:
-    """On an HTTP status in place of a WebSocket."""
+    """What to do about an HTTP response that came instead of a WebSocket."""
     match page.status:
         case 404 if b"/metrics" in page.body:
-            return "This is the port of bargein's metrics (--ops-port): --url needs that of --port."
+            return (
+                "This is the port of bargein's metrics (--ops-port): give that of --port in --url."
+            )
         case 404 if not target.is_usual:
             return f"The WebSocket of bargein is at {PATH}: --url {target.usual}"
         case 401 | 407:
-            return "A proxy in front wants a login of its own, which this doctor cannot give."
+            return (
+                "A proxy in front requires a login of its own, which the doctor does not support."
+            )
         case 403:
-            return "It refuses this host name, or a proxy in front does: see --allow-origin."
+            return "The daemon, or a proxy in front, refuses this host name: see --allow-origin."
         case 301 | 302 | 303 | 307 | 308:
-            return "It redirects clients: give --url as it is there (wss:// for https)."
+            return "The server redirects clients: give the new address as --url (wss:// for https)."
         case 502 | 503 | 504:
             return "A proxy in front does not reach the daemon: is the daemon running?"
         case _:

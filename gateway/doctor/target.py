@@ -1,4 +1,4 @@
-"""What is examined: its addresses, and the credentials for it."""
+"""The daemon to test: its addresses, and the credentials for it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class Address:
 
 @dataclass(frozen=True)
 class Target:
-    """What is examined.
+    """The daemon to test.
 
     Args:
         url: of the WebSocket, in full.
         ops_url: of the metrics; None where it is unknown.
-        is_ops_given: whether that was given, or is the default.
-        auth: the credentials for REGISTER; they are never shown.
-        tls: for both, where they are encrypted.
+        is_ops_given: True if `ops_url` was given; False if it is the default, or unknown.
+        auth: the credentials for REGISTER; never shown.
+        tls: for both URLs, where they use TLS.
         prog: how people call this program, for advice.
     """
 
@@ -92,16 +92,16 @@ class Target:
         """What must not be shown."""
         match self.auth:
             case ApiKeyAuth(api_key=key):
-                told = [key]
+                found = [key]
             case AccountAuth(account=account, password=password):
-                told = [password, account]
-        return [secret for secret in told if secret]
+                found = [password, account]
+        return [secret for secret in found if secret]
 
 
 def target_of(
     args: argparse.Namespace, environ: Mapping[str, str], prog: str = "bargein"
 ) -> Target:
-    """What to examine, according to the command line and the environment.
+    """The daemon to test, from the command line and the environment.
 
     Args:
         args: `url`, `ops_url` and `ca_file`.
@@ -109,7 +109,7 @@ def target_of(
         prog: how people call this program.
 
     Raises:
-        UsageError: they cannot be used.
+        UsageError: a value cannot be used.
     """
     url = websocket_url(args.url)
     is_here = url.hostname in ("localhost", "127.0.0.1", "::1")

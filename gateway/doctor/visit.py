@@ -1,4 +1,4 @@
-"""One examination: its limits, and what its steps know of each other."""
+"""One examination: its limits, and what its steps share."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Limits:
     """How long to wait, in seconds.
 
     Args:
-        wait: for any one thing.
-        quiet: how long nothing of an interrupted answer may come.
-        whole: for everything together; None is eight waits.
+        wait: for each wait.
+        quiet: how long to check that no frame of an interrupted answer comes.
+        whole: for the whole examination; None is eight waits.
     """
 
     wait: float = 15.0
@@ -30,7 +30,7 @@ class Limits:
 
     @property
     def total(self) -> float:
-        """For everything together."""
+        """For the whole examination."""
         return 8 * self.wait if self.whole is None else self.whole
 
 
@@ -38,11 +38,11 @@ class Visit:
     """One examination.
 
     Public attributes:
-        until: `time.monotonic()` when all of it ends at the latest.
-        opened: the connection, once there is one; it may be lost again.
+        until: `time.monotonic()` when the examination ends at the latest.
+        opened: the connection, once it is open; it may have been lost since.
         loss: why it was lost, in an earlier step.
-        before: the metrics before anything was done, or why they are not known.
-        streams: whether answers are known to come.
+        before: the metrics before the first request, or why they are not known.
+        streams: whether an answer has streamed.
         story: the answer of the step "stream".
         old, stop, new: the answer that was interrupted in mid-stream, its INTERRUPT, and the
             answer that followed.
@@ -63,14 +63,14 @@ class Visit:
 
     @property
     def talk(self) -> Talk:
-        """The connection, to use it.
+        """The open connection.
 
         Raises:
             StepSkipped: it was lost.
         """
         assert self.opened is not None
         if self.loss is not None:
-            raise StepSkipped(f"there is no connection any more: {self.loss}")
+            raise StepSkipped(f"the connection was lost before this step: {self.loss}")
         return self.opened
 
     def soon(self) -> float:
@@ -85,8 +85,8 @@ class Visit:
         """The metrics as they are now.
 
         Raises:
-            StepFailed: they were asked for, and cannot be read.
-            StepSkipped: their address is unknown, or they are not at the default one.
+            StepFailed: they cannot be read, and --ops-url was given.
+            StepSkipped: their address is unknown, or they cannot be read at the default one.
         """
         url, is_given = self.target.ops_url, self.target.is_ops_given
         if url is None:
@@ -101,12 +101,12 @@ class Visit:
             if is_given:
                 raise
             raise StepSkipped(
-                f"no metrics: {failure.seen}", "--ops-url says where they are.", is_allowed=True
+                f"no metrics: {failure.seen}", "Give their address as --ops-url.", is_allowed=True
             ) from None
         counts = read_counts(page.body.decode(errors="replace")) if page.status == 200 else None
         if counts is None:
-            seen = f"no metrics of bargein at {address_of(url)}, but {page.said}"
-            advice = "--ops-url has to be http://HOST:PORT/metrics, with the daemon's --ops-port."
+            seen = f"no bargein metrics at {address_of(url)}, but {page.said}"
+            advice = "--ops-url must be http://HOST:PORT/metrics, with the daemon's --ops-port."
             if is_given:
                 raise StepFailed(seen, advice)
             raise StepSkipped(seen, advice, is_allowed=True)

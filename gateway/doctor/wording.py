@@ -1,4 +1,4 @@
-"""Numbers, times, and a server's own words, as people read them."""
+"""Numbers, times, and a server's text, for people."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def hiding(secrets: Iterable[str]) -> Iterator[None]:
 
 
 def quoted(text: str | bytes) -> str:
-    """A server's own words: short, in one line, without our secrets and control characters."""
+    """A server's text, cut to one short line, without our secrets and control characters."""
     if isinstance(text, bytes):
         text = text.decode(errors="replace")
     for secret in _hidden.get():  # before it is cut: half a secret would not be found

@@ -400,6 +400,8 @@ class Setting:
         converted = msgspec.convert(value, self.type, strict=strict)
         if converted is None:  # not strict, "null" is None
             raise ValueError(value)
+        if self.is_a(tuple):
+            "".join(converted).encode()  # as in `parse`: repeated flags come here as a list
         # TOML has values that JSON has not: dates, NaN, infinity.
         if self.is_a(dict) and msgspec.json.decode(msgspec.json.encode(converted)) != converted:
             raise ValueError(value)

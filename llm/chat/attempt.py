@@ -196,15 +196,7 @@ class Attempt:
         try:
             events = Events(self.client.url, answer, self._flush, self._touch)
         except NotEventsError:
-            self._is_refused = True
-            content_type = self.client.quote(answer.headers.get("Content-Type") or "missing")
-            is_json = content_type.startswith("application/json")
-            said = error_message(self._read_error_body(answer)) if is_json else None
-            raise NotAStreamError(
-                "the provider's answer is not a stream: its content type is "
-                f"{content_type}, not text/event-stream"
-                + (f" ({self.client.quote(said)})" if said else "")
-            ) from None
+            raise self._not_a_stream(answer) from None
         self._lines = events.lines
         self._sink.opened()
         return events
@@ -302,7 +294,7 @@ class Attempt:
         root = None if cause is None else _root_cause(cause)
         how = f" ({self.client.quote(_describe(root))})" if isinstance(root, OSError) else ""
         return IncompleteAnswerError(
-            f"incomplete answer: the provider's stream ended before it said it was done{how}"
+            f"incomplete answer: the provider's stream ended without a finish reason{how}"
         )
 
     def _bare_error(self) -> ProviderReportedError | None:
@@ -311,6 +303,17 @@ class Attempt:
         if message is None:
             return None
         return ProviderReportedError(f"the provider reported: {self.client.quote(message)}")
+
+    def _not_a_stream(self, answer: Answer) -> NotAStreamError:
+        self._is_refused = True
+        content_type = self.client.quote(answer.headers.get("Content-Type") or "missing")
+        is_json = content_type.startswith("application/json")
+        message = error_message(self._read_error_body(answer)) if is_json else None
+        return NotAStreamError(
+            "the provider's answer is not a stream: its content type is "
+            f"{content_type}, not text/event-stream"
+            + (f" ({self.client.quote(message)})" if message else "")
+        )
 
     def _bad_status(self, answer: Answer) -> BadStatusError:
         self._is_refused = True
@@ -356,7 +359,7 @@ class Attempt:
                 return NotAStreamError("the provider's answer is not HTTP")
             case ProtocolError():
                 return IncompleteAnswerError(
-                    f"the provider closed the connection unanswered: {cause}"
+                    f"the provider closed the connection without an answer: {cause}"
                 )
             case _:
                 return ConnectFailedError(f"no connection to the provider: {cause}")

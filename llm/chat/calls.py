@@ -39,7 +39,7 @@ _decoder = msgspec.json.Decoder()
 
 @dataclass(slots=True)
 class _Call:
-    """A call in the making."""
+    """A call whose pieces are still arriving."""
 
     index: int | None
     id: str = ""

@@ -1,4 +1,4 @@
-"""One provider, ready for requests: its connections, its headers, and what was learnt about it."""
+"""One provider, ready for requests: its connections, its headers, its secrets."""
 
 from __future__ import annotations
 

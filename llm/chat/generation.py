@@ -9,7 +9,7 @@ another request by then.
 
 Before the first token, the same provider may be asked again, and then the fallback provider. After
 the first token no provider is asked again: the user has seen a part of this answer, and would get
-the beginning of another one behind it.
+the start of another answer after it.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class Generation(Stage):
     def _run(self) -> None:
         ending, error = Ending.CLOSED, None
         try:
-            self._loop.wait_turn()  # to make a connection takes half a millisecond of work
+            self._loop.wait_turn()  # first: to make a request takes half a millisecond of work
             with self._total_limit():
                 self._ask_providers()
             ending = Ending.COMPLETED

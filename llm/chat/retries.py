@@ -68,7 +68,7 @@ def pause_seconds(number: int, error: StreamError, retry_after_cap: float) -> fl
 
 
 def parse_retry_after(headers: Mapping[str, str]) -> float | None:
-    """How long a refusal asks to wait, in seconds; None where it does not say, or unreadably.
+    """How long a refusal asks to wait, in seconds; None where it names no valid time.
 
     Args:
         headers: of the answer: OpenAI's `retry-after-ms`, else `Retry-After` (RFC 9110, section

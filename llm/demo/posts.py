@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gevent.event import Event
 
-MAX_KEPT_POSTS = 1_000  # more than any test looks back on, and a few hundred KiB
+MAX_KEPT_POSTS = 1_000  # more than any test reads, and only a few hundred KiB
 
 
 class Ended(enum.StrEnum):

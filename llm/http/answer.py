@@ -1,4 +1,4 @@
-"""The answer to a POST: its headers have arrived, and its body is read as it comes."""
+"""The answer to a POST: its headers have arrived, and its body is read as it arrives."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from urllib3.exceptions import ProtocolError
 
 
 class Answer:
-    """The response of urllib3, but read past it where the body is not compressed: for each token,
-    urllib3 takes as long as everything else that the gateway does with the token.
+    """One response. Its body is read from `http.client`, not from urllib3, if it is not compressed:
+    for each token, urllib3 takes as long as everything else that the gateway does with the token.
 
     Args:
         response: urllib3's, its body unread, with its connection.
@@ -29,7 +29,7 @@ class Answer:
         """Read what has arrived of the body, decompressed; wait for at least one byte.
 
         Returns:
-            At most so many bytes; none at the end of the body, when the connection has gone back
+            At most `most_bytes`; none at the end of the body, when the connection has gone back
             to its pool.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Connections to a provider: each read waits in the event loop, and a close is felt at once.
+"""Connections to a provider: each read waits in the event loop, and a close works at once.
 
 gevent reads from a socket without a wait for as long as there is data. So one provider that sends
 without a pause would starve all other greenlets: with events, but also with endless trailers or
@@ -212,8 +212,8 @@ class ConnectionReader(io.RawIOBase):
             except BaseException as error:  # stopped, or a limit has passed
                 self.hang_up()
                 if isinstance(error, Stopped):
-                    # The connection is ended, and can be reported. The exception has many frames to
-                    # leave yet: that is put off until the reports and acks have run.
+                    # The connection is ended, and can be reported. The exception still has to pass
+                    # many frames, which takes long: it waits in the data lane, behind control.
                     error.closed_at = time.monotonic()
                     self._loop.wait_turn()
                 raise
@@ -224,7 +224,7 @@ class ConnectionReader(io.RawIOBase):
         """End the connection, at once.
 
         The shutdown tells the peer. The reset that frees the socket takes as long again, so it
-        follows when this end has been reported and acknowledged. A peer that has not begun to
+        follows after this end has been reported and acknowledged. A peer that has not begun to
         answer may not be reading: only a reset reaches it, so there it comes at once.
         """
         with contextlib.suppress(OSError):  # the peer has closed it already
@@ -265,7 +265,7 @@ class _Response(http.client.HTTPResponse):
 
 class _Connection(HTTPConnection):
     plain: _Response | None = None
-    """The response of `http.client` to the last request: urllib3 does not give it away."""
+    """The response of `http.client` to the last request, which urllib3 does not expose."""
 
     def __init__(self, loop: Loop, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -64,7 +64,7 @@ class Lines:
 
     Args:
         answer: the answer, its body unread.
-        before_read: called before each read, which may wait: time to pass on what was gathered.
+        before_read: called before each read, which may wait: the time to flush what was gathered.
             May block.
         on_bytes: called after each read that returned bytes.
     """
@@ -91,9 +91,8 @@ class Lines:
             MalformedStreamError: an event exceeds `MAX_EVENT_BYTES` or `MAX_EVENT_LINES`, or the
                 compression is corrupt.
         """
-        tail = (
-            bytearray()
-        )  # the unfinished line; grows in place, so that a long line takes linear time
+        # The unfinished line. Grows in place, so that a long line takes linear time.
+        tail = bytearray()
         event_bytes = event_lines = turn_bytes = 0
         skip_lf = False
         first = True

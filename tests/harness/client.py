@@ -64,7 +64,7 @@ class Client(Connection):
         register: whether to register at once.
         headers: more headers for the handshake, or other values (`Host`, `Origin`).
         receive_buffer: SO_RCVBUF in bytes: a small one makes a client that does not read soon full.
-        timeout: seconds that any wait may take: it only bounds failure.
+        timeout: seconds that any wait may take, however many frames come: it only bounds failure.
     """
 
     def __init__(
@@ -164,15 +164,17 @@ class Client(Connection):
         Raises:
             AssertionError: the time is up, or the connection ended before.
         """
-        while self._next == len(self.frames):
-            if not self.read_some():
-                raise AssertionError(f"connection ended; got {self.frames[-10:]}")
-        self._next += 1
-        return self.frames[self._next - 1]
+        return self._next_until(time.monotonic() + self.timeout)
 
     def wait_for(self, wanted: Callable[[Received], bool]) -> Received:
-        """Take frames until one is wanted, and return that one."""
-        while not wanted(frame := self.next()):
+        """Take frames until one is wanted, and return that one.
+
+        Raises:
+            AssertionError: the time for all of them is up, or the connection ended before. So do
+                all methods that wait.
+        """
+        until = time.monotonic() + self.timeout
+        while not wanted(frame := self._next_until(until)):
             pass
         return frame
 
@@ -194,7 +196,8 @@ class Client(Connection):
 
     def wait_closed(self) -> int | None:
         """Read to the end of the connection; returns the close code of the gateway."""
-        while self.read_some():
+        until = time.monotonic() + self.timeout
+        while self._read_until(until):
             pass
         return self.close_code
 
@@ -217,12 +220,7 @@ class Client(Connection):
         Raises:
             AssertionError: nothing came.
         """
-        try:
-            return self.read_within(self.timeout)
-        except TimeoutError:
-            raise AssertionError(
-                f"nothing came for {self.timeout} s; got {self.frames[-10:]}"
-            ) from None
+        return self._read_until(time.monotonic() + self.timeout)
 
     def read_within(self, seconds: float) -> bool:
         """`read_some`, with a timeout of its own.
@@ -242,6 +240,26 @@ class Client(Connection):
 
     def close(self) -> None:
         """Close the connection in order, and wait for its end."""
-        self.send_close()
-        self.wait_closed()
-        self.drop()
+        try:
+            self.send_close()
+            self.wait_closed()
+        finally:
+            self.drop()
+
+    # Inside.
+
+    def _next_until(self, until: float) -> Received:
+        while self._next == len(self.frames):
+            if not self._read_until(until):
+                raise AssertionError(f"connection ended; got {self.frames[-10:]}")
+        self._next += 1
+        return self.frames[self._next - 1]
+
+    def _read_until(self, until: float) -> bool:
+        try:
+            return self.read_within(until - time.monotonic())
+        except TimeoutError:
+            raise AssertionError(
+                f"{self.timeout} s are over; got {len(self.frames)} frames, "
+                f"the last of them {self.frames[-10:]}"
+            ) from None

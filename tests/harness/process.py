@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -111,6 +112,9 @@ class Process:
         Raises:
             ProcessFailed: it ended, or the time is up; then it is killed.
         """
+        return self._read_line(self.timeout)
+
+    def _read_line(self, left: float) -> str:
         assert self._process.stdout is not None
         overdue = threading.Event()
 
@@ -118,23 +122,34 @@ class Process:
             overdue.set()
             self._process.kill()
 
-        bound = threading.Timer(self.timeout, give_up)
-        bound.start()
-        try:
-            line: str = self._process.stdout.readline()
-        finally:
-            bound.cancel()
-            bound.join()
+        line = ""
+        if left <= 0:  # checked first, so that a program that never pauses meets it too
+            give_up()
+        else:
+            bound = threading.Timer(left, give_up)
+            bound.start()
+            try:
+                line = self._process.stdout.readline()
+            finally:
+                bound.cancel()
+                bound.join()
         if not line:
             code = self._process.wait()
-            how = f"said nothing for {self.timeout} s" if overdue.is_set() else f"ended with {code}"
+            how = f"ended with {code}"
+            if overdue.is_set():
+                how = f"did not print what was awaited within {self.timeout} s"
             raise ProcessFailed(f"the process {how}: {self.output}{self.log_tail()}")
         self._said.append(line)
         return line
 
     def wait_for_line(self, pattern: re.Pattern[str]) -> re.Match[str]:
-        """Read lines until one matches as a whole, with its newline; raises as `read_line`."""
-        while (found := pattern.fullmatch(self.read_line())) is None:
+        """Read lines until one matches as a whole, with its newline.
+
+        Raises:
+            ProcessFailed: it ended, or the time for all of them is up; then it is killed.
+        """
+        until = time.monotonic() + self.timeout
+        while (found := pattern.fullmatch(self._read_line(until - time.monotonic()))) is None:
             pass
         return found
 

@@ -84,34 +84,39 @@ class RunningProvider:
 
     def requests(self) -> list[ProviderRequest]:
         """The completions that it was asked for, in order."""
-        return msgspec.json.decode(
-            _http(self._port, "GET", "/v1/demo/requests"), type=list[ProviderRequest]
-        )
+        return self._requests(_HTTP_SECONDS)
 
     def wait_ended(self, number: int | None = None, *, timeout: float = 5.0) -> ProviderRequest:
         """Wait until a completion has ended. The provider sees that a moment after the ack.
 
         Args:
             number: of the completion; None is the latest.
-            timeout: seconds.
+            timeout: seconds for all of it.
 
         Raises:
             WaitTimeout: the time is up; the message shows them all.
         """
-        deadline = time.monotonic() + timeout
-        while True:
-            requests = self.requests()
-            of_it = [one for one in requests if number in (None, one.number)]
-            if of_it and of_it[-1].ended is not None:
-                return of_it[-1]
-            if time.monotonic() > deadline:
-                which = "the latest completion" if number is None else f"completion {number}"
-                raise WaitTimeout(f"{timeout} s are over, until {which} has ended: {requests}")
-            time.sleep(_POLL_SECONDS)  # the provider sends no event
+        until = time.monotonic() + timeout
+        requests: list[ProviderRequest] = []
+        with contextlib.suppress(TimeoutError):  # the provider does not answer in time
+            while True:
+                requests = self._requests(max(until - time.monotonic(), _POLL_SECONDS))
+                of_it = [one for one in requests if number in (None, one.number)]
+                if of_it and of_it[-1].ended is not None:
+                    return of_it[-1]
+                if time.monotonic() > until:
+                    break
+                time.sleep(_POLL_SECONDS)  # the provider sends no event
+        which = "the latest completion" if number is None else f"completion {number}"
+        raise WaitTimeout(f"{timeout} s are over, until {which} has ended: {requests}")
 
     def forget_requests(self) -> None:
         """Start over: from now on, `requests()` has later ones only."""
         _http(self._port, "DELETE", "/v1/demo/requests")
+
+    def _requests(self, timeout: float) -> list[ProviderRequest]:
+        body = _http(self._port, "GET", "/v1/demo/requests", timeout)
+        return msgspec.json.decode(body, type=list[ProviderRequest])
 
 
 class RunningGateway:
@@ -137,6 +142,7 @@ class RunningGateway:
         self._client_timeout = timeout
         self._register = {} if auth is None else {"auth": dict(auth)}
         self._clients: list[ChatClient] = []
+        """Those that may be open."""
         self.url = found["url"]
         """Where clients connect to."""
         self.port = int(found["port"])
@@ -161,6 +167,10 @@ class RunningGateway:
         """
         timeout = self._client_timeout if timeout is None else timeout
         client = ChatClient(self.port, timeout=timeout, **self._register | register)
+        ended = [one for one in self._clients if one.connection.has_ended]
+        for one in ended:  # where only its end was read, its socket is still open
+            one.drop()
+            self._clients.remove(one)
         self._clients.append(client)
         return client
 
@@ -206,8 +216,8 @@ class RunningGateway:
 
     def drop_clients(self) -> None:
         """Close the sockets of all its clients at once."""
-        for client in self._clients:
-            client.drop()
+        while self._clients:
+            self._clients.pop().drop()
 
 
 @contextlib.contextmanager
@@ -292,9 +302,16 @@ def _start(
         raise StartFailed(f"`bargein {' '.join(arguments)}` did not start: {error}") from None
 
 
-def _http(port: int, method: str, path: str) -> bytes:
-    """The body of a response from a server on this machine."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=_HTTP_SECONDS)
+def _http(port: int, method: str, path: str, timeout: float = _HTTP_SECONDS) -> bytes:
+    """The body of a response from a server on this machine.
+
+    Args:
+        port: of the server.
+        method: of the request.
+        path: of the request.
+        timeout: seconds for connecting, and for each read.
+    """
+    connection = HTTPConnection("127.0.0.1", port, timeout=timeout)
     with contextlib.closing(connection):
         connection.request(method, path)
         response = connection.getresponse()

@@ -236,6 +236,13 @@ test("a signal interrupts its own message only", async () => {
   assert.equal(service.isReceivingResponse, false);
 });
 
+test("a signal that is aborted already sends nothing, and interrupts nothing", () => {
+  const { service, socket } = makeTalk();
+  const { requestId } = service.sendTextMessage("a");
+  assert.throws(() => service.sendTextMessage("b", { signal: AbortSignal.abort() }), { name: "AbortError" });
+  assert.deepEqual([service.currentRequestId, socket.sentOf("INTERRUPT").length], [requestId, 0]);
+});
+
 test("speech is played, and silenced by the next message", async () => {
   const { audio, service, socket } = makeTalk();
   const { requestId } = service.sendTextMessage("a");
@@ -270,6 +277,41 @@ test("the model continues once every call has its result", async () => {
   socket.end(next.requestId);
   assert.equal((await next.promise).text, "go on");
   assert.deepEqual(names(), ["started", "functioncall", "functioncall", "completed", "started", "text", "completed"]);
+});
+
+test("a result that cannot be sent can be replaced by another", async () => {
+  const { service, socket } = makeTalk();
+  const sent = service.sendTextMessage("a");
+  for (const [seq, id] of ["call_1", "call_2"].entries()) {
+    const function_call = { name: "f", parameters: {}, call_id: id };
+    socket.say("RESPONSE", { request_id: sent.requestId, text_stream_seq: seq, content: {}, function_call });
+  }
+  socket.end(sent.requestId);
+  const message = await sent.promise;
+  assert.throws(() => service.sendFunctionResult(message, "call_1", 1n), TypeError);
+  assert.equal(service.sendFunctionResult(message, "call_2", 2), null); // call_1 still has no result
+  assert.throws(() => service.sendFunctionResult(message, "call_1", 1n), TypeError);
+  assert.equal(service.isReceivingResponse, false);
+  const next = service.sendFunctionResult(message, "call_1", 1);
+  assert.deepEqual(socket.sentOf("FUNCTION_RESULT"), [
+    { call_id: "call_2", result: 2 },
+    { request_id: next.requestId, call_id: "call_1", result: 1 },
+  ]);
+  socket.end(next.requestId);
+  assert.equal((await next.promise).state, "complete");
+});
+
+test("a message whose update cannot be sent fails, and the next one is sent", async () => {
+  const { names, service, socket } = makeTalk();
+  const update = { system_prompt: { role_description: 1n } };
+  const failed = await service.sendTextMessage("a", { update }).promise;
+  assert.deepEqual([failed.state, failed.failure.code], ["failed", "INTERNAL_ERROR"]);
+  assert.equal(service.isReceivingResponse, false);
+  assert.deepEqual(names(), ["started", "failed"]);
+  const sent = service.sendTextMessage("b");
+  socket.end(sent.requestId);
+  assert.equal((await sent.promise).state, "complete");
+  assert.deepEqual(socket.sentOf("INTERRUPT"), []);
 });
 
 test("the result of a late call goes to the message that waits for it", async () => {

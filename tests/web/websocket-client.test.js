@@ -87,6 +87,14 @@ test("an invalid address counts as refused", async () => {
   assert.equal(client.state.name, "refused");
 });
 
+test("without any WebSocket it says what to do", async (context) => {
+  const { WebSocket } = globalThis;
+  delete globalThis.WebSocket; // Node has one from version 22 on
+  context.after(() => WebSocket && Object.assign(globalThis, { WebSocket }));
+  const { connected } = makeStand({ isOpen: false, WebSocket: undefined });
+  await assert.rejects(connected, { name: "RegistrationError", code: "NO_WEBSOCKET", detail: /option `WebSocket`/ });
+});
+
 test("it reconnects after growing pauses with a limit, half of each random", () => {
   const pauses = [];
   for (const random of [() => 0, () => 0.999999]) {
@@ -339,6 +347,26 @@ test("a lost connection ends every request, and none is sent without one", async
   assert.equal(other.error.code, "NOT_CONNECTED");
   assert.throws(() => client.sendFunctionResult("call_1", 1), { code: "NOT_CONNECTED" });
   assert.equal(socket.sentOf("REQUEST").length, 1);
+});
+
+test("a value that JSON cannot represent is not sent, and leaves no live request", async () => {
+  const { client, socket } = makeStand();
+  const { signal } = new AbortController();
+  const sent = client.continueWithResult("call_1", 1n, { signal });
+  const got = ask(client, "a", { update: { function_calling: [{ name: "f", parameters: { most: 1n } }] } });
+  await assert.rejects(sent.promise, TypeError);
+  await settled();
+  assert.ok(got.error instanceof TypeError);
+  assert.equal(client._live.size, 0);
+  assert.throws(() => client.sendFunctionResult("call_1", 1n), TypeError);
+  assert.equal(socket.sent.length, 1); // REGISTER
+});
+
+test("a function without a result sends null", () => {
+  const { client, socket } = makeStand();
+  client.sendFunctionResult("call_0", undefined);
+  client.continueWithResult("call_1", undefined);
+  assert.deepEqual(socket.sentOf("FUNCTION_RESULT").map(({ result }) => result), [null, null]);
 });
 
 test("half of a surrogate pair is not sent", () => {

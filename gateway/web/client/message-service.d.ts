@@ -113,6 +113,7 @@ export class MessageService extends Emitter<MessageEvents> {
      * @param {MessageOptions} [options]
      * @returns {SentMessage}
      * @throws {RequestError} `NOT_CONNECTED`: nothing was sent or interrupted.
+     * @throws {unknown} The reason of a signal that is aborted already: nothing was sent or interrupted.
      */
     sendTextMessage(text: string, { update, signal }?: MessageOptions): SentMessage;
     /**
@@ -128,10 +129,11 @@ export class MessageService extends Emitter<MessageEvents> {
      *
      * @param {Message} message The answer with the call.
      * @param {string} callId
-     * @param {unknown} result Any value that JSON can represent.
+     * @param {unknown} result Any value that JSON can represent; undefined is sent as null.
      * @returns {SentMessage | null} The new message. null while other calls of the answer have no
      *   result, and if the new message exists already and was waiting for this result.
      * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
+     * @throws {TypeError} JSON cannot represent the result: nothing was sent.
      */
     sendFunctionResult(message: Message, callId: string, result: unknown): SentMessage | null;
     /** @private */

@@ -154,6 +154,7 @@ export class MessageService extends Emitter {
    * @param {MessageOptions} [options]
    * @returns {SentMessage}
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent or interrupted.
+   * @throws {unknown} The reason of a signal that is aborted already: nothing was sent or interrupted.
    */
   sendTextMessage(text, { update, signal } = {}) {
     this._check();
@@ -201,13 +202,15 @@ export class MessageService extends Emitter {
    *
    * @param {Message} message The answer with the call.
    * @param {string} callId
-   * @param {unknown} result Any value that JSON can represent.
+   * @param {unknown} result Any value that JSON can represent; undefined is sent as null.
    * @returns {SentMessage | null} The new message. null while other calls of the answer have no
    *   result, and if the new message exists already and was waiting for this result.
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
+   * @throws {TypeError} JSON cannot represent the result: nothing was sent.
    */
   sendFunctionResult(message, callId, result) {
     this._check();
+    JSON.stringify(result); // if it throws, nothing has changed, and another result can be sent
     const answered = this._answered.get(message) ?? new Set();
     // A call can arrive after the results of all earlier calls were sent. Then the request that
     // continues from them is already waiting for this result.

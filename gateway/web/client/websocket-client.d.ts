@@ -94,8 +94,9 @@ export const REGISTER_TIMEOUT_MS: 15000;
  *   requestId?: string | undefined,
  *   update?: SessionSettings | undefined,
  *   signal?: AbortSignal | undefined,
- * }} RequestOptions `update` changes the session, for this request and all later ones. Aborting
- *   `signal` sends INTERRUPT and rejects the promise with the signal's reason, as `fetch` does.
+ * }} RequestOptions `requestId` must be new in the session: ids are made if it is left out. `update`
+ *   changes the session, for this request and all later ones. Aborting `signal` sends INTERRUPT and
+ *   rejects the promise with the signal's reason, as `fetch` does.
  */
 /**
  * @typedef {object} InterruptOptions
@@ -273,7 +274,8 @@ export class WebSocketClient extends Emitter<ClientEvents> {
      * @param {string} text
      * @param {RequestOptions} [options]
      * @returns {SentRequest} Its promise resolves when the answer is complete or interrupted, and
-     *   rejects with `RequestError` if it failed.
+     *   rejects with `RequestError` if it failed, or with `TypeError` if JSON cannot represent
+     *   `options.update`.
      * @throws {RangeError} `options.requestId` belongs to a live request.
      */
     sendTextRequest(text: string, options?: RequestOptions): SentRequest;
@@ -281,16 +283,17 @@ export class WebSocketClient extends Emitter<ClientEvents> {
      * Send the result of a function call while other calls of that answer still wait for theirs.
      *
      * @param {string} callId
-     * @param {unknown} result Any value that JSON can represent.
+     * @param {unknown} result Any value that JSON can represent; undefined is sent as null.
      * @returns {void}
      * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
+     * @throws {TypeError} JSON cannot represent the result: nothing was sent.
      */
     sendFunctionResult(callId: string, result: unknown): void;
     /**
      * Send the result of the last (or only) function call of an answer, and let the model continue.
      *
      * @param {string} callId
-     * @param {unknown} result Any value that JSON can represent.
+     * @param {unknown} result Any value that JSON can represent; undefined is sent as null.
      * @param {Omit<RequestOptions, "update">} [options]
      * @returns {SentRequest} Like that of `sendTextRequest`.
      */
@@ -510,8 +513,9 @@ export type Handlers = {
     onVoice?: ((voice: string) => void) | undefined;
 };
 /**
- * `update` changes the session, for this request and all later ones. Aborting
- *   `signal` sends INTERRUPT and rejects the promise with the signal's reason, as `fetch` does.
+ * `requestId` must be new in the session: ids are made if it is left out. `update`
+ *   changes the session, for this request and all later ones. Aborting `signal` sends INTERRUPT and
+ *   rejects the promise with the signal's reason, as `fetch` does.
  */
 export type RequestOptions = Handlers & {
     requestId?: string | undefined;

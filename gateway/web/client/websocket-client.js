@@ -150,8 +150,9 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
  *   requestId?: string | undefined,
  *   update?: SessionSettings | undefined,
  *   signal?: AbortSignal | undefined,
- * }} RequestOptions `update` changes the session, for this request and all later ones. Aborting
- *   `signal` sends INTERRUPT and rejects the promise with the signal's reason, as `fetch` does.
+ * }} RequestOptions `requestId` must be new in the session: ids are made if it is left out. `update`
+ *   changes the session, for this request and all later ones. Aborting `signal` sends INTERRUPT and
+ *   rejects the promise with the signal's reason, as `fetch` does.
  */
 
 /**
@@ -404,13 +405,18 @@ export class WebSocketClient extends Emitter {
   /** @private */
   _open() {
     this._disconnect(this.state.cause);
+    if (!this._WebSocket) {
+      const detail = "pass one as the option `WebSocket`, as Node has none before version 22";
+      this._refused({ code: "NO_WEBSOCKET", message: "no WebSocket here", detail, retryable: false });
+      return;
+    }
     /** @type {Socket} */
     let socket;
     try {
       socket = new this._WebSocket(this.url);
     } catch (error) {
       const detail = error instanceof Error ? error.message : String(error);
-      this._refused({ code: "BAD_URL", message: "no such server", detail, retryable: false });
+      this._refused({ code: "BAD_URL", message: "invalid address", detail, retryable: false });
       return;
     }
     this._socket = socket;
@@ -536,7 +542,8 @@ export class WebSocketClient extends Emitter {
    * @param {string} text
    * @param {RequestOptions} [options]
    * @returns {SentRequest} Its promise resolves when the answer is complete or interrupted, and
-   *   rejects with `RequestError` if it failed.
+   *   rejects with `RequestError` if it failed, or with `TypeError` if JSON cannot represent
+   *   `options.update`.
    * @throws {RangeError} `options.requestId` belongs to a live request.
    */
   sendTextRequest(text, options = {}) {
@@ -555,25 +562,27 @@ export class WebSocketClient extends Emitter {
    * Send the result of a function call while other calls of that answer still wait for theirs.
    *
    * @param {string} callId
-   * @param {unknown} result Any value that JSON can represent.
+   * @param {unknown} result Any value that JSON can represent; undefined is sent as null.
    * @returns {void}
    * @throws {RequestError} `NOT_CONNECTED`: nothing was sent.
+   * @throws {TypeError} JSON cannot represent the result: nothing was sent.
    */
   sendFunctionResult(callId, result) {
     if (!this.isReady) throw this.notConnected();
-    this._send("FUNCTION_RESULT", { call_id: callId, result });
+    this._send("FUNCTION_RESULT", { call_id: callId, result: result ?? null });
   }
 
   /**
    * Send the result of the last (or only) function call of an answer, and let the model continue.
    *
    * @param {string} callId
-   * @param {unknown} result Any value that JSON can represent.
+   * @param {unknown} result Any value that JSON can represent; undefined is sent as null.
    * @param {Omit<RequestOptions, "update">} [options]
    * @returns {SentRequest} Like that of `sendTextRequest`.
    */
   continueWithResult(callId, result, options = {}) {
-    return this._request("FUNCTION_RESULT", { call_id: callId, result }, options);
+    const payload = { call_id: callId, result: result ?? null };
+    return this._request("FUNCTION_RESULT", payload, options);
   }
 
   /**
@@ -645,7 +654,12 @@ export class WebSocketClient extends Emitter {
         signal.addEventListener("abort", abort);
         live.forgetSignal = () => signal.removeEventListener("abort", abort);
       }
-      this._send(msgType, { request_id: requestId, ...payload });
+      try {
+        this._send(msgType, { request_id: requestId, ...payload });
+      } catch (error) {
+        this._forget(live); // nothing was sent: JSON cannot represent the payload
+        live.reject(error);
+      }
     }
     return { requestId, promise: live.promise };
   }
