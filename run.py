@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-# Step 1: patch, before any other import and in no other file. From here on sockets, locks and
+# Step 1: before anything opens a file. Where standard input, output or error is closed, the next
+# file that is opened gets its number, and what is printed or logged would go into that file (a
+# client's socket, say). So open it on nothing.
+import os
+
+for _number in (0, 1, 2):
+    try:
+        os.fstat(_number)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this one
+
+import signal
+
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+    # It asks the daemon to reload: it must not end it before it can listen.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+# Step 2: patch, before any other import and in no other file. From here on sockets, locks and
 # sleeps switch to other greenlets. `ares` resolves names without threads: gevent's default resolver
 # has ten, and an interrupted look-up keeps its thread until the name server's last timeout.
 import gevent
@@ -45,19 +62,19 @@ def _put_our_rooms_first() -> None:
                 del sys.modules[name]
 
 
-# Step 2: before the first import of a room.
+# Step 3: before the first import of a room.
 _put_our_rooms_first()
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
 from gateway.access import hash_secret
 from gateway.app import bargein_version
-from gateway.daemon import leave_standard_output, reload, say, serve, serve_demo
+from gateway.daemon import reload, serve, serve_demo
 from gateway.doctor import command as doctor
+from gateway.process import Console
 from gateway.settings.options import add_flags, default_config
 from gateway.settings.program import program
 from gateway.settings.settings import Settings, SettingsError
@@ -177,42 +194,69 @@ def main(argv: Sequence[str] | None = None) -> int:
             "it prompts for the secret, or reads it from standard input"
         )
     if args.command == "demo-llm":
-        configure("info", _log_format())
-        return serve_demo(args.host, args.port, args.tokens_per_second)
+        console = Console()
+        configure("info", _log_format(), console.log)
+        try:
+            return serve_demo(console, args.host, args.port, args.tokens_per_second)
+        finally:
+            console.end()
+    if args.command != "serve" and hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if args.command == "doctor":
         return doctor.main(args, prog=program())
     if args.command == "hash-secret":
         try:
             return hash_secret.main(args)
         except OSError as error:
-            leave_standard_output()
+            _leave_standard_output()
             parser.error(f"cannot read or write: {error.strerror or error}")
     if args.command == "default-config":
-        say(default_config().rstrip())
+        _print(default_config().rstrip())
         return 0
 
     def read_settings() -> ConfigSources:
         return ConfigSources(vars(args), os.environ, strays)
 
-    given = read_settings()
-    for warning in given.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+    console = Console()
     try:
-        settings = Settings.of(given)
-    except SettingsError as error:
-        for fault in error.faults:
-            print(f"error: {fault}", file=sys.stderr)
-        return 2
-    if args.command == "check-config":
-        say("\n".join(["ok", *given.report()]))
-        return 0
-    config = given.config
-    configure(config.log_level, config.log_format or _log_format())
-    return serve(settings, lambda gateway: reload(gateway, config, read_settings()))
+        given = read_settings()
+        for warning in given.warnings:
+            console.complain(f"warning: {warning}")
+        try:
+            settings = Settings.of(given)
+        except SettingsError as error:
+            for fault in error.faults:
+                console.complain(f"error: {fault}")
+            return 2
+        if args.command == "check-config":
+            _print("\n".join(["ok", *given.report()]))
+            return 0
+        config = given.config
+        configure(config.log_level, config.log_format or _log_format(), console.log)
+        return serve(settings, console, lambda gateway: reload(gateway, config, read_settings()))
+    finally:
+        console.end()
 
 
 def _log_format() -> Literal["text", "json"]:
-    return "text" if sys.stderr.isatty() else "json"
+    return "text" if os.isatty(2) else "json"
+
+
+def _print(text: str) -> None:
+    """Print; give up standard output if its reader is gone."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        _leave_standard_output()
+
+
+def _leave_standard_output() -> None:
+    """Redirect standard output to nowhere, after a write to it failed.
+
+    Otherwise Python writes its buffer again when it ends, fails again, and exits with code 120.
+    """
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 _TOP_LEVEL = ("-h", "--help", "--version")

@@ -6,9 +6,7 @@ import gc
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeAlias
 
 import gevent
@@ -16,7 +14,7 @@ import gevent.event
 
 from actors.state_dump import log_state_dump, track_greenlets
 from gateway.app import Gateway, bargein_version
-from gateway.process import notify_systemd, raise_open_file_limit
+from gateway.process import Console, log_loop_errors, notify_systemd, raise_open_file_limit
 from gateway.settings.options import Config
 from gateway.settings.settings import Settings, SettingsError
 from gateway.settings.sources import ConfigSources
@@ -35,35 +33,40 @@ _log = get_logger("SYS")
 # Running -----------------------------------------------------------------------------------------
 
 
-def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
+def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], None]) -> int:
     """Run the daemon until a signal stops it.
 
     Args:
         settings: all settings.
-        on_hangup: called on SIGHUP.
+        console: where its lines are printed.
+        on_hangup: called on SIGHUP; where that comes during the start, when it is over.
 
     Returns:
         The exit code: 0 after a signal, 1 if it could not start or had to give up.
     """
     # Startup: signals first, so that none is lost.
-    stop = _handle_stop_signals()
+    stop = _handle_stop_signals(console)
     gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
+    gateway.metrics.log_lines_lost.set_function(lambda: console.lost)
+    has_started = gevent.event.Event()
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_state_dump)
     if hasattr(signal, "SIGHUP"):
-        gevent.signal_handler(signal.SIGHUP, on_hangup, gateway)
+        gevent.signal_handler(signal.SIGHUP, lambda: has_started.wait() and on_hangup(gateway))
+    log_loop_errors()
     raise_open_file_limit(settings)
     try:
         gateway.start()
     except OSError as error:
         where = error.filename or f"{settings.server.host}:{settings.server.port}"
-        return _cannot_listen(where, error)
+        return _cannot_listen(console, where, error)
     # On a terminal that shows both, the log would only repeat the printed lines.
     log = _log.debug if os.isatty(1) and os.isatty(2) else _log.info
     log("Started", **_started_fields(gateway))
-    _print_banner(gateway)
+    _print_banner(gateway, console)
     _tune_garbage_collector()
     notify_systemd("READY=1")
+    has_started.set()
 
     # Serving: everything happens in other greenlets.
     stopped_by = stop.get()
@@ -79,10 +82,11 @@ def serve(settings: Settings, on_hangup: Callable[[Gateway], None]) -> int:
     return code
 
 
-def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
+def serve_demo(console: Console, host: str, port: int, tokens_per_second: float) -> int:
     """Run the demo provider alone until a signal stops it.
 
     Args:
+        console: where its lines are printed.
         host: address to listen on.
         port: TCP port; 0 takes a free one.
         tokens_per_second: pace of its answers.
@@ -90,31 +94,41 @@ def serve_demo(host: str, port: int, tokens_per_second: float) -> int:
     Returns:
         The exit code: 0 after a signal, 1 if it could not start.
     """
-    stop = _handle_stop_signals()
+    stop = _handle_stop_signals(console)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it has nothing to reload
+    log_loop_errors()
     try:
         with demo.DemoProvider(host, port, tokens_per_second) as provider:
-            say(f"listening on {provider.base_url}")
+            console.say(f"listening on {provider.base_url}")
             stop.get()
             return 0
     except OSError as error:
-        return _cannot_listen(f"{host}:{port}", error)
+        return _cannot_listen(console, f"{host}:{port}", error)
 
 
-def _handle_stop_signals() -> _StopSignal:
+def _handle_stop_signals(console: Console) -> _StopSignal:
     """Handle SIGINT and SIGTERM: the first one sets the result, a second one ends the process."""
     stop: _StopSignal = gevent.event.AsyncResult()
+    loop = gevent.get_hub().loop
+    is_second = False
 
-    def on_signal(number: int) -> None:
-        if stop.ready():
+    def on_signal(number: int, _frame: object) -> None:
+        # Called by Python itself, at any point of the program: so a second signal ends the process
+        # even where the event loop is stuck.
+        nonlocal is_second
+        if is_second:
             os._exit(128 + number)
-        received = signal.Signals(number)
+        is_second = True
+        loop.run_callback_threadsafe(begin_to_stop, signal.Signals(number))
+
+    def begin_to_stop(received: signal.Signals) -> None:
         stop.set(received)
-        say(f"stopping ({received.name}; a second signal stops at once)")
+        console.say(f"stopping ({received.name}; a second signal stops at once)")
 
     for name in ("SIGINT", "SIGTERM"):
         if hasattr(signal, name):  # not on every platform
-            number = getattr(signal, name)
-            gevent.signal_handler(number, on_signal, number)
+            signal.signal(getattr(signal, name), on_signal)
     return stop
 
 
@@ -196,7 +210,8 @@ def _provider_fields(provider: Provider, fallback: Provider | None) -> dict[str,
     }
 
 
-def _print_banner(gateway: Gateway) -> None:
+def _print_banner(gateway: Gateway, console: Console) -> None:
+    say = console.say
     settings, provider = gateway.settings, gateway.provider
     host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
     demo_note = " (embedded demo provider)" if settings.provider is None else ""
@@ -216,8 +231,8 @@ def _shown_url(provider: Provider) -> str:
     return provider.base_url.partition("?")[0]  # some providers take the key in the query
 
 
-def _cannot_listen(where: str, error: OSError) -> int:
-    print(f"error: cannot listen on {where}: {_reason(error)}", file=sys.stderr)
+def _cannot_listen(console: Console, where: str, error: OSError) -> int:
+    console.complain(f"error: cannot listen on {where}: {_reason(error)}")
     return 1
 
 
@@ -228,20 +243,3 @@ def _reason(error: OSError) -> str:
     if code > 0:
         return os.strerror(code)
     return (error.strerror or str(error)).partition(": (")[0].partition(" (while ")[0]
-
-
-def say(line: str) -> None:
-    """Print a line; give up standard output if its reader is gone."""
-    try:
-        print(line, flush=True)
-    except OSError:
-        leave_standard_output()
-
-
-def leave_standard_output() -> None:
-    """Redirect standard output to nowhere, after a write to it failed.
-
-    Otherwise Python writes its buffer again when it ends, fails again, and exits with code 120.
-    """
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""What the daemon asks of its operating system and tells systemd."""
+"""What the daemon asks of its operating system, and what it tells systemd and its terminal."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import contextlib
 import math
 import os
 import socket
+import sys
+import time
+from typing import Any
 
+import gevent
+
+from actors.loop.deferred_log import DeferredLog
 from gateway.settings.settings import Settings
-from metrics.logs import get_logger
+from metrics.line_writer import LineWriter
+from metrics.logs import get_logger, lost_lines_note
 
 _NOTIFY_SECONDS = 1.0
 
@@ -16,7 +23,60 @@ _OTHER_FILES = 256
 """Open files beside those of clients and live requests: the operator's port, logs, the interpreter,
 and idle connections to providers."""
 
+_LAST_LINES_SECONDS = 0.25
+"""How long the end of the process may wait for the readers of its lines."""
+
 _log = get_logger("SYS")
+_deferred_log = DeferredLog(_log)
+
+
+class Console:
+    """Standard output and standard error. Whoever reads them may stop: nothing here blocks.
+
+    Attributes:
+        log: the stream of the log, standard error.
+    """
+
+    def __init__(self) -> None:
+        self.log = LineWriter(2, lost_lines_note)
+        self._output = LineWriter(1)
+
+    @property
+    def lost(self) -> int:
+        """How many lines could not be written."""
+        return self.log.lost + self._output.lost
+
+    def say(self, line: str) -> None:
+        """Print a line on standard output."""
+        self._output.write(f"{line}\n")
+
+    def complain(self, line: str) -> None:
+        """Print a line on standard error."""
+        self.log.write(f"{line}\n")
+
+    def end(self) -> None:
+        """Give the last lines a moment to be written. Blocks the process for that moment."""
+        until = time.monotonic() + _LAST_LINES_SECONDS
+        self._output.wait_written(_LAST_LINES_SECONDS)
+        self.log.wait_written(until - time.monotonic())
+
+
+def log_loop_errors() -> None:
+    """Log what gevent, and Python itself, would print on standard error: errors that nobody could
+    catch. A print could block, and is no line of the log's form."""
+
+    def log_error(context: object, kind: Any, error: Any, trace: Any) -> None:
+        _deferred_log.error(
+            "Unhandled error", context=repr(context)[:200], exc_info=(kind, error, trace)
+        )
+
+    def log_unraisable(unraisable: Any) -> None:
+        log_error(
+            unraisable.object, unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback
+        )
+
+    gevent.get_hub().print_exception = log_error
+    sys.unraisablehook = log_unraisable
 
 
 def raise_open_file_limit(settings: Settings) -> None:

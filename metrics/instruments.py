@@ -7,7 +7,7 @@ start with 0: `rate()` and `increase()` miss the first event of a series that ap
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from typing import Generic, TypeVar
@@ -20,7 +20,9 @@ from prometheus_client import (
     Info,
     disable_created_metrics,
 )
+from prometheus_client.core import CounterMetricFamily
 from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.registry import Collector
 
 _M = TypeVar("_M", bound=MetricWrapperBase)
 
@@ -105,6 +107,30 @@ class Family(Generic[_M]):
                 if sample.name.endswith("_total")
             )
         )
+
+
+class CounterOf(Collector):
+    """A counter whose value is read when it is scraped: for what another thread counts.
+
+    Args:
+        name: without `_total`.
+        documentation: its help text.
+        registry: registers it.
+    """
+
+    def __init__(self, name: str, documentation: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._function: Callable[[], int] = lambda: 0
+        registry.register(self)
+
+    def set_function(self, function: Callable[[], int]) -> None:
+        """Read the value from this function."""
+        self._function = function
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        """See `Collector`."""
+        yield CounterMetricFamily(self._name, self._documentation, self._function())
 
 
 def _one_by_one(values: Iterable[str]) -> Iterable[tuple[str, ...]]:
@@ -261,6 +287,11 @@ class Metrics:
         )
         self.mailbox_messages = Gauge(
             "bargein_mailbox_messages", "Messages not yet handled by actors.", registry=registry
+        )
+        self.log_lines_lost = CounterOf(
+            "bargein_log_lines_lost",
+            "Lines of the log, and printed ones, that could not be written.",
+            registry=registry,
         )
         self.loop_lag_seconds = Histogram(
             "bargein_loop_lag_seconds",

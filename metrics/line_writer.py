@@ -156,9 +156,6 @@ class LineWriter:
         with self._lock:
             size = sum(len(line.data) for line in batch)
             self._has_failed = written < size
-            self._bytes -= size
-            if self._bytes <= self._max_bytes // 2:
-                self._is_full = False
             if written:
                 self._is_mid_line = False
             for line in batch:
@@ -167,3 +164,6 @@ class LineWriter:
                 if written < len(line.data):
                     self._lose(line)
                 written = max(0, written - len(line.data))
+            self._bytes -= size
+            if self._bytes <= self._max_bytes // 2:
+                self._is_full = False

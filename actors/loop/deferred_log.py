@@ -6,12 +6,13 @@ import functools
 from typing import Any
 
 from actors.loop.lanes import lanes
+from metrics.logs import is_logged
 
 
 class DeferredLog:
     """Queues each line in the data lane: to write one takes longer than an interrupt does.
 
-    The lane is one queue, so lines are written in the order of their events. A task that runs in
+    A level that is not logged queues nothing. The lane is one queue, so lines are written in the order of their events. A task that runs in
     the lane itself can use the logger directly.
 
     Args:
@@ -23,13 +24,16 @@ class DeferredLog:
 
     def info(self, event: str, **fields: Any) -> None:
         """Queue an event."""
-        lanes().run_deferred(functools.partial(self._log.info, event, **fields))
+        if is_logged("info"):
+            lanes().run_deferred(functools.partial(self._log.info, event, **fields))
 
     def warning(self, event: str, **fields: Any) -> None:
         """Queue an event."""
-        lanes().run_deferred(functools.partial(self._log.warning, event, **fields))
+        if is_logged("warning"):
+            lanes().run_deferred(functools.partial(self._log.warning, event, **fields))
 
     def error(self, event: str, **fields: Any) -> None:
         """Queue an event. Pass its exception as `exc_info`: when the line is written, there is no
         current exception any more."""
-        lanes().run_deferred(functools.partial(self._log.error, event, **fields))
+        if is_logged("error"):
+            lanes().run_deferred(functools.partial(self._log.error, event, **fields))

@@ -59,7 +59,7 @@ from gateway.wire.frames import (
 from gateway.wire.port import Outbox, WirePort
 from gateway.wire.voice import VoiceFrames
 from metrics.instruments import Metrics
-from metrics.logs import get_logger
+from metrics.logs import get_logger, is_logged
 
 _MAX_LOGGED_CHARS = 64
 """How much of a `session_id` is logged: the client may send any text."""
@@ -202,7 +202,8 @@ class Attachment:
         else:
             # Deferred, since writing the line takes longer than an interrupt; but queued first, so
             # that it comes before the lines that the frame causes.
-            self._lanes.run_deferred(_log_received, frame)
+            if is_logged("info"):
+                self._lanes.run_deferred(_log_received, frame)
             self._receive(frame, read_at)
 
     def _receive(self, frame: ClientFrame, read_at: float) -> None:
