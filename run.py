@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = given.config
         configure(config.log_level, config.log_format or _log_format(), console.log)
-        return serve(settings, console, lambda gateway: reload(gateway, config, read_settings()))
+        return serve(settings, console, lambda gateway: reload(gateway, config, read_settings))
     finally:
         console.end()
 

@@ -245,10 +245,10 @@ class Gateway:
         try:
             self.server.stop_listening()
             self._end_sessions()
-            lanes().wait_turn()  # until the deferred counts and log lines of sessions are written
+            lanes().wait_deferred()  # the counts and log lines of sessions
         finally:
             self._teardown.close()
-        lanes().wait_turn()  # and those of the teardown
+        lanes().wait_deferred()  # and those of the teardown
 
     def lifetime(self) -> dict[str, object]:
         """Uptime and totals since the start, for the log."""

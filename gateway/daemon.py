@@ -147,21 +147,30 @@ def _tune_garbage_collector() -> None:
 # Reloading ---------------------------------------------------------------------------------------
 
 
-def reload(gateway: Gateway, running: Config, sources: ConfigSources) -> None:
+def reload(
+    gateway: Gateway, running: Config, read_sources: Callable[[], ConfigSources]
+) -> None:
     """Apply new settings to a running gateway, as far as possible. The log has the result.
 
     Args:
         gateway: the gateway; nothing changes while it starts or stops.
         running: the settings that it was started with.
-        sources: the settings now; if they have errors, nothing changes.
+        read_sources: reads the settings as they are now, in another thread, since a file may take
+            long; if they have errors, nothing changes.
     """
     if not gateway.is_serving:
         _log.error("Not reloaded", fault="the gateway is starting or stopping")
         return
-    restart_keys = sources.restart_keys(running)
-    can_reload_providers = "llm_url" not in restart_keys
+    restart_keys: list[str] = []
+
+    def read() -> Settings:
+        sources = read_sources()
+        restart_keys.extend(sources.restart_keys(running))
+        return Settings.of(sources)
+
     try:
-        settings = Settings.of(sources)
+        settings = gevent.get_hub().threadpool.apply(read)
+        can_reload_providers = "llm_url" not in restart_keys
         if can_reload_providers:
             gateway.reload(settings)
     except SettingsError as error:

@@ -155,7 +155,7 @@ def test_who_has_the_right_credentials_is_let_in_and_the_log_says_who_it_was(
     with capture_logs() as logs, registered(gateway.server.port, auth) as client:
         request_id = client.request(provider.fresh(scripts.answer(["Hello"])))
         assert client.wait_terminal(request_id).payload["outcome"] == "COMPLETED"
-        lanes().wait_turn()  # lines are written later
+        lanes().wait_deferred()  # lines are written later
     [line] = [line for line in logs if line["event"] == "Session registered"]
     assert (line["client"], line["session_id"]) == (name, client.session_id)
     assert line["auth"] == auth["type"]
@@ -169,7 +169,7 @@ def test_who_has_not_is_told_so_and_nothing_else(gateway: Gateway, auth: dict[st
         register(client, auth)
         frame = refused(client)
         wait_until(lambda: gateway.server.connections == 0, "it is gone")
-        lanes().wait_turn()
+        lanes().wait_deferred()
     assert frame.session_id is None
     assert frame.payload == {
         "error_code": "AUTH_FAILED",
@@ -290,7 +290,7 @@ def test_who_is_gone_when_the_check_is_through_harms_nobody(
         native.let_go()
         with registered(port, BY_ACCOUNT):
             pass
-        lanes().wait_turn()
+        lanes().wait_deferred()
     assert [line for line in logs if line["log_level"] in ("warning", "error")] == []
     assert sample(gateway, "auth") == 0
 
@@ -318,7 +318,7 @@ def test_without_credentials_everybody_is_let_in(make_gateway: Callable[..., Gat
     for auth in WRONG:
         with capture_logs() as logs, registered(gateway.server.port, auth) as client:
             assert client.session_id
-            lanes().wait_turn()
+            lanes().wait_deferred()
         [line] = [line for line in logs if line["event"] == "Session registered"]
         assert "client" not in line
 

@@ -372,7 +372,7 @@ def test_the_books_balance(gateway: Gateway, provider: ProviderProcess, seed: in
     assert all(greenlet.successful() for greenlet in greenlets)
     books = Books(gateway)
     wait_until(lambda: not books.gauges(), "every gauge is 0 again")
-    lanes().wait_turn()
+    lanes().wait_deferred()
 
     terminals = [frame for talker in talkers for frame in talker.terminals]
     lost = [request_id for talker in talkers for request_id in talker.lost]

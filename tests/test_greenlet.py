@@ -133,12 +133,12 @@ def test_an_actor_that_fails_is_logged_with_where_it_failed_and_whose_it_was(
 
     monkeypatch.setattr(Probe, "describe", describe)
     error = ValueError("broken")
-    lanes().wait_turn()  # lines are written later, those of the tests before, too
+    lanes().wait_deferred()  # lines are written later, those of the tests before, too
     with capture_logs() as lines:
         running = Running()
         tell(running.ref, error)
         assert [running.next(), running.next()] == ["opened", ("closed", error)]
-        lanes().wait_turn()
+        lanes().wait_deferred()
     (line,) = lines
     assert line["event"] == "Actor failed"
     assert line["exc_info"] is error
@@ -149,12 +149,12 @@ def test_an_actor_that_fails_is_logged_with_where_it_failed_and_whose_it_was(
 def test_its_failure_is_logged_behind_what_it_came_of() -> None:
     running = Running()
     assert running.next() == "opened"
-    lanes().wait_turn()
+    lanes().wait_deferred()
     with capture_logs() as lines:
         lanes().run_deferred(get_logger("WS").info, "Received message")
         tell(running.ref, ValueError("broken"))
         assert running.ref.actor_stopped.wait(LIMIT)
-        lanes().wait_turn()
+        lanes().wait_deferred()
     assert [line["event"] for line in lines] == ["Received message", "Actor failed"]
 
 

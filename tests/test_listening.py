@@ -63,7 +63,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], R
 def test_a_client_waits_until_there_is_room_and_the_log_says_so_once(
     refusing: Callable[[int, int], Refusing], code: int
 ) -> None:
-    lanes().wait_turn()  # lines of the tests before are written later
+    lanes().wait_deferred()  # lines of the tests before are written later
     with capture_logs() as logs:
         one = refusing(code, 5)
         assert one.answer() == b"!"
@@ -78,7 +78,7 @@ def test_after_a_while_it_says_so_again(
     refusing: Callable[[int, int], Refusing], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(listening, "_LOG_SECONDS", -1.0)
-    lanes().wait_turn()
+    lanes().wait_deferred()
     with capture_logs() as logs:
         one = refusing(errno.EMFILE, 3)
         assert one.answer() == b"!"

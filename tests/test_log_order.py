@@ -208,7 +208,7 @@ def test_a_late_log_writes_in_order_and_not_at_once() -> None:
     late.warning("three")
     late.error("four", exc_info=None)
     assert recorder.lines == []
-    lanes().wait_turn()
+    lanes().wait_deferred()
     assert recorder.lines == [
         "info one {'a': 1}",
         "info two {}",
@@ -231,5 +231,5 @@ def test_what_was_received_is_queued_before_the_session_hears_of_it(
         given.attachment, "_receive", lambda *_: lanes().run_deferred(lines.append, "caused")
     )
     given.tell(given.frame(HealthCheck()))
-    lanes().wait_turn()
+    lanes().wait_deferred()
     assert lines == ["received", "caused"]

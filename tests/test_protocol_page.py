@@ -23,6 +23,12 @@ from actors.session.request_ids import (
 )
 from actors.session.session import SessionSettings
 from actors.words import ErrorCode, InterruptReason
+from gateway.server.connection import (
+    FRAMES_PER_SECOND,
+    MAX_FRAGMENTS,
+    MESSAGE_SECONDS,
+    REGISTER_SECONDS,
+)
 from gateway.server.outbox import MAX_FRAME_CHARS
 from gateway.wire.decode import _Envelope
 from gateway.wire.encode import error
@@ -190,6 +196,20 @@ LIMITS: list[Row] = [
     ("text frame", f"{MAX_TEXT_BYTES:,} bytes"),
     ("text frame with BASE64 voice", f"{MAX_VOICE_TEXT_BYTES:,} bytes"),
     ("any frame (beyond it: close code 1009)", f"{MAX_FRAME_BYTES:,} bytes"),
+    ("any frame before REGISTER_ACK (beyond it: close code 1009)", f"{MAX_TEXT_BYTES:,} bytes"),
+    ("WebSocket frames of one message (beyond it: close code 1009)", f"{MAX_FRAGMENTS:,}"),
+    (
+        "WebSocket frames of a session, control and empty ones too (beyond it: read later)",
+        f"{FRAMES_PER_SECOND:,} a second",
+    ),
+    (
+        "how long one message may take (beyond it: close code 1008)",
+        seconds(MESSAGE_SECONDS),
+    ),
+    (
+        "how long a client may neither register nor ask for the health (beyond it: close code 1008)",
+        seconds(REGISTER_SECONDS),
+    ),
     ("voice of one request", f"{SessionSettings.max_voice_bytes:,} bytes"),
     ("an id: printable ASCII", _longest(RequestId)),
     ("a function's name: letters, digits, `_` and `-`", _longest(FunctionName)),
@@ -202,7 +222,7 @@ LIMITS: list[Row] = [
     ("live requests of a session, `parallel`", f"{SessionSettings.max_parallel:,}"),
     ("text of one RESPONSE", f"{MAX_FRAME_CHARS:,} code points"),
     ("session without REQUEST or HEARTBEAT_REPLY", seconds(SessionSettings.session_timeout)),
-    ("between two HEARTBEATs", seconds(SessionSettings.heartbeat_interval)),
+    ("between two HEARTBEATs, at most", seconds(SessionSettings.heartbeat_interval)),
     ("SESSION_WARN before the end", seconds(actors.session.lifetime._WARN_SECONDS)),
     ("messages of the history", f"{SessionSettings.history_messages:,}"),
     ("text of the history", f"{SessionSettings.history_chars:,} code points"),

@@ -315,7 +315,7 @@ def test_an_error_after_the_check_is_logged_and_changes_nothing(
     given = ConfigSources({"llm_url": provider.base_url, "llm_model": "other"}, {})
     monkeypatch.setattr("gateway.app.LlmClient.reload", broken)
     with capture_logs() as logs:
-        daemon.reload(gateway, given.config, given)
+        daemon.reload(gateway, given.config, lambda: given)
     [line] = logs
     assert (line["event"], line["log_level"]) == ("Not reloaded", "error")
     assert line["fault"] == "a provider cannot be used (OSError)"

@@ -115,7 +115,7 @@ class Given:
     def report(self) -> Report:
         """Wait for the one report, and until the supervisor was told of it, too."""
         message = self.session_mail.get(timeout=LIMIT)
-        lanes().wait_turn()
+        lanes().wait_deferred()
         assert isinstance(message, RequestReported)
         assert message.request_id == "req_1"
         return message.report
@@ -132,7 +132,7 @@ class Given:
         """Wait until the actor has ended, and all that it said has been heard."""
         assert self.ref.actor_stopped.wait(LIMIT)
         self.session.ask("are you through?", timeout=LIMIT)
-        lanes().wait_turn()
+        lanes().wait_deferred()
 
     def assert_over(self) -> None:
         """Nothing was reported but what a test took, and nothing is counted as going on."""
@@ -493,7 +493,7 @@ def test_a_failed_session_does_not_keep_a_request_from_ending() -> None:
     assert given.ref.actor_stopped.wait(LIMIT)
     assert stream.close_asked.is_set()
     assert given.states() == {}
-    lanes().wait_turn()
+    lanes().wait_deferred()
     assert GenerationEnded(given.ref.actor_urn) in given.supervisor_mail
 
 

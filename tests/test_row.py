@@ -87,7 +87,7 @@ class Given:
 
     def settle(self) -> None:
         """Wait until the hub and the actor have done what was asked of them."""
-        lanes().wait_turn()
+        lanes().wait_deferred()
         self.ref.ask(Start(PROMPT), timeout=LIMIT)  # changes nothing for one that was started
 
     def report(self) -> Report:
@@ -141,7 +141,7 @@ def test_its_one_report_comes_when_the_last_has_ended_in_whatever_order(
     assert report.ending is Ending.COMPLETED
     assert report.closed_at == 2.0
     given.assert_no_report()
-    lanes().wait_turn()
+    lanes().wait_deferred()
     ends = [one for one in given.supervisor_mail if isinstance(one, GenerationEnded)]
     assert len(ends) == 1
 

@@ -331,7 +331,7 @@ class Given:
     def settle(self) -> None:
         """Wait until it has handled what it was told (this one changes nothing)."""
         self.ref.ask(StopOverdue("nobody"), timeout=LIMIT)
-        lanes().wait_turn()  # what it put off is done as well
+        lanes().wait_deferred()  # what it put off is done as well
 
     def settle_requests(self) -> None:
         """Wait until its started requests have handled what they were told, and then it too."""
@@ -349,7 +349,7 @@ class Given:
         )
 
     def sample(self, name: str, **labels: str) -> float:
-        lanes().wait_turn()  # books are kept last: by the session, and by the request it releases
+        lanes().wait_deferred()  # books are kept last: by the session, and by the request it releases
         lanes().wait_for_control()
         return self.metrics.registry.get_sample_value(f"bargein_{name}", labels) or 0.0
 
@@ -1143,7 +1143,7 @@ def test_a_lost_connection_with_a_stuck_stream_ends_the_session_all_the_same() -
     actor = given.actor("req_1")
     given.tell(ConnectionLost("gone"))
     assert given.ref.actor_stopped.wait(LIMIT)
-    lanes().wait_turn()  # its release was put off
+    lanes().wait_deferred()  # its release was put off
     actor.ask(Start(PROMPT), timeout=LIMIT)  # changes nothing, but it has heard of its release
     assert isinstance(given.supervisor_mail[-2], SessionEnded)
     assert given.supervisor_mail[-1] == RequestClosed(actor.actor_urn)

@@ -275,7 +275,7 @@ def test_other_greenlets_run_while_greenlets_are_counted() -> None:
 def test_other_greenlets_run_while_lines_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [("Session state", {"number": number}) for number in range(2000)]
     monkeypatch.setattr("actors.state_dump.state_dump", lambda: iter(lines))
-    lanes().wait_turn()  # lines of the tests before are written later
+    lanes().wait_deferred()  # lines of the tests before are written later
     with Others() as others, capture_logs() as logs:
         before = len(others.turns)
         log_state_dump()

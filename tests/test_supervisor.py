@@ -108,7 +108,7 @@ class Given:
 
     def census(self) -> Census:
         """Also waits until all that was told before is done."""
-        lanes().wait_turn()  # releases are put off
+        lanes().wait_deferred()  # releases are put off
         lanes().wait_for_control()
         census = self.supervision.census()
         assert census is not None
@@ -125,7 +125,7 @@ class Given:
             for fake in pykka.ActorRegistry.get_by_class(FakeRequest):
                 fake.ask(AskProgress(-math.inf), timeout=LIMIT)  # it has answered
             self.census()
-            lanes().wait_turn()  # lines are written later
+            lanes().wait_deferred()  # lines are written later
         return [dict(log) for log in logs if log["event"] == "Cleaned up old request"]
 
     def fail(self) -> None:

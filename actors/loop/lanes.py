@@ -37,6 +37,9 @@ SLICE_SECONDS = 0.0003
 """How long data runs between two polls. A poll takes some 20 µs: shorter slices would spend more of
 the time on polling, and longer ones add to what an interrupt waits for."""
 
+MAX_DEFERRED = 1000
+"""With more deferred tasks than this, `is_behind` is true: some 40 ms of work."""
+
 _READ = 1
 """The event of gevent's `loop.io` for "readable"."""
 
@@ -56,8 +59,9 @@ class Lanes:
         self._after_poll: deque[_Task] = deque()
         self._after_acks: deque[_Task] = deque()
         self._data: deque[Readable | _Task] = deque()
-        """Readers to resume, and tasks. One queue in order of arrival, so that neither kind can
-        starve the other."""
+        """Readers to resume, and greenlets that wait for their turn, in order of arrival."""
+        self._deferred: deque[_Task] = deque()
+        """Tasks that no client waits for."""
         self._waiting: set[Any] = set()
         """The greenlets that are suspended in a `Readable`."""
         self._is_control_due = self._is_slice_due = self._is_awake = False
@@ -114,16 +118,28 @@ class Lanes:
         self.run_after_poll(self._feed_after_acks, (function, args))
 
     def run_deferred(self, function: Callable[..., object], *args: Any) -> None:
-        """Run in the data lane, behind what is queued there: for work that no client waits for,
-        such as logging and counting."""
-        self._data.append((function, args))
+        """Run in the data lane, behind the readers that are queued there: for work that no client
+        waits for, such as logging and counting. Deferred tasks run in order."""
+        self._deferred.append((function, args))
         self._run_slice_after_next_poll()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether too much work was deferred: what causes more of it should wait."""
+        return len(self._deferred) > MAX_DEFERRED
 
     # What greenlets wait for.
 
     def wait_turn(self) -> None:
         """Suspend the calling greenlet until the data lane reaches it: before work that takes long,
         so that pending control runs first."""
+        waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
+        self._data.append((waiter.switch, (None,)))
+        self._run_slice_after_next_poll()
+        waiter.get()
+
+    def wait_deferred(self) -> None:
+        """Suspend the calling greenlet until every task has run that is deferred now."""
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
         self.run_deferred(waiter.switch, None)
         waiter.get()
@@ -215,31 +231,43 @@ class Lanes:
         - Control has run since the last slice. Interrupts come in groups, so the next one may be in
           the kernel already: give way to one more poll, which costs less than a slice. But only
           once, or a client that never stops sending would hold up the answers of all others.
-        - The first in the queue is a task. Tasks take long (to make a request takes 0.5 ms), so a
-          task is a slice of its own, and control waits for one task at most.
-        - The first in the queue is a reader: resume readers until the time is up, or until a task
-          is next.
+        - The first in the queue is a greenlet that waits for its turn. It waits because its work
+          takes long (to make a request takes 0.5 ms), so this is a slice of its own, and control
+          waits for one of them at most.
+        - The first in the queue is a reader: resume readers until the time is up, or until one that
+          waits for its turn is next.
+
+        Deferred tasks come behind: one in any case, so that readers cannot starve them, and more
+        while there is time.
         """
-        data = self._data
         has_control_run, self._has_control_run = self._has_control_run, False
         if has_control_run and not self._has_given_way:
             self._has_given_way = True
         else:
             self._has_given_way = False
             until = time.monotonic() + SLICE_SECONDS
-            while data:
-                first = data.popleft()
-                if isinstance(first, tuple):
-                    _run(*first)
+            self._resume_readers(until)
+            deferred = self._deferred
+            while deferred:
+                _run(*deferred.popleft())
+                if time.monotonic() > until:
                     break
-                first.resume()
-                if time.monotonic() > until or (data and isinstance(data[0], tuple)):
-                    break
-        if data:
+        if self._data or self._deferred:
             self._run_slice_after_next_poll()
         else:
             self._is_slice_due = False
             self._slice_after_poll.stop()
+
+    def _resume_readers(self, until: float) -> None:
+        data = self._data
+        while data:
+            first = data.popleft()
+            if isinstance(first, tuple):
+                _run(*first)
+                return
+            first.resume()
+            if time.monotonic() > until or (data and isinstance(data[0], tuple)):
+                return
 
     def _stay_awake(self) -> None:
         self._is_awake = True
@@ -256,7 +284,7 @@ class Lanes:
         lowest priority, it fires only when a poll brought nothing and no event is pending, and
         gevent runs its callbacks again before the next poll.
         """
-        if not (self._control or self._after_poll or self._data):
+        if not (self._control or self._after_poll or self._data or self._deferred):
             self._is_awake = False
             self._awake.stop()
 
@@ -291,6 +319,8 @@ class PlainLanes(Lanes):
     def wait_turn(self) -> None:
         """Let everything run that is ready now."""
         gevent.sleep(0)
+
+    wait_deferred = wait_turn
 
     def readable(self, fileno: int) -> PlainReadable:
         """Make what a reader waits in: it is resumed when its socket is reported."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +80,9 @@ from actors.session.request_ids import RequestIds
 from actors.session.voice import OpenVoice
 from actors.words import OnNewRequest
 from metrics.instruments import Metrics
+
+_HEARTBEAT_JITTER = 0.1
+"""Up to this part of it, the heartbeat interval of a session is shorter, at random."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +173,9 @@ class SessionActor(GreenletActor):
         self._created_ms = time.time_ns() // 1_000_000
         self._client = Client(port)
         self._lifecycle = Lifecycle()
-        self._lifetime = Lifetime(
-            settings.session_timeout, settings.heartbeat_interval, time.monotonic()
-        )
+        # Sessions that were opened together must not all send their heartbeats together.
+        interval = settings.heartbeat_interval * random.uniform(1 - _HEARTBEAT_JITTER, 1)
+        self._lifetime = Lifetime(settings.session_timeout, interval, time.monotonic())
         self._timer: Timer | None = None
         self._pause: Timer | None = None
         self._books = Books(session_id, registration.peer, metrics)

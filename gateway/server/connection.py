@@ -7,12 +7,14 @@ no other greenlet does. Everything that is sent goes through the outbox.
 from __future__ import annotations
 
 import http
+import random
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import gevent
 import gevent.socket
 from websockets.frames import CloseCode, Frame, Opcode
 from websockets.http11 import Request
@@ -22,8 +24,10 @@ from websockets.server import ServerProtocol
 from actors.loop.deferred_log import DeferredLog
 from actors.loop.lanes import lanes
 from gateway.server import handshake
+from gateway.server.frame_slices import FrameSlices, HeadSplitter
 from gateway.server.outbox import Outbox, OutboxSettings
-from gateway.wire.frames import MAX_FRAME_BYTES, PATH
+from gateway.server.pace import Pace
+from gateway.wire.frames import MAX_FRAME_BYTES, MAX_TEXT_BYTES, PATH
 from metrics.instruments import Metrics
 from metrics.logs import get_logger
 
@@ -36,11 +40,33 @@ _NOTSENT_BYTES = 16 * 1024
 """How much unsent data the kernel may hold for a client. An interrupt cannot drop what the kernel
 holds, so this is small."""
 
-FRAMES_BETWEEN_PAUSES = 32
-"""After this many frames from one client, the other connections get their turn. It also bounds how
-far the log may lag behind: the client is read again only when the lines about its messages are
-written. Otherwise a client that sends faster than the log is written would fill the memory, and
-hold up every answer, since answers wait in the same lane as log lines."""
+MESSAGES_IN_A_BATCH = 32
+"""A client is read again only when the lines about its last two batches of messages are logged.
+Otherwise one that sends faster than its lines are written would fill the memory."""
+
+FRAMES_PER_SECOND = 1000
+"""How many frames a second of a registered client are read, control frames and empty ones too. A
+client that streams voice sends 50."""
+
+UNREGISTERED_FRAMES_PER_SECOND = 2000
+"""The same for all clients together that have not registered. Each needs one or two."""
+
+FREE_FRAMES = 4
+"""How many frames of a new connection do not count: a client that registers must not wait because
+others do not."""
+
+MAX_FRAGMENTS = 1024
+"""In how many frames a message may come: each takes time, however small it is."""
+
+REGISTER_SECONDS = 30.0
+"""How long a client may neither register nor ask for the gateway's health."""
+
+MESSAGE_SECONDS = 30.0
+"""How long a client may take to send one message. The largest, of 1 MiB, passes at 35 kB/s."""
+
+_PING_JITTER = 0.2
+"""Up to this part of it, the ping interval is shorter, at random: clients that came together are
+not pinged together."""
 
 _log = get_logger("WS")  # for the handshake, before any frame
 _deferred_log = DeferredLog(_log)
@@ -58,6 +84,11 @@ class Attachment(Protocol):
     @property
     def is_registered(self) -> bool:
         """Whether the client has a session."""
+
+    @property
+    def idle_since(self) -> float | None:
+        """`time.monotonic()` since when a client that has not registered has asked for nothing;
+        None while its registration is checked, and once it is registered."""
 
     def connection_lost(self, reason: str) -> None:
         """The connection is closed or broken. May be called more than once."""
@@ -90,6 +121,7 @@ class ConnectionServices:
         unready: returns why new clients should go elsewhere, for `/readyz`; None if they are
             welcome.
         metrics: counts refusals and slow clients.
+        pace: bounds the frames of all clients that have not registered.
     """
 
     settings: ConnectionSettings
@@ -98,6 +130,7 @@ class ConnectionServices:
     health: Callable[[], dict[str, object]]
     unready: Callable[[], str | None]
     metrics: Metrics
+    pace: Pace
 
 
 class Connection:
@@ -113,20 +146,30 @@ class Connection:
         self._sock = sock
         self._peer = peer
         self._services = services
-        self._protocol = ServerProtocol(max_size=MAX_FRAME_BYTES)
+        self._protocol = ServerProtocol(max_size=MAX_TEXT_BYTES)  # until it has registered
         self._attachment: Attachment | None = None
-        self._message: list[bytes] = []
+        self._head = HeadSplitter()
+        self._slices = FrameSlices()
+        self._message = bytearray()
         self._message_opcode = Opcode.TEXT
+        self._fragments = 0
+        """How many frames of an unfinished message have come."""
+        self._message_since: float | None = None
+        """`time.monotonic()` when an unfinished message began; None if there is none."""
         self._heard_at = self.opened_at = time.monotonic()
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
         self._is_paused = False
-        self._messages = self._unlogged_batches = 0
+        self._messages = self._unlogged_batches = self._frames = 0
+        self._pace = Pace(FRAMES_PER_SECOND, FRAMES_PER_SECOND)
+        ping_interval = services.settings.ping_interval
+        self._ping_after = ping_interval * (1 - random.uniform(0, _PING_JITTER))
         self._lanes = lanes()
         _tune(sock)
         sock.settimeout(0)  # writes must never block; every wait is explicit
-        # The control lane: clients are read before providers, since a client may say INTERRUPT.
-        self._readable = self._lanes.readable_control(sock.fileno())
+        # Until it has registered, a client has nothing to interrupt: what it sends is data.
+        self._is_read_first = False
+        self._readable = self._lanes.readable(sock.fileno())
         self._outbox = Outbox(
             sock, self._protocol, services.settings.outbox, services.metrics, self._died
         )
@@ -136,8 +179,7 @@ class Connection:
         reason = "closed by the client"
         try:
             while (data := self._read()) and not self._is_over():
-                self._protocol.receive_data(data)
-                self._after_receiving()
+                self._receive(data)
             self._protocol.receive_eof()
             self._outbox.send_wire(self._protocol.data_to_send())
         except OSError as error:
@@ -183,6 +225,8 @@ class Connection:
             now: `time.monotonic()`.
         """
         settings = self._services.settings
+        attachment = self._attachment
+        idle_since = None if attachment is None else attachment.idle_since
         if self._protocol.state is State.CONNECTING:
             if now - self.opened_at > _HANDSHAKE_SECONDS:
                 self.drop("no handshake in time")
@@ -190,18 +234,31 @@ class Connection:
             self._closing_since = self._closing_since or now
             if now - self._closing_since > CLOSE_SECONDS:
                 self.drop("close frame unanswered")
+        elif idle_since is not None and now - idle_since > REGISTER_SECONDS:
+            self._close(f"no REGISTER within {REGISTER_SECONDS:g} s")
         elif self._is_paused:  # it seems silent because we do not read it
             self._heard_at, self._pinged_at = now, None
+            self._message_since = None if self._message_since is None else now
+        elif self._message_since is not None and now - self._message_since > MESSAGE_SECONDS:
+            self._close(f"a message was not complete within {MESSAGE_SECONDS:g} s")
         elif self._pinged_at is not None and self._heard_at >= self._pinged_at:
             self._pinged_at = None
         elif self._pinged_at is not None:
             if now - self._pinged_at > settings.ping_timeout:
                 self.drop(f"no answer to a ping within {settings.ping_timeout:g} s")
-        elif 0 < settings.ping_interval < now - self._heard_at:
+        elif 0 < self._ping_after < now - self._heard_at:
             self._pinged_at = now
             self._outbox.ping()
 
+    def _close(self, reason: str) -> None:
+        _deferred_log.warning("Refused connection", peer=self._peer, reason=reason)
+        self._outbox.close(CloseCode.POLICY_VIOLATION, reason)
+
     def _read(self) -> bytes:
+        if self.is_registered and not self._is_read_first:
+            self._read_first()
+        while not self.is_registered and self._lanes.is_behind:
+            self._lanes.wait_deferred()
         while True:
             self._readable.wait()
             try:
@@ -211,8 +268,38 @@ class Connection:
             self._heard_at = time.monotonic()
             return data
 
+    def _read_first(self) -> None:
+        """From now on, read the client before the providers: it may say INTERRUPT."""
+        self._is_read_first = True
+        self._readable.close()
+        self._readable = self._lanes.readable_control(self._sock.fileno())
+        self._protocol.max_message_size = MAX_FRAME_BYTES
+
     def _is_over(self) -> bool:
         return self._protocol.state is State.CLOSED
+
+    def _receive(self, data: bytes) -> None:
+        """Give the protocol what was read: first the request alone, then a few frames at a time."""
+        if not self._head.is_done:
+            head, data = self._head.split(data)
+            self._protocol.receive_data(head)
+            self._after_receiving()
+        if self._attachment is None:
+            return  # the request was answered, and nothing may follow it
+        is_first = True
+        for piece in self._slices.cut(data):
+            if not is_first:
+                self._pause(self._lanes.wait_turn)
+            is_first = False
+            if self._is_over():
+                return
+            messages = self._messages
+            self._protocol.receive_data(piece)
+            self._after_receiving()
+            if not (self._slices.is_inside or self._fragments):
+                self._message_since = None
+            elif self._message_since is None or self._messages > messages:
+                self._message_since = time.monotonic()
 
     def _after_receiving(self) -> None:
         # Take pongs and close frames out of the protocol first: otherwise their bytes would end up
@@ -227,10 +314,10 @@ class Connection:
             elif isinstance(event, Frame):
                 self._take(event)
                 frames += 1
-                if frames % FRAMES_BETWEEN_PAUSES == 0:
-                    self._pause_reading()
         if frames > 1 or self._is_log_behind or not self._outbox.has_room_for_control:
             self._pause_reading()  # after one frame alone, its session runs before the next read
+        if seconds := self._too_fast(frames):
+            self._pause(lambda: gevent.sleep(seconds))
         if self._protocol.state is not OPEN:
             # No frame may follow a close frame, so do not wait for the end of TCP.
             self._died("closed by the client")
@@ -238,11 +325,25 @@ class Connection:
     def _pause_reading(self) -> None:
         # A client that never stops sending must neither starve others nor outrun its session.
         self._lanes.wait_for_control()
-        self._is_paused = True
         if self._is_log_behind:
-            self._lanes.wait_turn()
-        self._outbox.wait_for_room_for_control()
-        self._is_paused = False
+            self._pause(self._lanes.wait_deferred)
+        self._pause(self._outbox.wait_for_room_for_control)
+
+    def _pause(self, wait: Callable[[], object]) -> None:
+        """Do not read until this wait is over; the client is not to blame for that silence."""
+        self._is_paused = True
+        try:
+            wait()
+        finally:
+            self._is_paused = False
+
+    def _too_fast(self, frames: int) -> float:
+        """Count frames; returns for how many seconds the client must not be read."""
+        self._frames += frames
+        if self._frames <= FREE_FRAMES:
+            return 0.0
+        pace = self._pace if self.is_registered else self._services.pace
+        return pace.take(frames)
 
     @property
     def _is_log_behind(self) -> bool:
@@ -250,7 +351,7 @@ class Connection:
 
     def _count_message(self) -> None:
         self._messages += 1
-        if self._messages % FRAMES_BETWEEN_PAUSES == 0:
+        if self._messages % MESSAGES_IN_A_BATCH == 0:
             self._unlogged_batches += 1
             self._lanes.run_deferred(self._caught_up)
 
@@ -260,16 +361,20 @@ class Connection:
     def _take(self, frame: Frame) -> None:
         if frame.opcode in (Opcode.TEXT, Opcode.BINARY):
             self._message_opcode = frame.opcode
-            self._message = [bytes(frame.data)]
-        elif frame.opcode is Opcode.CONT:
-            if frame.data:  # the size limit does not bound the number of empty fragments
-                self._message.append(bytes(frame.data))
-        else:
+        elif frame.opcode is not Opcode.CONT:
             return  # the protocol answers pings and closes
-        if frame.fin and self._attachment is not None:
-            message, self._message = b"".join(self._message), []
-            self._deliver(self._attachment, message)
-            self._count_message()
+        self._message += frame.data
+        self._fragments += 1
+        if self._fragments > MAX_FRAGMENTS:
+            self._message.clear()
+            reason = f"a message in more than {MAX_FRAGMENTS} frames"
+            self._outbox.close(CloseCode.MESSAGE_TOO_BIG, reason)
+        elif frame.fin:
+            message, self._fragments = bytes(self._message), 0
+            self._message = bytearray()
+            if self._attachment is not None:
+                self._deliver(self._attachment, message)
+                self._count_message()
 
     def _deliver(self, attachment: Attachment, message: bytes) -> None:
         if self._message_opcode is Opcode.BINARY:

@@ -29,6 +29,9 @@ class Listening(gevent.server.StreamServer):
     gevent's own server prints a traceback each time.
     """
 
+    max_accept = 8
+    """How many connections are accepted before the others on the loop get their turn."""
+
     make_room: Callable[[], None] | None = None
     """Called before each pause, to close connections that are dispensable."""
 

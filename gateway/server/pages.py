@@ -1,6 +1,6 @@
 """The web page at `/` and its client library, as answers to plain GETs.
 
-The files in `gateway/web/` are read once, at the first request, and kept in memory. A requested
+The files in `gateway/web/` are read once, at the start, and kept in memory. A requested
 path is looked up among their names and never reaches the file system.
 
 The library, `gateway/web/client/`, has two addresses. The page imports it from `/client/`, like its
@@ -85,7 +85,7 @@ def answer(path: str, request_headers: Headers) -> Response | None:
     Returns:
         The response, after which the connection closes; None if there is no such file.
     """
-    file = _files().get(path)
+    file = load().get(path)
     if file is None:
         return None
     is_known = any(file.etag in value for value in request_headers.get_all("If-None-Match"))
@@ -107,7 +107,8 @@ def answer(path: str, request_headers: Headers) -> Response | None:
 
 
 @functools.cache
-def _files() -> Mapping[str, _File]:
+def load() -> Mapping[str, _File]:
+    """Read the files, by the path of their address. Only the first call reads."""
     page, library = _read(WEB), _read(CLIENT)
     files = {f"/{name}": file for name, file in page.items()}
     files |= {f"/client/{name}": file for name, file in library.items()}

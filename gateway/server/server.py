@@ -12,8 +12,10 @@ import gevent.event
 import gevent.socket
 
 from actors.loop.slices import in_slices
+from gateway.server import pages
 from gateway.server.connection import (
     CLOSE_SECONDS,
+    UNREGISTERED_FRAMES_PER_SECOND,
     Attachment,
     Connection,
     ConnectionServices,
@@ -22,6 +24,7 @@ from gateway.server.connection import (
 from gateway.server.handshake import Gate
 from gateway.server.listening import Listening
 from gateway.server.outbox import Outbox, OutboxSettings
+from gateway.server.pace import Pace
 from metrics.instruments import Metrics
 
 _BACKLOG = 1024
@@ -92,6 +95,7 @@ class Server:
             health,
             unready,
             metrics,
+            Pace(UNREGISTERED_FRAMES_PER_SECOND, UNREGISTERED_FRAMES_PER_SECOND),
         )
         self._connections: set[Connection] = set()
         self._unregistered: dict[Connection, None] = {}
@@ -126,6 +130,7 @@ class Server:
         Raises:
             OSError: the server cannot listen on the address.
         """
+        pages.load()  # now, since to read files later would hold up everybody
         self._listener = Listening(
             (self.settings.host, self.settings.port), self._serve, backlog=_BACKLOG
         )
@@ -202,6 +207,6 @@ class Server:
         pause = min(limit for limit in limits if limit > 0) / 4
         while True:
             gevent.sleep(pause)
-            now = time.monotonic()
-            for connection in list(self._connections):
-                connection.check(now)
+            # In slices: to ping thousands in one go would hold up every interrupt.
+            for connection in in_slices(list(self._connections)):
+                connection.check(time.monotonic())

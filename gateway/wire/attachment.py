@@ -15,6 +15,7 @@ what the session says into frames.
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Callable
 from typing import Protocol, assert_never
 
@@ -154,6 +155,8 @@ class Attachment:
         self._voices = VoiceFrames(sessions.settings.max_voice_bytes)
         self._port.on_voice_unwanted = self._voices.ignore
         self._lanes = lanes()
+        self._asked_at = time.monotonic()
+        """When an unregistered client last asked for something useful."""
 
     # What the connection calls.
 
@@ -161,6 +164,12 @@ class Attachment:
     def is_registered(self) -> bool:
         """Whether its client was let in, and its session has not ended."""
         return self._session is not None and self._session.is_alive
+
+    @property
+    def idle_since(self) -> float | None:
+        """`time.monotonic()` since when a client that has not registered has asked for nothing;
+        None while its registration is checked, and once it is registered or gone."""
+        return self._asked_at if self._state is State.UNREGISTERED else None
 
     def text(self, message: bytes, read_at: float) -> None:
         """The client sent a text frame, read at this `time.monotonic()`."""
@@ -223,6 +232,7 @@ class Attachment:
                 for word in self._words(frame, read_at):
                     self._session.tell(word)
         elif isinstance(payload, HealthCheck):
+            self._asked_at = read_at
             self._port.door_answers(payload.check_fields)
         elif not isinstance(payload, Register):
             self._refuse(ErrorCode.SESSION_INVALID, self._too_early_detail())
