@@ -49,10 +49,15 @@ def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], N
     gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
     gateway.metrics.log_lines_lost.set_function(lambda: console.lost)
     has_started = gevent.event.Event()
+
+    def reload_once_started() -> None:
+        has_started.wait()
+        on_hangup(gateway)
+
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_state_dump)
     if hasattr(signal, "SIGHUP"):
-        gevent.signal_handler(signal.SIGHUP, lambda: has_started.wait() and on_hangup(gateway))
+        gevent.signal_handler(signal.SIGHUP, reload_once_started)
     log_loop_errors()
     raise_open_file_limit(settings)
     try:
@@ -147,9 +152,7 @@ def _tune_garbage_collector() -> None:
 # Reloading ---------------------------------------------------------------------------------------
 
 
-def reload(
-    gateway: Gateway, running: Config, read_sources: Callable[[], ConfigSources]
-) -> None:
+def reload(gateway: Gateway, running: Config, read_sources: Callable[[], ConfigSources]) -> None:
     """Apply new settings to a running gateway, as far as possible. The log has the result.
 
     Args:

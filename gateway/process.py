@@ -75,7 +75,8 @@ def log_loop_errors() -> None:
             unraisable.object, unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback
         )
 
-    gevent.get_hub().print_exception = log_error
+    hub: Any = gevent.get_hub()
+    hub.print_exception = log_error
     sys.unraisablehook = log_unraisable
 
 

@@ -10,7 +10,7 @@ import gevent.hub
 import gevent.socket
 import pytest
 
-from actors.loop.lanes import Lanes, PlainLanes, lanes
+from actors.loop.lanes import SLICE_SECONDS, Lanes, PlainLanes, lanes
 from actors.loop.readable import Readable
 from tests.harness.client import wait_until
 
@@ -201,10 +201,10 @@ def test_data_gives_way_to_a_client_that_sends_right_after_control(
     assert order == ["first client", "control", "second client", "data"]
 
 
-def test_a_task_is_a_slice_of_its_own(
+def test_a_greenlet_that_waits_for_its_turn_gets_a_slice_of_its_own(
     pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]],
 ) -> None:
-    """A client is read between a reader of data and a task, and between two tasks."""
+    """A client is read between a reader of data and such a greenlet, and between two of them."""
     order: list[str] = []
     done = gevent.event.Event()
 
@@ -217,14 +217,17 @@ def test_a_task_is_a_slice_of_its_own(
     def read(readable: Readable) -> None:
         readable.wait()
         order.append("data")
-        lanes().run_deferred(task)
-        lanes().run_deferred(order.append, "task")
-        lanes().run_deferred(done.set)
+        gevent.spawn(wait_turn)
+        gevent.spawn(wait_turn)
         pairs[0][1].send(b"x")
 
-    def task() -> None:
-        order.append("task")
-        pairs[0][1].send(b"x")
+    def wait_turn() -> None:
+        lanes().wait_turn()
+        order.append("turn")
+        if order.count("turn") == 1:
+            pairs[0][1].send(b"x")
+        else:
+            done.set()
 
     readables = [lanes().readable_control(pairs[0][0].fileno())]
     readables.append(lanes().readable(pairs[1][0].fileno()))
@@ -236,9 +239,50 @@ def test_a_task_is_a_slice_of_its_own(
         one.join(LIMIT)
         assert one.successful()
     assert done.wait(LIMIT)
-    assert order == ["data", "client", "task", "client", "task"]
+    assert order == ["data", "client", "turn", "client", "turn"]
     for readable in readables:
         readable.close()
+
+
+@pytest.mark.parametrize("readers_first", [True, False])
+def test_readers_come_before_deferred_tasks_and_starve_none(
+    pairs: list[tuple[gevent.socket.socket, gevent.socket.socket]], readers_first: bool
+) -> None:
+    mine, other = pairs[0]
+    readable = lanes().readable(mine.fileno())
+    order: list[str] = []
+    done = gevent.event.Event()
+    rounds = 10
+
+    def read() -> None:
+        for _ in range(rounds):
+            readable.wait()
+            mine.recv(1)
+            order.append("data")
+            other.send(b"x")  # there is always more to read
+            spin(SLICE_SECONDS)
+
+    def task() -> None:
+        order.append("task")
+        spin(SLICE_SECONDS)
+
+    def defer() -> None:
+        for _ in range(5 * rounds):
+            lanes().run_deferred(task)
+        lanes().run_deferred(done.set)
+
+    if not readers_first:
+        defer()
+    reader = gevent.spawn(read)
+    other.send(b"x")
+    if readers_first:
+        defer()
+    assert done.wait(2 * LIMIT)
+    assert reader.successful()
+    # While there is something to read, one task runs for each read, however many wait.
+    first, last = order.index("data"), len(order) - order[::-1].index("data")
+    assert abs(order[first:last].count("task") - rounds) <= 2
+    readable.close()
 
 
 def test_reports_run_after_all_control_and_before_data() -> None:
@@ -305,8 +349,12 @@ def test_what_runs_after_acks_runs_right_after_them_and_before_data(before: int)
         else:
             lanes().run_next(interrupt)
 
+    def data() -> None:
+        order.append("data")
+        spin(SLICE_SECONDS)  # a slice of its own
+
     for _ in range(20):
-        lanes().run_deferred(order.append, "data")
+        lanes().run_deferred(data)
     lanes().run_deferred(done.set)
     in_the_poll_phase(on_turn, before)
     assert done.wait(LIMIT)

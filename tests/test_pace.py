@@ -35,7 +35,5 @@ def test_a_long_pause_earns_one_burst_and_no_more(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize(("count", "seconds"), [(5, 0), (6, 0.1), (105, 10)])
-def test_many_at_once_take_as_long_as_one_by_one(
-    clock: Clock, count: int, seconds: float
-) -> None:
+def test_many_at_once_take_as_long_as_one_by_one(clock: Clock, count: int, seconds: float) -> None:
     assert Pace(10, 5, clock).take(count) == pytest.approx(seconds)

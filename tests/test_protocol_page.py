@@ -207,7 +207,8 @@ LIMITS: list[Row] = [
         seconds(MESSAGE_SECONDS),
     ),
     (
-        "how long a client may neither register nor ask for the health (beyond it: close code 1008)",
+        "how long a client may neither register nor ask for the health"
+        " (beyond it: close code 1008)",
         seconds(REGISTER_SECONDS),
     ),
     ("voice of one request", f"{SessionSettings.max_voice_bytes:,} bytes"),

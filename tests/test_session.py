@@ -349,7 +349,7 @@ class Given:
         )
 
     def sample(self, name: str, **labels: str) -> float:
-        lanes().wait_deferred()  # books are kept last: by the session, and by the request it releases
+        lanes().wait_deferred()  # books are kept last
         lanes().wait_for_control()
         return self.metrics.registry.get_sample_value(f"bargein_{name}", labels) or 0.0
 

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,9 +36,7 @@ class Stuck:
         launcher: Python source in place of run.py.
     """
 
-    def __init__(
-        self, *arguments: str, output: Any, log: Any, launcher: str | None = None
-    ) -> None:
+    def __init__(self, *arguments: str, output: Any, log: Any, launcher: str | None = None) -> None:
         self.port, self.ops_port = free_port(), free_port()
         ports = ["--port", str(self.port), "--ops-port", str(self.ops_port)]
         program = ["run.py"] if launcher is None else ["-c", launcher]
@@ -126,7 +125,10 @@ def test_nobody_reads_it(provider: ProviderProcess, which: str) -> None:
 
 
 def test_the_disk_is_full(provider: ProviderProcess) -> None:
-    with open("/dev/full", "wb") as full, Stuck(*to(provider), output=full, log=full) as daemon:
+    with (
+        Path("/dev/full").open("wb") as full,
+        Stuck(*to(provider), output=full, log=full) as daemon,
+    ):
         daemon.interrupt(provider, 3)
         wait_until(lambda: daemon.lines_lost() > 10, "lines are lost")
         daemon.assert_serves(provider, 3)
@@ -242,8 +244,9 @@ def test_a_hangup_during_the_start_is_a_reload_when_it_is_over(provider: Provide
     daemon = Stuck(*to(provider), output=subprocess.DEVNULL, log=writer)
     os.close(writer)
     try:
-        while b"gevent" not in (maps := open(f"/proc/{daemon.process.pid}/maps", "rb").read()):
-            assert daemon.process.poll() is None, maps
+        maps = Path(f"/proc/{daemon.process.pid}/maps")
+        while b"gevent" not in maps.read_bytes():
+            assert daemon.process.poll() is None
         while not daemon.is_live():
             daemon.process.send_signal(signal.SIGHUP)
             assert daemon.process.poll() is None
@@ -284,9 +287,7 @@ def test_a_second_signal_ends_it_even_where_its_loop_is_stuck(
     provider: ProviderProcess, launcher: str, second: signal.Signals
 ) -> None:
     reader, writer = os.pipe()
-    with Stuck(
-        *to(provider), output=writer, log=subprocess.DEVNULL, launcher=launcher
-    ) as daemon:
+    with Stuck(*to(provider), output=writer, log=subprocess.DEVNULL, launcher=launcher) as daemon:
         os.close(writer)
         daemon.process.terminate()
         with os.fdopen(reader, "rb") as output:

@@ -12,8 +12,8 @@ from metrics.logs import is_logged
 class DeferredLog:
     """Queues each line in the data lane: to write one takes longer than an interrupt does.
 
-    A level that is not logged queues nothing. The lane is one queue, so lines are written in the order of their events. A task that runs in
-    the lane itself can use the logger directly.
+    Deferred tasks run in order, so lines are written in the order of their events. A deferred task
+    itself can use the logger directly. A level that is not logged queues nothing.
 
     Args:
         log: a structlog logger.

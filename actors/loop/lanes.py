@@ -139,9 +139,9 @@ class Lanes:
         waiter.get()
 
     def wait_deferred(self) -> None:
-        """Suspend the calling greenlet until every task has run that is deferred now."""
+        """Suspend the calling greenlet until everything has run that was asked for before."""
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
-        self.run_deferred(waiter.switch, None)
+        self.run_after_acks(self.run_deferred, waiter.switch, None)
         waiter.get()
 
     def wait_for_control(self) -> None:

@@ -47,12 +47,16 @@ class Books:
         """The session is over. `error` is the exception that it failed with, if it failed."""
         self._metrics.sessions_active.dec()
         self._metrics.sessions.labels("failed" if error else "ended").inc()
-        _deferred_log.info(
-            "Session ended",
-            session_id=self._session_id,
-            peer=self._peer,
-            reason=repr(error) if error is not None else reason,
-        )
+
+        def log() -> None:
+            _deferred_log.info(
+                "Session ended",
+                session_id=self._session_id,
+                peer=self._peer,
+                reason=repr(error) if error is not None else reason,
+            )
+
+        self._lanes.run_after_acks(log)  # its requests have stopped by then: their lines go before
 
     def request_ended(self, outcome: Outcome) -> None:
         """A request has ended. Counts the outcome that its terminal frame gives."""

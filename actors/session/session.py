@@ -16,8 +16,8 @@ books         counting and logging
 from __future__ import annotations
 
 import math
-import secrets
 import random
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -76,16 +76,14 @@ class FrameSlices:
     def _take_header(self, data: bytes, position: int) -> int:
         """Take a header, or the part of it that is there; returns how many bytes were taken."""
         header = self._header
-        before = len(header)
-        header += data[position : position + _header_bytes(header) - before]
-        if len(header) >= 2:  # now its length is known
-            taken = len(header) - before
-            header += data[position + taken : position + taken + _header_bytes(header) - len(header)]
-        taken = len(header) - before
-        if len(header) >= 2 and len(header) == _header_bytes(header):
+        taken = 0
+        while (missing := _header_bytes(header) - len(header)) and position + taken < len(data):
+            header += data[position + taken : position + taken + missing]
+            taken += missing
+        if not missing:
             self._left = _payload_bytes(header)
             header.clear()
-        return taken
+        return min(taken, len(data) - position)
 
 
 def _header_bytes(header: bytearray) -> int:
