@@ -233,7 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = given.config
         configure(config.log_level, config.log_format or _log_format(), console.log)
-        return serve(settings, console, lambda gateway: reload(gateway, config, read_settings))
+        code = serve(settings, console, lambda gateway: reload(gateway, config, read_settings))
+        console.end()
+        # Python's own way to end frees every object one by one. After a flood of clients that takes
+        # seconds, while the time limit of the shutdown is over.
+        os._exit(code)
     finally:
         console.end()
 
