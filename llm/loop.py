@@ -26,6 +26,20 @@ class Readable(Protocol):
         """Stop watching. Called before the socket is closed."""
 
 
+class Limit(Protocol):
+    """A time limit for a provider. Pauses of the process itself do not count, and what the provider
+    has sent is read before the limit counts as passed."""
+
+    since: float
+    """`time.monotonic()` of the last progress; infinite while the provider has nothing to do."""
+
+    def start(self) -> None:
+        """Start the limit, now."""
+
+    def stop(self) -> None:
+        """Stop it for good. May be called more than once."""
+
+
 class Loop(Protocol):
     """Schedules control before data. Tasks run in the hub, so they must not block."""
 
@@ -47,3 +61,6 @@ class Loop(Protocol):
 
     def readable(self, fileno: int) -> Readable:
         """Make what one reader waits in for the socket of this number."""
+
+    def limit(self, seconds: float, expired: Callable[..., object], *args: Any) -> Limit:
+        """Make a time limit; 0 seconds are none. `expired` is called once, in the hub."""

@@ -31,6 +31,8 @@ from typing import Any
 import gevent
 import gevent.hub
 
+from actors.loop.limit import Limit
+from actors.loop.pauses import BEAT_SECONDS, Pauses
 from actors.loop.readable import PlainReadable, Readable
 
 SLICE_SECONDS = 0.0003
@@ -39,6 +41,9 @@ the time on polling, and longer ones add to what an interrupt waits for."""
 
 MAX_DEFERRED = 1000
 """With more deferred tasks than this, `is_behind` is true: some 40 ms of work."""
+
+_POLL_SECONDS = 0.001
+"""A timer of libuv that is started now fires after the next poll, if it is longer than zero."""
 
 _READ = 1
 """The event of gevent's `loop.io` for "readable"."""
@@ -67,6 +72,10 @@ class Lanes:
         self._is_control_due = self._is_slice_due = self._is_awake = False
         self._has_control_run = self._has_given_way = False
         self._make_watchers()
+        self.pauses = Pauses()
+        """The times in which this loop did not run."""
+        self._beat: Any = self._loop.timer(BEAT_SECONDS, BEAT_SECONDS, ref=False)
+        self._beat.start(self.pauses.beat)
 
     def _make_watchers(self) -> None:
         loop = self._loop
@@ -128,6 +137,37 @@ class Lanes:
         """Whether too much work was deferred: what causes more of it should wait."""
         return len(self._deferred) > MAX_DEFERRED
 
+    # For time limits.
+
+    def run_after_reads(self, function: Callable[..., object], *args: Any) -> None:
+        """Poll once more, and run behind the readers that have something to read by then.
+
+        For decisions about a peer: what it has sent comes first.
+        """
+        # The sockets of that poll are reported at the priorities 2 to 0, and their readers join the
+        # data lane. What runs after the acks, at -1, comes behind them.
+        self.run_after_acks(self._queue_after_reads, function, args)
+
+    def limit(self, seconds: float, expired: Callable[..., object], *args: Any) -> Limit:
+        """Make a time limit for a peer; `start()` starts it.
+
+        Args:
+            seconds: the limit; 0 is none.
+            expired: called once, in the hub, when the limit has passed.
+            args: its arguments.
+        """
+        return Limit(seconds, expired, *args, pauses=self.pauses, look=self.run_after_reads)
+
+    def control_limit(self, seconds: float, expired: Callable[..., object], *args: Any) -> Limit:
+        """Make a time limit that only control can meet: it does not wait for data to be read.
+
+        Args:
+            seconds: the limit; 0 is none.
+            expired: called once, in the hub, when the limit has passed.
+            args: its arguments.
+        """
+        return Limit(seconds, expired, *args, pauses=self.pauses, look=self.run_after_acks)
+
     # What greenlets wait for.
 
     def wait_turn(self) -> None:
@@ -142,6 +182,13 @@ class Lanes:
         """Suspend the calling greenlet until everything has run that was asked for before."""
         waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
         self.run_after_acks(self.run_deferred, waiter.switch, None)
+        waiter.get()
+
+    def wait_reads(self) -> None:
+        """Suspend the calling greenlet until everything has been read that has arrived by the next
+        poll, up to the size of one read for each socket."""
+        waiter: gevent.hub.Waiter[None] = gevent.hub.Waiter()
+        self.run_after_reads(waiter.switch, None)
         waiter.get()
 
     def wait_for_control(self) -> None:
@@ -208,6 +255,10 @@ class Lanes:
     def _run_after_acks(self) -> None:
         while self._after_acks:
             _run(*self._after_acks.popleft())
+
+    def _queue_after_reads(self, function: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._data.append((function, args))
+        self._run_slice_after_next_poll()
 
     def _queue_reader(self, readable: Readable) -> None:
         # A poll has just reported it. So a slice may run in this same iteration, at the end of it:
@@ -315,6 +366,16 @@ class PlainLanes(Lanes):
         self.run_after_poll(self.run_after_poll, function, *args)
 
     run_deferred = run_after_poll
+
+    def run_after_reads(self, function: Callable[..., object], *args: Any) -> None:
+        """Run after the next poll and the readers that it resumes."""
+        timer = self._loop.timer(_POLL_SECONDS)
+
+        def fire() -> None:
+            timer.close()
+            function(*args)
+
+        timer.start(fire)
 
     def wait_turn(self) -> None:
         """Let everything run that is ready now."""
