@@ -14,6 +14,7 @@ import pykka
 
 from actors.actor import ActorFailedError, GreenletActor, Timer, tell
 from actors.loop.deferred_log import DeferredLog
+from actors.loop.lanes import lanes
 from actors.messages import (
     AskProgress,
     Census,
@@ -186,7 +187,7 @@ class SupervisorActor(GreenletActor):
     def _check_requests(self, now: float) -> None:
         """Reap the requests that are too old, and ask the others when they last made progress."""
         for entry in list(self._requests.values()):
-            age = now - entry.request.accepted_at
+            age = _seconds_between(entry.request.accepted_at, now)
             if 0 < self._settings.request_max_age <= age:
                 self._reap(entry, f"older than {self._settings.request_max_age:g} s")
             elif self._settings.stale_after > 0:
@@ -194,7 +195,7 @@ class SupervisorActor(GreenletActor):
 
     def _check_progress(self, urn: str, progress_at: float, now: float) -> None:
         entry = self._requests.get(urn)
-        idle = now - progress_at
+        idle = _seconds_between(progress_at, now)
         if entry is not None and idle >= self._settings.stale_after:
             self._reap(entry, f"no progress for {idle:.0f} s")
 
@@ -296,7 +297,13 @@ class Supervision:
     def _reap_for_ever(self) -> None:
         while True:
             gevent.sleep(self._settings.reap_interval)
+            lanes().wait_reads()  # what has arrived is progress, too
             self.tell(Reap(self._clock()))
+
+
+def _seconds_between(since: float, now: float) -> float:
+    """Without the pauses of this process: during those, nothing can make progress."""
+    return now - since - lanes().pauses.seconds_between(since, now)
 
 
 def _alive(kind: type[GreenletActor]) -> list[pykka.ActorRef[Any]]:

@@ -8,8 +8,9 @@ from typing import Any
 import pykka
 from msgspec import Struct
 
-from actors.actor import Timer, tell
+from actors.actor import tell
 from actors.loop.lanes import lanes
+from actors.loop.limit import Limit
 from actors.messages import Stop, TerminalSent
 from actors.outlet import Delivered, Outlet, RequestEnd
 from actors.quota import Slot
@@ -51,7 +52,7 @@ class LiveRequest(Struct, eq=False):
     report: Report | None = None
     is_timed_out: bool = False
     """Whether a stage still ran when the time limit for stopping expired."""
-    timer: Timer | None = None
+    stop_limit: Limit | None = None
     heard_chars: int | None = None
     """How many Unicode code points of the answer the user got, according to the client."""
 
@@ -239,8 +240,8 @@ class LiveRequests:
         if live is None or live.report is not None:
             return None  # the stop has timed out before
         live.report = report
-        if live.timer is not None:
-            live.timer.cancel()
+        if live.stop_limit is not None:
+            live.stop_limit.stop()
         return live
 
     def abandon(self, count: Callable[[Outcome], None]) -> None:
@@ -250,8 +251,8 @@ class LiveRequests:
             count: called with the outcome of each request.
         """
         for live in self:
-            if live.timer is not None:
-                live.timer.cancel()
+            if live.stop_limit is not None:
+                live.stop_limit.stop()
             live.outlet.discard()
             live.slot.release()
             tell(live.actor, Stop())
@@ -270,4 +271,7 @@ class LiveRequests:
 
     def _limit_stop(self, live: LiveRequest) -> None:
         if live.report is None:
-            live.timer = Timer(self._ack_timeout, self._session, StopOverdue(live.request_id))
+            overdue = StopOverdue(live.request_id)
+            limit = self._lanes.control_limit(self._ack_timeout, tell, self._session, overdue)
+            live.stop_limit = limit
+            limit.start()

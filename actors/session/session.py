@@ -26,6 +26,7 @@ from typing import Any, assert_never
 import pykka
 
 from actors.actor import GreenletActor, Timer, tell
+from actors.loop.lanes import lanes
 from actors.messages import (
     CallDelivered,
     EndSession,
@@ -175,7 +176,7 @@ class SessionActor(GreenletActor):
         self._lifecycle = Lifecycle()
         # Sessions that were opened together must not all send their heartbeats together.
         interval = settings.heartbeat_interval * random.uniform(1 - _HEARTBEAT_JITTER, 1)
-        self._lifetime = Lifetime(settings.session_timeout, interval, time.monotonic())
+        self._lifetime = Lifetime(settings.session_timeout, interval, self._now())
         self._timer: Timer | None = None
         self._pause: Timer | None = None
         self._books = Books(session_id, registration.peer, metrics)
@@ -364,19 +365,25 @@ class SessionActor(GreenletActor):
 
     # Timeouts.
 
+    @staticmethod
+    def _now() -> float:
+        """`time.monotonic()` without the pauses of this process: while it does not run, it cannot
+        ask the client for a sign of life, nor hear one."""
+        return time.monotonic() - lanes().pauses.total_seconds
+
     def _renew(self) -> None:
-        self._lifetime.renew(time.monotonic())
+        self._lifetime.renew(self._now())
 
     def _set_timer(self) -> None:
         # One timer per session and no greenlet, so that 10,000 idle sessions cost next to nothing.
-        wait = self._lifetime.next_at - time.monotonic()
+        wait = self._lifetime.next_at - self._now()
         if math.isfinite(wait):
             self._timer = Timer(max(0.0, wait), self.actor_ref, TimeIsDue())
 
     def _on_time(self) -> None:
         if self._lifecycle.is_ending:
             return
-        now = time.monotonic()
+        now = self._now()
         remaining = self._lifetime.remaining_seconds(now)
         for due in self._lifetime.due(now):
             match due:
@@ -393,7 +400,7 @@ class SessionActor(GreenletActor):
         return SessionFacts(
             self._conversation.profile,
             self._created_ms,
-            self._lifetime.remaining_seconds(time.monotonic()),
+            self._lifetime.remaining_seconds(self._now()),
         )
 
     # The end of the session.

@@ -228,23 +228,23 @@ class Connection:
         attachment = self._attachment
         idle_since = None if attachment is None else attachment.idle_since
         if self._protocol.state is State.CONNECTING:
-            if now - self.opened_at > _HANDSHAKE_SECONDS:
+            if self._passed(self.opened_at, now) > _HANDSHAKE_SECONDS:
                 self.drop("no handshake in time")
         elif self._protocol.state is not OPEN:
             self._closing_since = self._closing_since or now
-            if now - self._closing_since > CLOSE_SECONDS:
+            if self._passed(self._closing_since, now) > CLOSE_SECONDS:
                 self.drop("close frame unanswered")
-        elif idle_since is not None and now - idle_since > REGISTER_SECONDS:
+        elif idle_since is not None and self._passed(idle_since, now) > REGISTER_SECONDS:
             self._close(f"no REGISTER within {REGISTER_SECONDS:g} s")
         elif self._is_paused:  # it seems silent because we do not read it
             self._heard_at, self._pinged_at = now, None
             self._message_since = None if self._message_since is None else now
-        elif self._message_since is not None and now - self._message_since > MESSAGE_SECONDS:
+        elif self._is_message_late(now):
             self._close(f"a message was not complete within {MESSAGE_SECONDS:g} s")
         elif self._pinged_at is not None and self._heard_at >= self._pinged_at:
             self._pinged_at = None
         elif self._pinged_at is not None:
-            if now - self._pinged_at > settings.ping_timeout:
+            if self._passed(self._pinged_at, now) > settings.ping_timeout:
                 self.drop(f"no answer to a ping within {settings.ping_timeout:g} s")
         elif 0 < self._ping_after < now - self._heard_at:
             self._pinged_at = now
@@ -253,6 +253,15 @@ class Connection:
     def _close(self, reason: str) -> None:
         _deferred_log.warning("Refused connection", peer=self._peer, reason=reason)
         self._outbox.close(CloseCode.POLICY_VIOLATION, reason)
+
+    def _is_message_late(self, now: float) -> bool:
+        since = self._message_since
+        return since is not None and self._passed(since, now) > MESSAGE_SECONDS
+
+    def _passed(self, since: float, now: float) -> float:
+        """Seconds from then until now, without pauses of this process: the client could not be
+        heard."""
+        return now - since - self._lanes.pauses.seconds_between(since, now)
 
     def _read(self) -> bytes:
         if self.is_registered and not self._is_read_first:

@@ -28,6 +28,7 @@ from websockets.frames import CloseCode
 from websockets.protocol import State
 from websockets.server import ServerProtocol
 
+from actors.loop.lanes import lanes
 from actors.outlet import Delivered, RequestEnd
 from llm.chat.completions import ToolCall
 from metrics.instruments import Metrics
@@ -349,17 +350,21 @@ class Outbox:
 
     def _write_rest(self) -> None:
         """The writer greenlet: runs until nothing is left to write."""
-        timeout = self._settings.write_timeout or None
+        limit = lanes().limit(self._settings.write_timeout, self._too_slow)
+        limit.start()
         try:
             while not self._write():
-                gevent.socket.wait_write(self._sock.fileno(), timeout)
-        except TimeoutError:
-            self._metrics.slow_clients.inc()
-            self.die(f"client too slow: took nothing for {timeout:g} s")
+                limit.since = time.monotonic()
+                gevent.socket.wait_write(self._sock.fileno())
         except OSError as error:  # the connection has closed the socket
             self.die(f"connection lost: {error.strerror or error}")
         finally:
+            limit.stop()
             self._writer = None
+
+    def _too_slow(self) -> None:
+        self._metrics.slow_clients.inc()
+        self.die(f"client too slow: took nothing for {self._settings.write_timeout:g} s")
 
     def _send_close(self, code: int, reason: str) -> None:
         if self._protocol.state is State.OPEN:

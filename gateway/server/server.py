@@ -11,6 +11,7 @@ import gevent
 import gevent.event
 import gevent.socket
 
+from actors.loop.lanes import lanes
 from actors.loop.slices import in_slices
 from gateway.server import pages
 from gateway.server.connection import (
@@ -207,6 +208,7 @@ class Server:
         pause = min(limit for limit in limits if limit > 0) / 4
         while True:
             gevent.sleep(pause)
+            lanes().wait_reads()  # what clients have sent comes first
             # In slices: to ping thousands in one go would hold up every interrupt.
             for connection in in_slices(list(self._connections)):
                 connection.check(time.monotonic())
