@@ -67,5 +67,13 @@ class ProviderReportedError(StreamError):
     """The provider reported an error inside the stream."""
 
 
+class KeptConnectionEndedError(StreamError):
+    """A connection that was kept from an earlier answer ended before a byte of this one.
+
+    Servers close idle connections, and this one did so as the request was on its way. The request
+    is sent once more, on a new connection, so no client sees this error.
+    """
+
+
 class IncompleteAnswerError(StreamError):
     """The connection ended before the answer did."""

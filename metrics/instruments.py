@@ -50,6 +50,10 @@ ERROR_KINDS = (
     *("MalformedCall", "ProviderReported", "IncompleteAnswer"),
     "Stream",  # a bug of the gateway
 )
+RETRY_KINDS = (
+    *ERROR_KINDS,
+    "KeptConnectionEnded",  # sent again on a new connection; no error of a generation
+)
 REFUSALS = (
     "origin",  # a connection from a web page of another origin
     "request",  # another request is live, or the session limit on live requests is reached
@@ -239,7 +243,7 @@ class Metrics:
                 ["kind"],
                 registry=registry,
             ),
-            _one_by_one(ERROR_KINDS),
+            _one_by_one(RETRY_KINDS),
         )
         self.llm_fallbacks = Counter(
             "bargein_llm_fallbacks_total",

@@ -116,7 +116,9 @@ def test_labels_match_the_names_in_the_other_rooms() -> None:
     live = {state.value for state in RequestState} - set(instruments.OUTCOMES)
     assert live == set(instruments.STATES)
     errors: list[Any] = [StreamError, *StreamError.__subclasses__()]
-    assert {_kind(kind.__new__(kind)) for kind in errors} == set(instruments.ERROR_KINDS)
+    assert {_kind(kind.__new__(kind)) for kind in errors} == set(instruments.RETRY_KINDS)
+    fatal = set(instruments.RETRY_KINDS) - {"KeptConnectionEnded"}  # it is always sent again
+    assert set(instruments.ERROR_KINDS) == fatal
 
 
 def test_every_series_exists_from_the_start() -> None:

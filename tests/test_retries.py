@@ -16,6 +16,7 @@ from llm.errors import (
     BadStatusError,
     ConnectFailedError,
     IncompleteAnswerError,
+    KeptConnectionEndedError,
     LimitPassedError,
     MalformedCallError,
     MalformedStreamError,
@@ -28,6 +29,7 @@ AGAIN = [429, 500, 501, 502, 503, 504, 520, 529]
 NOT_AGAIN = [301, 302, 307, 400, 401, 402, 403, 404, 405, 408, 409, 413, 422, 451]
 OTHERS: list[StreamError] = [
     IncompleteAnswerError("the provider closed the connection without an answer"),
+    KeptConnectionEndedError("x"),
     MalformedCallError("x"),
     MalformedStreamError("x"),
     NotAStreamError("x"),

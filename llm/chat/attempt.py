@@ -7,11 +7,11 @@ and none of them leaves.
 
 from __future__ import annotations
 
-import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from http.client import HTTPException
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import gevent
 from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ProtocolError
@@ -35,6 +35,7 @@ from llm.errors import (
     BadStatusError,
     ConnectFailedError,
     IncompleteAnswerError,
+    KeptConnectionEndedError,
     LimitPassedError,
     MalformedCallError,
     MalformedStreamError,
@@ -43,8 +44,11 @@ from llm.errors import (
     StreamError,
 )
 from llm.http.answer import Answer
+from llm.http.connections import KeptConnectionEnded
 from llm.http.events import Events, NotEventsError
 from llm.http.lines import BodyEnded, Lines
+from llm.limits import at_most
+from llm.loop import Limit, Loop
 from llm.provider import Provider
 
 _T = TypeVar("_T")
@@ -89,6 +93,7 @@ class Attempt:
         sink: gets what arrives.
         on_first_token: called when the first token of any kind has arrived.
         include_usage: whether to ask for the usage, too.
+        on_new_connection: whether not to use a kept connection.
     """
 
     def __init__(
@@ -99,8 +104,10 @@ class Attempt:
         on_first_token: Callable[[], None],
         *,
         include_usage: bool,
+        on_new_connection: bool = False,
     ) -> None:
         self.client = client
+        self._on_new_connection = on_new_connection
         self._include_usage = include_usage
         self._prompt = prompt
         self._sink = sink
@@ -115,7 +122,7 @@ class Attempt:
         self.reasoning_chars = 0
         self._is_sent = self._is_refused = False
 
-        self._watchdog = _Watchdog(client.provider)
+        self._watchdog = _Watchdog(client.provider, client.loop)
         self._answer: Answer | None = None
         self._lines: Lines | None = None
         self._texts: list[str] = []
@@ -147,7 +154,10 @@ class Attempt:
         try:
             self._watchdog.start()
             answer = self._answer = self.client.post(
-                self._prompt, self._sent, include_usage=self._include_usage
+                self._prompt,
+                self._sent,
+                include_usage=self._include_usage,
+                on_new_connection=self._on_new_connection,
             )
             if not self._is_sent:  # the provider answered before it had read the whole request
                 self._sent()
@@ -175,7 +185,7 @@ class Attempt:
         time, or close it."""
         assert self._lines is not None
         try:
-            with _time_limit(_DRAIN_SECONDS):
+            with at_most(self.client.loop, _DRAIN_SECONDS):
                 self._lines.drain(_DRAIN_BYTES)
         finally:
             self.close()
@@ -280,10 +290,10 @@ class Attempt:
             self._write(self._sink.call, call)
 
     def _write(self, write: Callable[[_T], None], what: _T) -> None:
-        self._watchdog.paused = True  # waiting for a slow client is not the provider's fault
+        limit = self._watchdog.limit
+        limit.since = math.inf  # waiting for a slow client is not the provider's fault
         write(what)
-        self._watchdog.paused = False
-        self._watchdog.since = time.monotonic()
+        limit.since = time.monotonic()
 
     # What fails, as one of `llm/errors.py`.
 
@@ -337,7 +347,7 @@ class Attempt:
         left = _ERROR_BODY_BYTES
         self._watchdog.stop()
         try:
-            with _time_limit(_ERROR_BODY_SECONDS):
+            with at_most(self.client.loop, _ERROR_BODY_SECONDS):
                 while left > 0 and (data := answer.read1(left)):
                     parts.append(data)
                     left -= len(data)
@@ -353,6 +363,11 @@ class Attempt:
                 return ConnectFailedError(f"no connection to the provider: {cause}")
             case ConnectTimeoutError():
                 return LimitPassedError("connect", self.client.provider.connect_timeout)
+            case KeptConnectionEnded():
+                self._is_refused = True  # as far as one can know: the server was closing it
+                return KeptConnectionEndedError(
+                    f"the provider ended a kept connection without an answer: {cause}"
+                )
             case ProtocolError() if isinstance(root, HTTPException | ValueError) and not (
                 isinstance(root, ConnectionError)
             ):
@@ -368,71 +383,37 @@ class Attempt:
 class _Watchdog:
     """Raises `LimitPassedError` in the reader when the provider is too slow.
 
-    One timer for each attempt, set again only when it fires: an event costs one reading of the
-    clock.
+    An event costs one reading of the clock.
     """
 
-    def __init__(self, provider: Provider) -> None:
-        self.since = time.monotonic()
-        """`time.monotonic()` from which the limit runs."""
-        self.paused = False
-        """True while the reader does not wait for the provider."""
-        self._idle_timeout = provider.idle_timeout
-        self._name = "first token"
-        self._seconds = provider.first_token_timeout
-        self._reader: Any = None
-        self._timer: Any = None
+    def __init__(self, provider: Provider, loop: Loop) -> None:
+        self._provider = provider
+        self._loop = loop
+        self._has_token = False
+        self.limit = self._make("first token", provider.first_token_timeout)
+        """The limit that runs. `since` is set from outside, too: it costs less than a call."""
 
     def start(self) -> None:
-        """Watch the calling greenlet, from now on."""
-        self._reader = gevent.getcurrent()
-        self.since = time.monotonic()
-        self._set(self._seconds)
+        """Watch the greenlet that has made this, from now on."""
+        self.limit.start()
 
     def event(self, *, is_token: bool) -> None:
         """Note that an event has arrived."""
-        if self._name == "idle":
-            self.since = time.monotonic()
+        if self._has_token:
+            self.limit.since = time.monotonic()
         elif is_token:
-            self._name, self._seconds = "idle", self._idle_timeout
-            self.since = time.monotonic()
-            self._set(self._seconds)
+            self._has_token = True
+            self.limit.stop()
+            self.limit = self._make("idle", self._provider.idle_timeout)
+            self.limit.start()
 
     def stop(self) -> None:
         """Stop watching."""
-        if self._timer is not None:
-            self._timer.stop()
-            self._timer.close()
-            self._timer = None
+        self.limit.stop()
 
-    def _set(self, seconds: float) -> None:
-        self.stop()
-        if self._seconds > 0:
-            self._timer = gevent.get_hub().loop.timer(seconds)
-            self._timer.start(self._fired)
-
-    def _fired(self) -> None:
-        left = self.since + self._seconds - time.monotonic()
-        if self.paused:
-            self._set(self._seconds)
-        elif left > 0:
-            self._set(left)
-        else:
-            self._reader.throw(LimitPassedError(self._name, self._seconds))
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Leave the block when the time is up, without an error."""
-    timeout = gevent.Timeout.start_new(seconds)
-    try:
-        yield
-    except gevent.Timeout as fired:
-        if fired is not timeout:
-            raise
-        timeout.__traceback__ = None  # it refers to this frame: leave no cycle
-    finally:
-        timeout.close()
+    def _make(self, name: str, seconds: float) -> Limit:
+        reader = gevent.getcurrent()
+        return self._loop.limit(seconds, lambda: reader.throw(LimitPassedError(name, seconds)))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -59,16 +59,25 @@ class ProviderClient:
         self.asks_for_usage = provider.include_usage
         """Whether requests ask for the usage. Some servers reject that (`stream_options`)."""
 
-    def post(self, prompt: Prompt, on_sent: Callable[[], None], *, include_usage: bool) -> Answer:
+    def post(
+        self,
+        prompt: Prompt,
+        on_sent: Callable[[], None],
+        *,
+        include_usage: bool,
+        on_new_connection: bool = False,
+    ) -> Answer:
         """POST once, and return when the headers of the answer have arrived.
 
         Args:
             prompt: what to ask.
             on_sent: called when the kernel has taken the whole request.
             include_usage: whether to ask for the usage, too.
+            on_new_connection: whether not to use a kept connection.
 
         Raises:
-            urllib3.exceptions.HTTPError: the connection failed before that.
+            urllib3.exceptions.HTTPError: the connection failed before that; `KeptConnectionEnded`
+                if it was a kept one, and not a byte of an answer came.
         """
         body = encode_body(
             self.provider.model,
@@ -76,7 +85,9 @@ class ProviderClient:
             include_usage=include_usage,
             extra=self.provider.extra_body,
         )
-        return self._connections.post(body, self._headers, on_sent)
+        return self._connections.post(
+            body, self._headers, on_sent, on_new_connection=on_new_connection
+        )
 
     def quote(self, text: str) -> str:
         """Quote what a provider said: at most 500 characters, with the secrets redacted that were

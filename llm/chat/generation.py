@@ -29,8 +29,9 @@ from llm.chat.breaker import Breaker, BreakerState, Trial
 from llm.chat.client import ProviderClient
 from llm.chat.completions import Prompt, Usage, UsageEstimate
 from llm.chat.retries import is_about_usage, is_requests_fault, may_retry, pause_seconds
-from llm.errors import LimitPassedError, StreamError
+from llm.errors import KeptConnectionEndedError, LimitPassedError, StreamError
 from llm.http.connections import Stopped
+from llm.limits import limited
 from llm.loop import Loop
 from llm.provider import Provider
 from llm.stage import Ending, Stage, StageResult
@@ -184,6 +185,8 @@ class Generation(Stage):
         self._attempt: Attempt | None = None
         self._without_usage: set[ProviderClient] = set()
         """The providers that rejected `stream_options` in this generation."""
+        self._avoids_kept = False
+        """Whether attempts must not use a kept connection: one has ended without an answer."""
         self._started_at = time.monotonic()
         self._too_long: LimitPassedError | None = None
         self._result: GenerationResult | None = None
@@ -287,7 +290,7 @@ class Generation(Stage):
             yield
             return
         self._too_long = LimitPassedError("total", seconds)
-        with gevent.Timeout(seconds, self._too_long):
+        with limited(self._loop, seconds, self._too_long):
             yield
 
     def _ask_providers(self) -> None:
@@ -345,13 +348,22 @@ class Generation(Stage):
         on_first_token = _nothing if trial is None else trial.succeeded
         asks_for_usage = client.asks_for_usage and client not in self._without_usage
         attempt = self._attempt = Attempt(
-            client, self._prompt, self._sink, on_first_token, include_usage=asks_for_usage
+            client,
+            self._prompt,
+            self._sink,
+            on_first_token,
+            include_usage=asks_for_usage,
+            on_new_connection=self._avoids_kept,
         )
         try:
             attempt.run()
         except StreamError as error:
             if self._is_final(error):
                 raise
+            if isinstance(error, KeptConnectionEndedError):
+                self._avoids_kept = True  # so this happens once
+                self._sink.retrying(client.name, _forget_how(error), 0.0)
+                return 0.0
             if asks_for_usage and is_about_usage(error):
                 self._without_usage.add(client)
                 return 0.0

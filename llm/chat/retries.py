@@ -2,7 +2,8 @@
 
 A failure is retried if the provider did no work for it: no connection could be made, or the
 provider refused and may accept later (429, 5xx). A POST that was sent and got no answer is never
-retried: the provider may be generating, and billing.
+retried: the provider may be generating, and billing. (What was lost in a kept connection is sent
+again, but is no retry: `generation.py`.)
 """
 
 from __future__ import annotations

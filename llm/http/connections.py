@@ -29,11 +29,27 @@ import urllib3
 import urllib3.util
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import ConnectTimeoutError
+from urllib3.exceptions import ConnectTimeoutError, ProtocolError
 from urllib3.util.ssltransport import SSLTransport
 
 from llm.http.answer import Answer
+from llm.limits import limited
 from llm.loop import Loop
+
+IDLE_SECONDS = 3.0
+"""How long an idle connection is kept. Many servers close one after 5 s (uvicorn, Node). A request
+that is sent at that moment is lost."""
+
+_NEW = -1
+"""Passed through urllib3 as the time to wait for a kept connection: do not use one. (A pool that
+does not block does not use that time.)"""
+
+_NO_TIMEOUT = urllib3.Timeout(connect=None, read=None)
+"""urllib3 limits nothing: `_Connection.connect` and the watchdog of an attempt do."""
+
+
+class KeptConnectionEnded(ProtocolError):
+    """A kept connection ended before a byte of the answer to a request that was sent on it."""
 
 
 class Connections:
@@ -48,8 +64,8 @@ class Connections:
         proxy: URL of the HTTP proxy to use, with its credentials; None connects directly.
         ca_file: PEM file of trusted certificate authorities; None takes certifi's.
         connect_timeout: seconds until a connection is made; 0 is no limit.
-        pool_size: how many idle connections are kept. A request never waits for one to become idle:
-            it makes its own.
+        pool_size: how many idle connections are kept, each for `IDLE_SECONDS`. A request never
+            waits for one to become idle: it makes its own.
         loop: schedules connecting and reading.
 
     Raises:
@@ -66,39 +82,45 @@ class Connections:
         pool_size: int,
         loop: Loop,
     ) -> None:
-        # No limit for reading: an attempt's watchdog sets that.
-        self._timeout = urllib3.Timeout(connect=connect_timeout or None, read=None)
         # Linger 0: a close is a reset. Nothing else reaches a provider that does not read, while
         # the body of the request is still in the kernel's send buffer.
-        linger = struct.pack("hh" if sys.platform == "win32" else "ii", 1, 0)
         options: dict[str, Any] = {
             "maxsize": pool_size,
             "block": False,
             "socket_options": [
                 *HTTPConnection.default_socket_options,
-                (socket.SOL_SOCKET, socket.SO_LINGER, linger),
+                (socket.SOL_SOCKET, socket.SO_LINGER, _linger(is_on=True)),
             ],
         }
         if proxy is not None or url.startswith("https:"):
             options["ssl_context"] = _trusting(ca_file or certifi.where())
         # Looked up once. The pool manager does it at each request: a tenth of a request's cost.
-        pool = _make_pools(proxy, options, loop).connection_from_url(url)
+        pool = _make_pools(proxy, options, loop, connect_timeout).connection_from_url(url)
         assert isinstance(pool, _Pool)
         self._pool = pool
         is_forwarded = proxy is not None and url.startswith("http:")
         # RFC 9112, section 3.2.2: a forwarding proxy gets the whole URL.
         self._target = url if is_forwarded else urllib3.util.parse_url(url).request_uri
 
-    def post(self, body: bytes, headers: Mapping[str, str], on_sent: Callable[[], None]) -> Answer:
+    def post(
+        self,
+        body: bytes,
+        headers: Mapping[str, str],
+        on_sent: Callable[[], None],
+        *,
+        on_new_connection: bool = False,
+    ) -> Answer:
         """POST once, and return when the headers of the answer have arrived.
 
         Args:
             body: JSON.
             headers: all but the Content-Length.
             on_sent: called when the kernel has taken the whole request.
+            on_new_connection: whether not to use a kept connection.
 
         Raises:
-            urllib3.exceptions.HTTPError: the connection failed before that.
+            KeptConnectionEnded: a kept connection ended before a byte of the answer.
+            urllib3.exceptions.HTTPError: the connection failed otherwise before that.
         """
 
         def body_then_sent() -> Iterator[bytes]:
@@ -113,7 +135,8 @@ class Connections:
             redirect=False,
             assert_same_host=False,
             retries=False,
-            timeout=self._timeout,
+            timeout=_NO_TIMEOUT,
+            pool_timeout=_NEW if on_new_connection else None,
             preload_content=False,
             decode_content=False,
         )
@@ -127,6 +150,11 @@ class Connections:
     def close(self) -> None:
         """Close the idle connections."""
         self._pool.close()
+
+
+def _linger(*, is_on: bool) -> bytes:
+    """The value of SO_LINGER: if on, a close is a reset."""
+    return struct.pack("hh" if sys.platform == "win32" else "ii", is_on, 0)
 
 
 def _trusting(ca_file: str) -> ssl.SSLContext:
@@ -145,7 +173,9 @@ def _read_authorities(ca_file: str, _mtime_ns: int, _size: int) -> ssl.SSLContex
     return context
 
 
-def _make_pools(proxy: str | None, options: dict[str, Any], loop: Loop) -> urllib3.PoolManager:
+def _make_pools(
+    proxy: str | None, options: dict[str, Any], loop: Loop, connect_timeout: float
+) -> urllib3.PoolManager:
     pools: urllib3.PoolManager
     if proxy is None:
         pools = urllib3.PoolManager(1, **options)
@@ -160,8 +190,10 @@ def _make_pools(proxy: str | None, options: dict[str, Any], loop: Loop) -> urlli
             **options,
         )
     pool_classes: dict[str, Any] = {
-        "http": functools.partial(_Pool, functools.partial(_Connection, loop)),
-        "https": functools.partial(_TlsPool, functools.partial(_TlsConnection, loop)),
+        "http": functools.partial(_Pool, functools.partial(_Connection, loop, connect_timeout)),
+        "https": functools.partial(
+            _TlsPool, functools.partial(_TlsConnection, loop, connect_timeout)
+        ),
     }
     pools.pool_classes_by_scheme = pool_classes
     return pools
@@ -196,7 +228,8 @@ class ConnectionReader(io.RawIOBase):
             self._ahead = functools.partial(_read_ahead, sock)
         self._loop = loop
         self._readable = loop.readable(raw.fileno())
-        self._is_answered = False
+        self.is_answered = False
+        """True once a byte of the answer has come."""
 
     def readable(self) -> bool:
         return True
@@ -217,8 +250,10 @@ class ConnectionReader(io.RawIOBase):
                     error.closed_at = time.monotonic()
                     self._loop.wait_turn()
                 raise
-        self._is_answered = True
-        return self._recv_into(buffer)
+        count = self._recv_into(buffer)
+        if count:
+            self.is_answered = True
+        return count
 
     def hang_up(self) -> None:
         """End the connection, at once.
@@ -229,7 +264,7 @@ class ConnectionReader(io.RawIOBase):
         """
         with contextlib.suppress(OSError):  # the peer has closed it already
             self._sock.shutdown(socket.SHUT_RDWR)
-        if self._is_answered:
+        if self.is_answered:
             self._loop.run_after_acks(self._free)
         else:
             self._free()
@@ -260,21 +295,58 @@ def _read_ahead(sock: SSLTransport) -> int:
 class _Response(http.client.HTTPResponse):
     def __init__(self, loop: Loop, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(ConnectionReader(self.fp.detach(), sock, loop))
+        self.reader = ConnectionReader(self.fp.detach(), sock, loop)
+        self.fp = io.BufferedReader(self.reader)
 
 
 class _Connection(HTTPConnection):
     plain: _Response | None = None
     """The response of `http.client` to the last request, which urllib3 does not expose."""
+    kept_since: float | None = None
+    """`time.monotonic()` when it was given back after an answer; None for a new connection."""
 
-    def __init__(self, loop: Loop, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, loop: Loop, connect_timeout: float, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._loop = loop
+        self._connect_timeout = connect_timeout
 
     def connect(self) -> None:
+        self.kept_since = None
         self._loop.wait_turn()
-        with _connect_limit(self):
+        time_is_up = "the time to connect is up"  # all of it: look-up, TCP, proxy, TLS
+        with limited(self._loop, self._connect_timeout, ConnectTimeoutError(self, time_is_up)):
             super().connect()
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        self.plain = None
+        try:
+            super().request(*args, **kwargs)
+        except (BrokenPipeError, ConnectionResetError):
+            raise  # urllib3 passes over these, and reads what the server may have said before
+        except (OSError, http.client.HTTPException) as error:
+            self._raise_if_kept(error)
+            raise
+
+    def getresponse(self) -> Any:
+        try:
+            return super().getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            self._raise_if_kept(error)
+            raise
+
+    def _raise_if_kept(self, error: Exception) -> None:
+        is_answered = self.plain is not None and self.plain.reader.is_answered
+        if self.kept_since is not None and not is_answered:
+            raise KeptConnectionEnded("kept connection ended", error) from error
+
+    def close_idle(self) -> None:
+        """Close it while no answer is due: the server sees an orderly end, not a reset."""
+        sock: Any = self.sock
+        if sock is not None:
+            sock = sock.socket if isinstance(sock, SSLTransport) else sock
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _linger(is_on=False))
+        self.close()
 
     def _respond(self, *args: Any, **kwargs: Any) -> _Response:
         self.plain = _Response(self._loop, *args, **kwargs)
@@ -287,15 +359,10 @@ class _TlsConnection(_Connection, HTTPSConnection):
     pass
 
 
-def _connect_limit(connection: HTTPConnection) -> gevent.Timeout:
-    """Limit all of connecting. The limit of urllib3 starts again for each address, and leaves out
-    resolving names and the proxy's answer."""
-    error = ConnectTimeoutError(connection, "the time to connect is up")
-    return gevent.Timeout(connection.timeout, error)
-
-
 class _Pool(HTTPConnectionPool):
     _is_retired = False
+    _timer: Any = None
+    """Runs while there are idle connections, for the oldest of them."""
 
     def __init__(self, make_connection: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -307,11 +374,47 @@ class _Pool(HTTPConnectionPool):
             while self.pool is not None:
                 self._put_conn(self.pool.get(block=False))
 
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        connection: Any = super()._get_conn(timeout)
+        if timeout == _NEW or _is_old(connection):  # the timer may be late
+            connection.close_idle()  # it connects again when it is used
+        return connection
+
     def _put_conn(self, conn: Any) -> None:
         if not self._is_retired:
+            if conn is not None and not conn.is_closed:
+                conn.kept_since = time.monotonic()
+                self._set_timer(IDLE_SECONDS)
             super()._put_conn(conn)
         elif conn is not None:
             conn.close()
+
+    def _set_timer(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = gevent.get_hub().loop.timer(seconds, ref=False)
+            self._timer.start(self._close_old)
+
+    def _close_old(self) -> None:
+        self._timer.close()
+        self._timer = None
+        # Runs in the hub, so that no greenlet uses the queue meanwhile.
+        kept = [] if self.pool is None else self.pool.queue
+        since = []
+        for place, connection in enumerate(list(kept)):
+            if connection is None or connection.is_closed:
+                continue
+            if _is_old(connection):
+                kept[place] = None
+                connection.close_idle()
+            else:
+                since.append(connection.kept_since)
+        if since:
+            self._set_timer(max(0.0, min(since) + IDLE_SECONDS - time.monotonic()))
+
+
+def _is_old(connection: _Connection) -> bool:
+    since = connection.kept_since
+    return since is not None and time.monotonic() - since >= IDLE_SECONDS
 
 
 class _TlsPool(_Pool, HTTPSConnectionPool):
