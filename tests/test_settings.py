@@ -364,6 +364,7 @@ ZERO_IS = {
     "history_messages": "none",
     "history_chars": "none",
     "stale_after": "never",
+    "max_functions_bytes": "no limit",
     "reap_interval": "never",
     "request_max_age": "never",
 }

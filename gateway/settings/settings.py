@@ -144,6 +144,7 @@ class _Checker:
                 max_requests=config.max_requests,
                 session_timeout=config.session_timeout,
                 heartbeat_interval=config.heartbeat_interval,
+                max_functions_bytes=config.max_functions_bytes,
                 history_messages=config.history_messages,
                 history_chars=config.history_chars,
             ),
