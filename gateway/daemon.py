@@ -165,14 +165,22 @@ def reload(gateway: Gateway, running: Config, read_sources: Callable[[], ConfigS
         _log.error("Not reloaded", fault="the gateway is starting or stopping")
         return
     restart_keys: list[str] = []
+    warnings: list[str] = []
 
     def read() -> Settings:
         sources = read_sources()
         restart_keys.extend(sources.restart_keys(running))
-        return Settings.of(sources)
+        try:
+            return Settings.of(sources)
+        finally:
+            warnings.extend(sources.warnings)
 
     try:
-        settings = gevent.get_hub().threadpool.apply(read)
+        try:
+            settings = gevent.get_hub().threadpool.apply(read)
+        finally:
+            for warning in warnings:
+                _log.warning("Questionable setting", warning=warning)
         can_reload_providers = "llm_url" not in restart_keys
         if can_reload_providers:
             gateway.reload(settings)
