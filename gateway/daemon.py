@@ -14,7 +14,7 @@ import gevent.event
 
 from actors.state_dump import log_state_dump, track_greenlets
 from gateway.app import Gateway, bargein_version
-from gateway.process import Console, log_loop_errors, notify_systemd, raise_open_file_limit
+from gateway.process import Console, fit_to_open_files, log_loop_errors, notify_systemd
 from gateway.settings.options import Config
 from gateway.settings.settings import Settings, SettingsError
 from gateway.settings.sources import ConfigSources
@@ -46,6 +46,7 @@ def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], N
     """
     # Startup: signals first, so that none is lost.
     stop = _handle_stop_signals(console)
+    settings = fit_to_open_files(settings)
     gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
     gateway.metrics.log_lines_lost.set_function(lambda: console.lost)
     has_started = gevent.event.Event()
@@ -59,7 +60,6 @@ def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], N
     if hasattr(signal, "SIGHUP"):
         gevent.signal_handler(signal.SIGHUP, reload_once_started)
     log_loop_errors()
-    raise_open_file_limit(settings)
     try:
         gateway.start()
     except OSError as error:
