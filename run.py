@@ -220,13 +220,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         given = read_settings()
-        for warning in given.warnings:
-            console.complain(f"warning: {warning}")
+        faults: list[str] = []
         try:
             settings = Settings.of(given)
         except SettingsError as error:
-            for fault in error.faults:
-                console.complain(f"error: {fault}")
+            faults = error.faults
+        for warning in given.warnings:
+            console.complain(f"warning: {warning}")
+        for fault in faults:
+            console.complain(f"error: {fault}")
+        if faults:
             return 2
         if args.command == "check-config":
             _print("\n".join(["ok", *given.report()]))

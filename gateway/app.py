@@ -180,6 +180,8 @@ class Gateway:
             return f"out of capacity: {self.sessions.taken} sessions (--max-sessions)"
         if self.requests.is_full:
             return f"out of capacity: {self.requests.taken} live requests (--max-requests)"
+        if self.server.is_full:
+            return f"out of capacity: {self.server.connections} connections (limit on open files)"
         return None
 
     def reload(self, settings: Settings) -> None:

@@ -14,7 +14,7 @@ import gevent.event
 
 from actors.state_dump import log_state_dump, track_greenlets
 from gateway.app import Gateway, bargein_version
-from gateway.process import Console, log_loop_errors, notify_systemd, raise_open_file_limit
+from gateway.process import Console, fit_to_open_files, log_loop_errors, notify_systemd
 from gateway.settings.options import Config
 from gateway.settings.settings import Settings, SettingsError
 from gateway.settings.sources import ConfigSources
@@ -46,6 +46,7 @@ def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], N
     """
     # Startup: signals first, so that none is lost.
     stop = _handle_stop_signals(console)
+    settings = fit_to_open_files(settings)
     gateway = Gateway(settings, on_give_up=lambda: stop.set(None))
     gateway.metrics.log_lines_lost.set_function(lambda: console.lost)
     has_started = gevent.event.Event()
@@ -59,7 +60,6 @@ def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], N
     if hasattr(signal, "SIGHUP"):
         gevent.signal_handler(signal.SIGHUP, reload_once_started)
     log_loop_errors()
-    raise_open_file_limit(settings)
     try:
         gateway.start()
     except OSError as error:
@@ -165,14 +165,22 @@ def reload(gateway: Gateway, running: Config, read_sources: Callable[[], ConfigS
         _log.error("Not reloaded", fault="the gateway is starting or stopping")
         return
     restart_keys: list[str] = []
+    warnings: list[str] = []
 
     def read() -> Settings:
         sources = read_sources()
         restart_keys.extend(sources.restart_keys(running))
-        return Settings.of(sources)
+        try:
+            return Settings.of(sources)
+        finally:
+            warnings.extend(sources.warnings)
 
     try:
-        settings = gevent.get_hub().threadpool.apply(read)
+        try:
+            settings = gevent.get_hub().threadpool.apply(read)
+        finally:
+            for warning in warnings:
+                _log.warning("Questionable setting", warning=warning)
         can_reload_providers = "llm_url" not in restart_keys
         if can_reload_providers:
             gateway.reload(settings)

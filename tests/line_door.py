@@ -26,7 +26,7 @@ from actors.session.messages import (
     SessionMessage,
 )
 from actors.session.port import Goodbye, InterruptDone, SessionFacts
-from actors.session.profile import FunctionDefinition, Profile
+from actors.session.profile import Function, FunctionDefinition, Profile
 from actors.session.session import Registration, Sessions
 from actors.words import ErrorCode, InterruptReason
 from llm.chat.completions import ToolCall
@@ -39,7 +39,7 @@ class LineDoor:
         self._sock = sock
         self._lines: deque[tuple[str, LineOutlet | None, Callable[[], None]]] = deque()
         self._has_lines = gevent.event.Event()
-        functions = (FunctionDefinition("look"),)
+        functions = (Function.of(FunctionDefinition("look")),)
         registration = Registration("socketpair", Profile(functions=functions))
         session = sessions.open(self, registration)
         assert session is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -563,6 +564,7 @@ class Stand:
 
     def write(self, **keys: str) -> None:
         lines = [f'{name} = "{hash_api_key(key)}"\n' for name, key in keys.items()]
+        self.auth_file.touch(mode=0o600)
         self.auth_file.write_text("[api_keys]\n" + "".join(lines))
 
     def configure(self, **settings: Any) -> None:
@@ -599,6 +601,22 @@ def stand(tmp_path: Path) -> Iterator[Stand]:
     said = stand.daemon.log + stand.daemon.output
     for secret in (KEY, OTHER_KEY, hash_api_key(KEY)[7:], hash_api_key(OTHER_KEY)[7:]):
         assert secret not in said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have no modes here")
+@pytest.mark.parametrize("mode", [0o644, 0o602, 0o660])
+def test_a_reload_warns_of_a_file_that_is_open_to_others(stand: Stand, mode: int) -> None:
+    def warnings() -> list[str]:
+        lines = stand.hang_up("Reloaded")
+        return [line["warning"] for line in lines if line["event"] == "Questionable setting"]
+
+    assert warnings() == []
+    stand.auth_file.chmod(mode)
+    (warning,) = warnings()
+    assert f"{str(stand.auth_file)!r} has mode {mode:04o}: " in warning
+    assert stand.lets_in(KEY)
+    stand.auth_file.chmod(0o600)
+    assert warnings() == []
 
 
 def test_a_reload_takes_a_new_key_and_drops_an_old_one_and_sessions_go_on(stand: Stand) -> None:

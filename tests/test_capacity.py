@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from actors.row import make_report
 from actors.session.messages import ConnectionLost
 from actors.words import OnNewRequest
 from gateway.app import Gateway
+from gateway.process import share_files
 from gateway.server.server import ServerSettings
 from gateway.settings.settings import Settings
 from gateway.wire.frames import (
@@ -35,7 +37,7 @@ from llm.errors import StreamError
 from llm.stage import Ending
 from tests.fakes import LIMIT, FakeSource
 from tests.harness import scripts
-from tests.harness.client import Client, wait_until
+from tests.harness.client import Client, Received, wait_until
 from tests.harness.daemon import Daemon
 from tests.harness.provider_process import ProviderProcess
 from tests.test_prometheus import free_port
@@ -611,3 +613,135 @@ def open_files(daemon: Daemon) -> tuple[int, int]:
     import resource
 
     return resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+
+
+# Open files and live requests --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "connections", "requests", "per_request", "shares"),
+    [
+        (math.inf, 10_128, 1000, 1, (0, 1000)),  # macOS has no limit
+        (math.inf, 0, 0, 2, (0, 0)),
+        (11_384, 10_128, 1000, 1, (10_128, 1000)),  # exactly enough
+        (11_383, 10_128, 1000, 1, (10_128, 999)),  # sessions first
+        (1_048_576, 10_128, 1000, 1, (1_047_320, 1000)),
+        (65_536, 10_128, 0, 1, (10_128, 55_152)),  # no limit becomes one
+        (600, 228, 1000, 1, (228, 116)),
+        (1024, 10_128, 1000, 1, (576, 192)),  # sessions do not fit: a quarter is for requests
+        (4096, 10_128, 1000, 1, (3340, 500)),  # or half of what was asked for
+        (4096, 10_128, 1000, 2, (2880, 480)),  # each holds two
+        (4096, 10_128, 10, 1, (3835, 5)),
+        (4096, 10_128, 0, 1, (2880, 960)),
+        (1024, 0, 1000, 1, (384, 384)),  # sessions without a limit: half
+        (5000, 0, 1000, 2, (2744, 1000)),
+        (64, 10_128, 1000, 1, (24, 8)),
+        (8, 10_128, 1000, 2, (2, 1)),  # always one
+        (1024, 10_128, 1, 1, (767, 1)),
+    ],
+)
+def test_files_are_shared_between_clients_and_live_requests(
+    files: float, connections: int, requests: int, per_request: int, shares: tuple[int, int]
+) -> None:
+    assert share_files(files, connections, requests, per_request) == shares
+    open_at_most, live_at_most = shares
+    if math.isfinite(files):
+        assert open_at_most + live_at_most * per_request <= files
+
+
+def frames_of_each(client: Client, ids: list[str], *, ended: bool) -> list[list[Received]]:
+    """The frames of each request, once each has one; or, with `ended`, once each has ended."""
+
+    def is_there(frames: list[Received]) -> bool:
+        return any(frame.is_terminal or not ended for frame in frames)
+
+    while not all(is_there(client.frames_of(request_id)) for request_id in ids):
+        client.next()
+    return [client.frames_of(request_id) for request_id in ids]
+
+
+@needs_limits
+@pytest.mark.parametrize(
+    ("limits", "arguments", "live", "connected"),
+    [
+        ((100, 100), (), 12, 38),
+        ((40, 128), ("--max-sessions", "0"), 32, 32),
+        ((128, 128), ("--llm-fallback-url", "{url}", "--llm-fallback-model", "b"), 8, 48),
+    ],
+)
+def test_a_request_never_lacks_a_file_whatever_clients_take(
+    provider: ProviderProcess,
+    crowd: Callable[[int, int], list[socket.socket]],
+    limits: tuple[int, int],
+    arguments: tuple[str, ...],
+    live: int,
+    connected: int,
+) -> None:
+    ops_port = free_port()
+    more = [one.replace("{url}", provider.base_url) for one in arguments]
+    command = [*provider_arguments(provider), *more, "--ops-port", str(ops_port)]
+    hanging = provider.fresh(scripts.idle_mid_stream(["Once"]))
+    with (
+        Daemon(*command, "--on-new-request", "parallel", launcher=files(*limits)) as daemon,
+        contextlib.ExitStack() as stack,
+    ):
+        (warning,) = [
+            line
+            for line in map(json.loads, daemon.log.splitlines())
+            if line["level"] == "warning" and line["component"] == "SYS"
+        ]
+        assert warning["event"] == "Open file limit too low for all clients"
+        assert (warning["limit"], warning["max_requests"], warning["connections"]) == (
+            limits[1],
+            live,
+            connected,
+        )
+        clients = [stack.enter_context(Client(daemon.port)) for _ in range(6)]
+        crowd(daemon.port, 200)
+        wait_until(lambda: "Cannot accept connections" in daemon.log, "clients have their share")
+        assert get(ops_port, "/readyz") == (
+            503,
+            f"not ready: out of capacity: {connected} connections (limit on open files)\n",
+        )
+        for _ in range(2):  # again, when the first ones have been stopped
+            asked = [(client, [client.request(hanging) for _ in range(8)]) for client in clients]
+            begun = [
+                one for client, ids in asked for one in frames_of_each(client, ids, ended=False)
+            ]
+            first = [frames[0] for frames in begun]
+            texts = [frame.text for frame in first if frame.msg_type == "RESPONSE"]
+            errors = [frame.payload for frame in first if frame.msg_type == "ERROR"]
+            assert texts == ["Once"] * live
+            assert [error["error_code"] for error in errors] == ["SERVER_BUSY"] * (48 - live)
+            assert get(ops_port, "/readyz") == (
+                503,
+                f"not ready: out of capacity: {live} live requests (--max-requests)\n",
+            )
+            for client in clients:
+                client.interrupt(None)
+                client.wait_ack()
+            ended = [
+                one for client, ids in asked for one in frames_of_each(client, ids, ended=True)
+            ]
+            outcomes = [frames[-1].payload["outcome"] for frames in ended]
+            assert outcomes.count("INTERRUPTED") == live
+            assert outcomes.count("FAILED") == 48 - live
+        assert "Traceback" not in daemon.log
+
+
+def test_it_is_not_ready_while_clients_wait_for_files(
+    make_gateway: Callable[..., Gateway],
+) -> None:
+    gateway = make_gateway(server=ServerSettings(max_open=2), ops_port=free_port())
+    assert gateway.ops is not None
+    with Client(gateway.server.port) as first, Client(gateway.server.port) as second:
+        said = "not ready: out of capacity: 2 connections (limit on open files)\n"
+        assert get(gateway.ops.port, "/readyz") == (503, said)
+        waiting = socket.create_connection(("127.0.0.1", gateway.server.port), LIMIT)
+        second.close()
+        waiting.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert waiting.recv(12) == b"HTTP/1.1 200"  # it is its turn now
+        waiting.close()
+        wait_until(lambda: gateway.server.connections == 1, "they have left")
+        assert get(gateway.ops.port, "/readyz") == READY
+        assert first.session_id

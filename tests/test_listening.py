@@ -109,3 +109,33 @@ def test_other_faults_are_left_to_gevent(refusing: Callable[[int, int], Refusing
     one.failures_left = 1
     with pytest.raises(OSError, match="no room"):
         one.server.do_read()
+
+
+def test_beyond_the_most_that_may_be_open_clients_wait_until_others_leave(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(listening, "_RETRY_SECONDS", 0.001)
+
+    def serve(sock: socket.socket, _address: object) -> None:
+        sock.sendall(b"!")
+        sock.recv(1)  # until the client leaves
+
+    server = Listening(("127.0.0.1", 0), serve)
+    server.max_open = 2
+    rooms: list[None] = []
+    server.make_room = lambda: rooms.append(None)
+    server.start()
+    assert server.server_port is not None
+    address = ("127.0.0.1", server.server_port)
+    lanes().wait_turn()
+    with capture_logs() as logs:
+        clients = [socket.create_connection(address, LIMIT) for _ in range(5)]
+        for client in clients:
+            assert client.recv(1) == b"!"
+            assert server.open_now <= 2
+            client.close()
+    assert rooms
+    assert [(log["event"], log["error"]) for log in logs] == [
+        ("Cannot accept connections", "Too many open files")
+    ]
+    server.stop()

@@ -24,7 +24,7 @@ from prometheus_client.registry import Collector
 from actors.loop import loop_lag
 from actors.loop.loop_lag import INTERVAL_SECONDS, LoopLag
 from actors.loop.slices import in_slices
-from gateway.ops import server as ops
+from gateway.ops import connections
 from gateway.ops.server import OpsServer
 from metrics.instruments import Metrics, exemplar
 from tests.harness.client import wait_until
@@ -226,7 +226,7 @@ def test_a_connection_without_a_request_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.02)
+    monkeypatch.setattr(connections, "FIRST_REQUEST_SECONDS", 0.02)
     with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as sock:
         sock.sendall(said)
         while sock.recv(4096):
@@ -236,7 +236,7 @@ def test_a_connection_without_a_request_is_dropped(
 
 
 def test_a_scraper_may_be_idle_for_longer(served: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr(connections, "FIRST_REQUEST_SECONDS", 0.2)
     connection = HTTPConnection("127.0.0.1", served.port, timeout=LIMIT)
     connection.request("GET", "/metrics")
     connection.getresponse().read()
@@ -253,7 +253,7 @@ def test_a_scraper_may_be_idle_for_longer(served: Ops, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/health", "/nothing"])
 def test_only_scrapers_keep_their_connections(served: Ops, path: str) -> None:
     with socket.create_connection(("127.0.0.1", served.port), timeout=1) as sock:
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         answer = b"".join(iter(lambda: sock.recv(4096), b""))  # to its end
     assert b"\r\nConnection: close\r\n" in answer
 
@@ -262,13 +262,13 @@ def test_only_scrapers_keep_their_connections(served: Ops, path: str) -> None:
 def test_idle_connections_do_not_block_the_port(
     served: Ops, path: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_FIRST_REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "FIRST_REQUEST_SECONDS", 0.3)
     with contextlib.ExitStack() as idle:
-        for _ in range(ops._MAX_CONNECTIONS):
+        for _ in range(connections.MAX_CONNECTIONS):
             sock = socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT)
             idle.enter_context(sock)
             if path is not None:
-                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+                sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 assert sock.recv(4096)
         began = time.monotonic()
         assert served.ask("/livez")[0].status == 200
@@ -287,6 +287,285 @@ def test_after_a_stop_connections_are_refused(served: Ops) -> None:
     served.server.stop()
     with pytest.raises(ConnectionRefusedError):
         served.ask("/livez")
+
+
+class Stranger:
+    """A connection that is used byte by byte."""
+
+    def __init__(self, served: Ops) -> None:
+        self.sock = socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT)
+
+    def send(self, data: bytes) -> None:
+        """Send; no matter if the gateway has closed the connection."""
+        with contextlib.suppress(OSError):
+            self.sock.sendall(data)
+
+    def rest(self) -> bytes:
+        """What comes until the gateway closes the connection."""
+        received = b""
+        with contextlib.suppress(ConnectionError):
+            while data := self.sock.recv(65536):
+                received += data
+        return received
+
+    def is_open(self) -> bool:
+        """Whether the connection is open, and nothing was received."""
+        self.sock.setblocking(False)
+        try:
+            return self.sock.recv(1) != b""
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            return False
+        finally:
+            self.sock.settimeout(LIMIT)
+
+
+@pytest.fixture
+def stranger(served: Ops) -> Iterator[Callable[[], Stranger]]:
+    """Makes connections, and closes them after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make() -> Stranger:
+            stranger = Stranger(served)
+            stack.callback(stranger.sock.close)
+            return stranger
+
+        yield make
+
+
+def open_connections(served: Ops) -> int:
+    return len(served.server._server.connections)
+
+
+GET = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n"
+
+
+@pytest.mark.parametrize(
+    "drops",
+    [
+        [b"GET /livez HTTP/1.1\r\n"] + [b"x"] * 1000,
+        [b"\r\n"] + [b"G"] * 1000,
+        [GET] + [b"a: b\r\n"] * 1000,
+    ],
+)
+def test_a_head_that_comes_in_drops_is_dropped_in_time(
+    served: Ops,
+    stranger: Callable[[], Stranger],
+    drops: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "FIRST_REQUEST_SECONDS", 0.1)
+    slow = stranger()
+    began = time.monotonic()
+    for drop in drops:
+        slow.send(drop)
+        gevent.sleep(0.01)
+        if not slow.is_open():
+            break
+    assert time.monotonic() - began < 5
+    wait_until(lambda: open_connections(served) == 0, "it is dropped")
+    assert served.ask("/livez")[0].status == 200
+
+
+def test_further_heads_have_a_limit_too(
+    served: Ops, stranger: Callable[[], Stranger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.1)
+    slow = stranger()
+    slow.send(GET + b"\r\n" + GET)
+    assert slow.rest().startswith(b"HTTP/1.1 200 OK\r\n")
+    assert open_connections(served) == 0
+
+
+def test_an_idle_scraper_is_dropped_in_the_end(
+    served: Ops, stranger: Callable[[], Stranger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "KEEP_ALIVE_SECONDS", 0.1)
+    idle = stranger()
+    idle.send(GET + b"\r\n")
+    answer = idle.rest()
+    assert answer.count(b"HTTP/1.1 200 OK\r\n") == 1
+    assert b"Connection: close" not in answer
+
+
+def test_who_does_not_read_the_answers_is_dropped(
+    served: Ops, stranger: Callable[[], Stranger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "ANSWER_SECONDS", 0.1)
+    family = GaugeMetricFamily("big", "x" * 1_000_000, value=1)
+
+    class Big(Collector):
+        def collect(self) -> Iterator[GaugeMetricFamily]:
+            yield family
+
+    served.registry.register(Big())
+    deaf = stranger()
+    deaf.send((GET + b"\r\n") * 50)  # more than the kernel holds for it
+    wait_until(lambda: open_connections(served) == 1, "it is served")
+    wait_until(lambda: open_connections(served) == 0, "it is dropped")
+    assert served.ask("/livez")[0].status == 200
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\na: " + b"b" * 60_000,
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + b"a: bbbbbbbbbbbbbbbbbbbb\r\n" * 3000,
+        b"GET /livez HTTP/1.1\r\nHost: localhost\r\n" + (b"a: " + b"b" * 10_000 + b"\r\n") * 90,
+        b"GET /" + b"a" * 60_000,
+    ],
+)
+def test_a_head_has_a_greatest_length(
+    served: Ops,
+    stranger: Callable[[], Stranger],
+    head: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "FIRST_REQUEST_SECONDS", 60.0)  # so it is not the time
+    long = stranger()
+    long.send(head)
+    answer = long.rest()
+    assert not answer or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 414 "))
+    assert served.ask("/livez")[0].status == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Content-Length: 1000000000000\r\n\r\n",
+        b"Content-Length: 5\r\n\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"x" * 1024 + b"\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\nno chunk\r\n",
+        b"Expect: 100-continue\r\nContent-Length: 10\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("method", [b"POST", b"GET"])
+def test_no_body_is_waited_for_or_read(
+    served: Ops, stranger: Callable[[], Stranger], method: bytes, body: bytes
+) -> None:
+    sender = stranger()
+    sender.send(GET.replace(b"GET", method) + body)
+    status = b"405" if method == b"POST" else b"200"
+    assert sender.sock.recv(12) == b"HTTP/1.1 " + status
+    assert sender.rest()  # and it is closed
+    assert open_connections(served) == 0
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /me", GET, GET + b"\r\n", GET + b"\r\n" + GET])
+def test_a_crowd_of_strangers_keeps_no_scraper_out_and_holds_no_more_files(
+    served: Ops, stranger: Callable[[], Stranger], said: bytes
+) -> None:
+    most = connections.MAX_CONNECTIONS + connections._CLOSING_CONNECTIONS
+    for _ in range(2 * most):
+        stranger().send(said)
+    assert open_connections(served) <= connections.MAX_CONNECTIONS
+    for path in ("/livez", "/metrics", "/readyz"):
+        began = time.monotonic()
+        assert served.ask(path)[0].status == 200
+        assert time.monotonic() - began < 2
+    assert served.server._server.open_now <= most
+    wait_until(
+        lambda: served.server._server.open_now <= connections.MAX_CONNECTIONS,
+        "those that made way are closed",
+    )
+
+
+def test_who_has_asked_nothing_makes_way_before_a_scraper_and_the_oldest_first(
+    served: Ops, stranger: Callable[[], Stranger]
+) -> None:
+    scraper = stranger()
+    scraper.send(GET + b"\r\n")
+    assert scraper.sock.recv(65536)
+    silent = [stranger() for _ in range(connections.MAX_CONNECTIONS - 1)]
+    wait_until(lambda: open_connections(served) == connections.MAX_CONNECTIONS, "all are in")
+    late = stranger()
+    assert silent[0].rest() == b""
+    assert all(one.is_open() for one in [*silent[1:], late])
+    scraper.send(GET + b"\r\n")
+    assert b"200 OK" in scraper.sock.recv(65536)
+
+
+def test_garbage_is_answered_or_hung_up_on_and_leaves_no_traceback(
+    served: Ops, stranger: Callable[[], Stranger], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for garbage in (
+        b"\r\n\r\n",
+        b"hello\r\n\r\n",
+        b"GET /metrics HTTP/9.9\r\n\r\n",
+        b"GET /metrics HTTP/1\r\n\r\n",
+        b"GET /metrics HTTP/x.y\r\n\r\n",
+        b"GET /metrics\r\n\r\n",
+        b"POST /metrics\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nContent-Length: -1\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\n folded\r\n\r\n",
+        b"GET /metrics HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n",
+        b"GET /%ff%00%zz HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n",
+        bytes(range(256)) + b"\r\n\r\n",
+        GET + b"Connection: close\r\n\r\n" + bytes(range(256)),
+    ):
+        sender = stranger()
+        sender.send(garbage)
+        sender.sock.shutdown(socket.SHUT_WR)
+        sender.rest()
+    assert served.ask("/livez")[0].status == 200
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+# Who may ask -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "http://localhost"},
+        {"Origin": "null"},
+        {"Host": "evil.example"},
+        {"Host": "localhost#.evil.example"},
+        {"Host": "evil@127.0.0.1"},
+        {"Host": "127.0.0.1:80:80"},
+        {"Host": ""},
+    ],
+)
+@pytest.mark.parametrize("path", ["/metrics", "/health", "/nothing"])
+def test_web_pages_of_other_origins_are_refused(
+    served: Ops, headers: dict[str, str], path: str
+) -> None:
+    response, body = served.ask(path, headers=headers)
+    assert response.status == 403
+    assert response.headers["Connection"] == "close"
+    assert b"bargein_" not in body
+    for host in ("localhost", "127.0.0.1:9464", "[::1]"):
+        assert served.ask(path, headers={"Host": host})[0].status in (200, 404)
+
+
+def test_an_old_health_check_that_names_no_host_is_served(
+    served: Ops, stranger: Callable[[], Stranger]
+) -> None:
+    old = stranger()
+    old.send(b"GET /livez HTTP/1.0\r\n\r\n")
+    assert old.rest().endswith(b"\r\n\r\nok\n")
+
+
+def test_where_it_listens_beyond_loopback_a_scraper_may_use_any_name() -> None:
+    registry = CollectorRegistry()
+    server = OpsServer("0.0.0.0", 0, registry, dict, lambda: None)
+    server.start()
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=LIMIT)
+    for headers, status in (
+        ({"Host": "bargein:9464"}, 200),
+        ({"Host": "bargein:9464", "Origin": "https://evil.example"}, 403),
+    ):
+        connection.request("GET", "/metrics", headers=headers)
+        response = connection.getresponse()
+        response.read()
+        assert response.status == status
+    connection.close()
+    server.stop()
 
 
 # The loop's lag ----------------------------------------------------------------------------------

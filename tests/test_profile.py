@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from typing import Any
 
+import msgspec
 import pytest
 
 from actors.session.profile import (
     MAX_FUNCTIONS,
+    MAX_FUNCTIONS_BYTES,
     FunctionDefinition,
     FunctionOp,
     FunctionParameter,
@@ -18,9 +22,10 @@ from actors.session.profile import (
     SystemPrompt,
     UpdateError,
 )
+from actors.words import ErrorCode
 from gateway.wire.attachment import profile_of
-from gateway.wire.frames import ApiKeyAuth, Register
-from llm.chat.completions import Message, Tool
+from gateway.wire.frames import MAX_TEXT_BYTES, ApiKeyAuth, Register
+from llm.chat.completions import Message, Prompt, Tool, encode_body
 
 
 def registered(**fields: Any) -> Profile:
@@ -102,7 +107,10 @@ def test_an_update_of_nothing_changes_nothing() -> None:
             SessionUpdate(scene_context=SceneContext(None, ["pan"])),
             {"scene": SceneContext(None, ["pan"])},
         ),
-        (update_of(FunctionOp.REPLACE, *functions("z")), {"functions": (*functions("z"),)}),
+        (
+            update_of(FunctionOp.REPLACE, *functions("z")),
+            {"functions": registered(function_calling=functions("z")).functions},
+        ),
     ],
 )
 def test_an_update_changes_what_it_names_and_nothing_else(
@@ -139,7 +147,7 @@ def test_functions_are_replaced_added_updated_and_deleted_by_name(
 
 def test_an_updated_function_has_its_new_definition_and_the_others_their_old_one() -> None:
     after = FULL.updated([update_of(FunctionOp.UPDATE, *functions("b", description="new"))])
-    assert [function.description for function in after.functions] == [None, "new", None]
+    assert [one.definition.description for one in after.functions] == [None, "new", None]
 
 
 @pytest.mark.parametrize(
@@ -189,6 +197,119 @@ def test_a_session_has_as_many_functions_as_providers_take_and_no_more() -> None
         full.updated([update_of(FunctionOp.ADD, *functions("another"))])
 
 
+# Their size --------------------------------------------------------------------------------------
+
+LIMIT_BYTES = 1000
+
+
+def of_size(name: str, size: int) -> FunctionDefinition:
+    """A function whose JSON has so many bytes."""
+    empty = FunctionDefinition(name, "")
+    return FunctionDefinition(name, "x" * (size - len(msgspec.json.encode(empty))))
+
+
+def size_of(profile: Profile) -> int:
+    return sum(function.size_bytes for function in profile.functions)
+
+
+@pytest.fixture
+def nearly_full() -> Profile:
+    """The functions of a session that are as large as they may be together."""
+    profile = registered(function_calling=[of_size("a", 500), of_size("b", 500)])
+    assert size_of(profile) == LIMIT_BYTES
+    return profile
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        update_of(FunctionOp.ADD, FunctionDefinition("c")),
+        update_of(FunctionOp.UPDATE, of_size("b", 501)),
+        update_of(FunctionOp.REPLACE, of_size("c", 1001)),
+        update_of(None, *(of_size(f"f{n}", 100) for n in range(11))),
+        # Short in the frame, long as it is written by us.
+        update_of(FunctionOp.REPLACE, FunctionDefinition("c", None, {"p": [1e15] * 100})),
+    ],
+)
+def test_functions_that_are_too_large_together_are_refused_and_change_nothing(
+    nearly_full: Profile, update: SessionUpdate
+) -> None:
+    before = (nearly_full, size_of(nearly_full))
+    size = size_of(nearly_full.updated([update], 0))  # without a limit
+    assert size > LIMIT_BYTES
+    with pytest.raises(UpdateError) as refused:
+        nearly_full.updated([SessionUpdate(require_tts=True), update], LIMIT_BYTES)
+    assert refused.value.code is ErrorCode.PAYLOAD_TOO_LARGE
+    assert refused.value.detail == f"{size} bytes of functions; the limit is {LIMIT_BYTES}"
+    assert (nearly_full, size_of(nearly_full)) == before
+    assert size_of(nearly_full.updated([update], size)) == size
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        SessionUpdate(require_tts=True),
+        update_of(FunctionOp.UPDATE, of_size("b", 500)),
+        update_of(FunctionOp.REPLACE, of_size("c", 1000)),
+        update_of(FunctionOp.DELETE, "a"),
+        update_of(FunctionOp.DELETE, *functions("a", "b", description="x" * 2000)),
+    ],
+)
+def test_functions_that_are_just_small_enough_are_kept(
+    nearly_full: Profile, update: SessionUpdate
+) -> None:
+    assert size_of(nearly_full.updated([update], LIMIT_BYTES)) <= LIMIT_BYTES
+
+
+def test_by_default_they_may_fill_one_text_frame() -> None:
+    assert MAX_FUNCTIONS_BYTES == MAX_TEXT_BYTES
+    full = registered(function_calling=[of_size("a", MAX_FUNCTIONS_BYTES)])
+    with pytest.raises(UpdateError, match=f"the limit is {MAX_FUNCTIONS_BYTES}"):
+        full.updated([update_of(FunctionOp.ADD, FunctionDefinition("b"))])
+    with pytest.raises(UpdateError) as refused:
+        registered(function_calling=[of_size("a", MAX_FUNCTIONS_BYTES + 1)])
+    assert refused.value.code is ErrorCode.PAYLOAD_TOO_LARGE
+
+
+@pytest.mark.parametrize(
+    "inside",
+    [
+        b'{"properties":{"p":{"enum":[' + b",".join([b"{}"] * 60_000) + b"]}}}",
+        b'{"type":"object","properties":{"p":{"enum":[' + b",".join([b"[[]]"] * 40_000) + b"]}}}",
+        b'{"type":"object","properties":{'
+        + b",".join(b'"%d":{}' % n for n in range(15_000))
+        + b"}}",
+    ],
+)
+def test_functions_take_as_much_memory_as_their_json(inside: bytes) -> None:
+    definition = b'[{"name":"f","parameters":' + inside + b"}]"
+    kept = []
+    gc.collect()
+    tracemalloc.start()
+    for _ in range(5):
+        decoded = msgspec.json.decode(definition, type=list[FunctionDefinition])
+        kept.append(registered(function_calling=decoded))
+        del decoded
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 5 * (2 * len(definition) + 10_000)
+
+
+def test_a_function_is_asked_for_and_offered_as_it_was_given() -> None:
+    given = FunctionDefinition("f", "what it does", {"type": "object", "properties": {"é": True}})
+    (function,) = registered(function_calling=[given]).functions
+    assert msgspec.json.encode(function.definition) == msgspec.json.encode(given)
+    assert function.tool.parameters is function.definition.parameters  # in memory only once
+    body = encode_body("m", Prompt((), (function.tool, function.tool)))
+    schema = '{"type":"object","properties":{"é":true}}'
+    tool = (
+        '{"type":"function","function":{"name":"f","description":"what it does","parameters":'
+        f"{schema}}}}}"
+    )
+    assert f'"tools":[{tool},{tool}]'.encode() in body
+
+
 # What the model is told --------------------------------------------------------------------------
 
 
@@ -223,6 +344,10 @@ def tool(parameters: Any, description: str | None = None) -> Tool:
     return made
 
 
+def schema_of(parameters: Any) -> Any:
+    return msgspec.json.decode(tool(parameters).parameters)
+
+
 def test_a_json_schema_is_offered_as_it_was_given() -> None:
     schema = {
         "type": "object",
@@ -230,24 +355,24 @@ def test_a_json_schema_is_offered_as_it_was_given() -> None:
         "required": ["city"],
         "additionalProperties": False,
     }
-    assert tool(schema, "the weather") == Tool("f", "the weather", schema)
+    made = tool(schema, "the weather")
+    assert (made.name, made.description) == ("f", "the weather")
+    assert schema_of(schema) == schema
 
 
 @pytest.mark.parametrize("parameters", [None, {}, []])
 def test_a_function_without_parameters_has_the_schema_of_an_empty_object(parameters: Any) -> None:
-    assert tool(parameters) == Tool("f", "", {"type": "object", "properties": {}})
+    assert tool(parameters).description == ""
+    assert schema_of(parameters) == {"type": "object", "properties": {}}
 
 
 def test_a_schema_that_leaves_out_its_type_gets_it() -> None:
     properties = {"city": {"type": "string"}}
-    assert tool({"properties": properties}).parameters == {
-        "type": "object",
-        "properties": properties,
-    }
+    assert schema_of({"properties": properties}) == {"type": "object", "properties": properties}
 
 
 def test_a_list_of_parameters_becomes_a_schema() -> None:
-    made = tool(
+    made = schema_of(
         [
             FunctionParameter("city", "string", "where"),
             FunctionParameter("days", "integer", required=False),
@@ -255,7 +380,7 @@ def test_a_list_of_parameters_becomes_a_schema() -> None:
             FunctionParameter("more", "array", required=False),
         ]
     )
-    assert made.parameters == {
+    assert made == {
         "type": "object",
         "properties": {
             "city": {"type": "string", "description": "where"},
@@ -269,5 +394,4 @@ def test_a_list_of_parameters_becomes_a_schema() -> None:
 
 def test_a_list_of_optional_parameters_requires_none() -> None:
     # JSON Schema of draft 4 has no empty `required`.
-    made = tool([FunctionParameter("days", "integer", required=False)])
-    assert "required" not in made.parameters
+    assert "required" not in schema_of([FunctionParameter("days", "integer", required=False)])

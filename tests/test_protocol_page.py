@@ -215,6 +215,10 @@ LIMITS: list[Row] = [
     ("an id: printable ASCII", _longest(RequestId)),
     ("a function's name: letters, digits, `_` and `-`", _longest(FunctionName)),
     ("functions of a session", f"{MAX_FUNCTIONS:,}"),
+    (
+        "their definitions together, as JSON without spaces",
+        f"{SessionSettings.max_functions_bytes:,} bytes",
+    ),
     ("nesting levels in the JSON of a schema or a result", f"{MAX_NESTING:,}"),
     ("ended ids that are remembered", f"{MAX_REMEMBERED_IDS:,}"),
     ("INTERRUPTs that wait for their request", f"{MAX_EARLY_INTERRUPTS:,}"),

@@ -620,6 +620,14 @@ def test_what_is_no_http_is_hung_up_on_and_harms_nobody(gateway: Gateway, data: 
         {"Host": "localhost.evil.example"},
         {"Host": ""},
         {"Host": "[", "Origin": "http://["},
+        {"Host": "localhost#.evil.example"},
+        {"Host": "evil@127.0.0.1"},
+        {"Host": "127.0.\t0.1"},
+        {"Host": "localhost:80:80"},
+        {"Host": "localhost:99999"},
+        {"Host": "[::1]evil"},
+        {"Host": "localhost", "Origin": "http://localhost#.evil.example"},
+        {"Host": "localhost", "Origin": "http://evil@localhost"},
     ],
 )
 def test_a_web_page_of_another_origin_cannot_connect(

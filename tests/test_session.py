@@ -1265,7 +1265,7 @@ def test_a_client_on_which_the_gateway_fails_is_closed_and_no_other(
     quota = Quota()
     failing, other = Given(sessions=quota), Given(sessions=quota)
     with monkeypatch.context() as patch:
-        patch.setattr("gateway.wire.attachment.profile_of", lambda _register: 1 / 0)
+        patch.setattr("gateway.wire.attachment.profile_of", lambda *_: 1 / 0)
         failing.tell(failing.frame(Register(ApiKeyAuth("key"))))
     assert failing.outbox.closed == (1011, "internal error")
     assert failing.door.unregistered == 0

@@ -24,7 +24,7 @@ from gateway.settings.sources import ConfigSources
 from llm.provider import StopsOnClose
 from run import make_parser
 from tests.harness import scripts
-from tests.harness.client import Client
+from tests.harness.client import Client, wait_until
 from tests.harness.daemon import Daemon, run_to_the_end
 from tests.harness.provider_process import ProviderProcess
 
@@ -98,6 +98,7 @@ class Bench:
         """The path of a file that accepts one API key."""
         path = self.path.with_name("auth.toml")
         path.write_text(f'[api_keys]\nkiosk = "sha256:{64 * "0"}"', encoding="utf-8")
+        path.chmod(0o600)
         return str(path)
 
     def settings(self) -> Settings:
@@ -363,6 +364,7 @@ ZERO_IS = {
     "heartbeat_interval": "none",
     "history_messages": "none",
     "history_chars": "none",
+    "max_functions_bytes": "no limit",
     "stale_after": "never",
     "reap_interval": "never",
     "request_max_age": "never",
@@ -1242,6 +1244,78 @@ def test_help_and_the_default_file_say_the_same(monkeypatch: pytest.MonkeyPatch)
 
 # No port for metrics, as the harness has it: else two tests would want the same one.
 NOTHING_SET = {"BARGEIN_OPS_PORT": ""}
+
+
+# Who may read the auth file ----------------------------------------------------------------------
+
+has_modes = pytest.mark.skipif(os.name != "posix", reason="files have no modes here")
+
+
+@has_modes
+@pytest.mark.parametrize(
+    ("mode", "what"),
+    [
+        (0o644, "every user can read it"),
+        (0o604, "every user can read it"),
+        (0o755, "every user can read it"),
+        (0o664, "every user can read it and its group can change it"),
+        (0o660, "its group can change it"),
+        (0o620, "its group can change it"),
+        (0o602, "every user can change it"),
+        (0o666, "every user can read it and every user can change it"),
+    ],
+)
+@pytest.mark.parametrize("source", SOURCES)
+def test_an_auth_file_that_is_open_to_others_is_a_warning(
+    bench: Bench, source: str, mode: int, what: str
+) -> None:
+    path = Path(bench.auth_file())
+    path.chmod(mode)
+    name = bench.give(source, "auth_file", str(path))
+    given = bench.read()
+    assert faults(given) == []
+    assert given.warnings == [
+        f"{name} {str(path)!r} has mode {mode:04o}: {what} (chmod 640 or 600)"
+    ]
+
+
+@has_modes
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o440, 0o700, 0o750])
+def test_an_auth_file_that_only_the_gateway_and_its_group_can_read_is_none(
+    bench: Bench, mode: int
+) -> None:
+    path = Path(bench.auth_file())
+    path.chmod(mode)
+    bench.give("flag", "auth_file", str(path))
+    given = bench.read()
+    assert faults(given) == []
+    assert given.warnings == []
+
+
+@has_modes
+def test_the_warning_stands_before_the_faults_of_other_settings(bench: Bench) -> None:
+    path = Path(bench.auth_file())
+    path.chmod(0o644)
+    done = run_to_the_end("check-config", "--auth-file", str(path), "--port", "no", env=NOTHING_SET)
+    assert done.returncode == 2
+    warning, error = done.stderr.splitlines()
+    assert warning.startswith(f"warning: --auth-file {str(path)!r} has mode 0644: ")
+    assert error.startswith("error: --port 'no' is not a port number")
+
+
+@has_modes
+@pytest.mark.parametrize("mode", [0o644, 0o662, 0o660])
+def test_check_config_and_the_start_print_it(bench: Bench, mode: int) -> None:
+    path = Path(bench.auth_file())
+    path.chmod(mode)
+    line = f"warning: --auth-file {str(path)!r} has mode {mode:04o}: "
+    done = run_to_the_end("check-config", "--auth-file", str(path), env=NOTHING_SET)
+    assert done.returncode == 0
+    assert done.stdout.startswith("ok\n")
+    assert done.stderr.startswith(line)
+    with Daemon("--auth-file", str(path)) as daemon:
+        wait_until(lambda: line in daemon.log, "it is printed")
+        assert daemon.log.count("has mode") == 1
 
 
 # As commands -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ tools, as the provider reads them."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -554,3 +554,72 @@ def test_functions_that_were_taken_away_are_not_offered_any_more() -> None:
     none_of_them = Request("req_2", "TEXT", RequestContent("Hi"), function_calling=[])
     given.tell(given.frame(none_of_them))
     assert b"tools" not in given.source.next().body
+
+
+# Their size --------------------------------------------------------------------------------------
+
+SMALL = 1000
+"""The limit on the bytes of functions, in these tests."""
+
+
+def large(name: str, size: int = SMALL) -> dict[str, Any]:
+    return {"name": name, "parameters": {"type": "object", "description": "x" * size}}
+
+
+@pytest.fixture
+def limited(make_gateway: Callable[..., Gateway]) -> Iterator[Client]:
+    """A client that has not registered yet, at a gateway where functions must be small."""
+    gateway = make_gateway(max_functions_bytes=SMALL)
+    with Client(gateway.server.port, register=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("op", "functions"),
+    [
+        ("ADD", [large("clock")]),
+        ("ADD", [large(f"f{number}", 150) for number in range(8)]),
+        ("UPDATE", [large("weather")]),
+        ("REPLACE", [CLOCK, large("weather")]),
+        (None, [large("clock", 10 * SMALL)]),
+    ],
+)
+def test_an_update_to_functions_that_are_too_large_names_the_limit_and_changes_nothing(
+    limited: Client,
+    provider: ProviderProcess,
+    place: str,
+    op: str | None,
+    functions: list[dict[str, Any]],
+) -> None:
+    limited.register(function_calling=[WEATHER])
+    before = session_data(limited)
+    request_id = ask(
+        limited,
+        "Hello",
+        place,
+        function_calling_op=op,
+        function_calling=functions,
+        require_tts=True,
+    )
+    refused = limited.wait_terminal(request_id).payload
+    assert (refused["error_code"], refused["retryable"]) == ("PAYLOAD_TOO_LARGE", False)
+    assert refused["error_detail"].endswith(f" bytes of functions; the limit is {SMALL}")
+    assert session_data(limited) == before
+    assert list(offered(body_of(limited, provider))) == ["weather"]
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [[large("one")], [large("one", 500), large("two", 500)], [CLOCK, large("one", 100_000)]],
+)
+def test_a_registration_with_functions_that_are_too_large_may_be_corrected(
+    limited: Client, functions: list[dict[str, Any]]
+) -> None:
+    auth = {"type": "API_KEY", "api_key": "test"}
+    limited.send("REGISTER", {"auth": auth, "function_calling": functions})
+    refused = limited.next().payload
+    assert refused["error_code"] == "PAYLOAD_TOO_LARGE"
+    assert refused["error_detail"].endswith(f" bytes of functions; the limit is {SMALL}")
+    limited.register(function_calling=[CLOCK])
+    assert session_data(limited)["function_calling"] == [CLOCK]

@@ -29,7 +29,7 @@ from actors.session.messages import (
     VoiceBroken,
 )
 from actors.session.port import Client
-from actors.session.profile import Profile, SessionUpdate, UpdateError
+from actors.session.profile import MAX_FUNCTIONS_BYTES, Profile, SessionUpdate, UpdateError
 from actors.session.request_ids import RequestIds
 from actors.session.voice import OpenVoice
 from actors.words import ErrorCode, InterruptReason, OnNewRequest, Outcome
@@ -40,15 +40,17 @@ _QUOTED_ID_CHARS = 64
 
 @dataclass(frozen=True)
 class ConversationSettings:
-    """How a conversation treats a new request while another is live.
+    """How a conversation treats a new request while another is live, and what it may keep.
 
     Args:
         on_new_request: the policy.
         max_parallel: how many requests may be live at once under `OnNewRequest.PARALLEL`.
+        max_functions_bytes: how many bytes the functions of the session may have; 0: no limit.
     """
 
     on_new_request: OnNewRequest
     max_parallel: int
+    max_functions_bytes: int = MAX_FUNCTIONS_BYTES
 
 
 class _Candidate(Struct, frozen=True):
@@ -205,7 +207,7 @@ class Conversation:
         except UpdateError as error:
             if candidate.is_voice:
                 self._voice.drop(request_id)
-            self._refuse_for_good(request_id, ErrorCode.MALFORMED_PAYLOAD, str(error))
+            self._refuse_for_good(request_id, error.code, error.detail)
             return
         # Step 6. There is nothing to answer: voice has to arrive first, and a request without text
         # only updates the session.
@@ -245,7 +247,10 @@ class Conversation:
             continuation = self._continuation_of(candidate.continues)
             if continuation is not None:
                 raise UpdateError(f"request {continuation!r} already continues this answer")
-        return self.profile.updated(candidate.updates)
+        return self._with_updates(candidate)
+
+    def _with_updates(self, candidate: _Candidate) -> Profile:
+        return self.profile.updated(candidate.updates, self._settings.max_functions_bytes)
 
     def _continuation_of(self, turn: Turn) -> str | None:
         """The id of the queued request that continues a turn; None if there is none."""
@@ -257,7 +262,7 @@ class Conversation:
     def _end_early(self, candidate: _Candidate, reason: InterruptReason) -> None:
         request_id = candidate.request_id
         with contextlib.suppress(UpdateError):  # it ends as interrupted in any case
-            self.profile = self.profile.updated(candidate.updates)
+            self.profile = self._with_updates(candidate)
         if candidate.is_voice:
             self._voice.drop(request_id)
         elif candidate.text:

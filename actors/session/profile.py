@@ -7,12 +7,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, TypeAlias
 
+import msgspec
 from msgspec import Meta, Struct
 
+from actors.words import ErrorCode
 from llm.chat.completions import Message, Tool
 
 MAX_FUNCTIONS = 128
 """The most functions of one session: providers accept no more."""
+
+MAX_FUNCTIONS_BYTES = 256 * 1024
+"""The default for how many bytes the definitions of one session may have together: as many as one
+text frame."""
 
 FunctionName: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z")]
 """The names that providers accept."""
@@ -84,8 +90,60 @@ class SessionUpdate(Struct, frozen=True):
     function_calling: list[FunctionDefinition | FunctionName] | None = None
 
 
+class EncodedDefinition(Struct, frozen=True, omit_defaults=True):
+    """A `FunctionDefinition` whose parameters are JSON. Its own JSON is the same."""
+
+    name: str
+    description: str | None = None
+    parameters: msgspec.Raw | None = None
+
+
+class Function(Struct, frozen=True):
+    """A function of a session. Its parameters are kept as JSON (`Tool` says why).
+
+    Args:
+        definition: as the client sent it.
+        tool: what the model is offered.
+    """
+
+    definition: EncodedDefinition
+    tool: Tool
+
+    @classmethod
+    def of(cls, definition: FunctionDefinition) -> Function:
+        """Encode a definition."""
+        name, description, given = definition.name, definition.description, definition.parameters
+        encoded = None if given is None else _encoded(given)
+        is_whole = isinstance(given, dict) and given.keys() >= {"type", "properties"}
+        # A schema that is offered as it was given is in memory only once.
+        schema = encoded if is_whole and encoded is not None else _encoded(_schema(given))
+        return cls(
+            EncodedDefinition(name, description, encoded), Tool(name, description or "", schema)
+        )
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in a session."""
+        return self.definition.name
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of its definition as JSON, without spaces."""
+        return len(_encoder.encode(self.definition))
+
+
 class UpdateError(Exception):
-    """An update is not possible. The text says why, for the client."""
+    """An update is not possible.
+
+    Args:
+        detail: why, for the client.
+        code: the error code for the client.
+    """
+
+    def __init__(self, detail: str, code: ErrorCode = ErrorCode.MALFORMED_PAYLOAD) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -97,20 +155,27 @@ class Profile:
     enable_srs: bool = True
     system_prompt: SystemPrompt = field(default_factory=SystemPrompt)
     scene: SceneContext = field(default_factory=SceneContext)
-    functions: tuple[FunctionDefinition, ...] = ()
+    functions: tuple[Function, ...] = ()
 
-    def updated(self, updates: Iterable[SessionUpdate]) -> Profile:
+    def updated(
+        self, updates: Iterable[SessionUpdate], max_functions_bytes: int = MAX_FUNCTIONS_BYTES
+    ) -> Profile:
         """Return the profile with all of these updates, applied in order.
+
+        Args:
+            updates: the updates.
+            max_functions_bytes: how many bytes the definitions of all functions may have together,
+                as JSON without spaces; 0: no limit.
 
         Raises:
             UpdateError: one of the updates is not possible.
         """
         profile = self
         for update in updates:
-            profile = profile._after(update)
+            profile = profile._after(update, max_functions_bytes)
         return profile
 
-    def _after(self, update: SessionUpdate) -> Profile:
+    def _after(self, update: SessionUpdate, max_functions_bytes: int) -> Profile:
         changes: dict[str, Any] = {
             "require_tts": update.require_tts,
             "enable_srs": update.enable_srs,
@@ -119,20 +184,25 @@ class Profile:
         }
         if update.function_calling is not None:
             op = update.function_calling_op or FunctionOp.REPLACE
-            changes["functions"] = self._functions_after(op, update.function_calling)
+            named = update.function_calling
+            changes["functions"] = self._functions_after(op, named, max_functions_bytes)
         return replace(self, **{name: new for name, new in changes.items() if new is not None})
 
     def _functions_after(
-        self, op: FunctionOp, named: list[FunctionDefinition | FunctionName]
-    ) -> tuple[FunctionDefinition, ...]:
+        self, op: FunctionOp, named: list[FunctionDefinition | FunctionName], max_bytes: int
+    ) -> tuple[Function, ...]:
         known = {function.name: function for function in self.functions}
         given = {one if isinstance(one, str) else one.name: one for one in named}
-        definitions = {name: one for name, one in given.items() if not isinstance(one, str)}
         for name in given:
             if op is FunctionOp.ADD and name in known:
                 raise UpdateError(f"function {name!r}: `name` exists; use UPDATE to change it")
             if op in (FunctionOp.UPDATE, FunctionOp.DELETE) and name not in known:
                 raise UpdateError(f"function {name!r}: `name` does not exist in this session")
+        definitions = {
+            name: Function.of(one)
+            for name, one in given.items()
+            if op is not FunctionOp.DELETE and not isinstance(one, str)
+        }
         match op:
             case FunctionOp.REPLACE:
                 known = definitions
@@ -142,6 +212,10 @@ class Profile:
                 known = {name: one for name, one in known.items() if name not in given}
         if len(known) > MAX_FUNCTIONS:
             raise UpdateError(f"{len(known)} functions; the limit is {MAX_FUNCTIONS}")
+        size = sum(function.size_bytes for function in known.values())
+        if 0 < max_bytes < size:
+            detail = f"{size} bytes of functions; the limit is {max_bytes}"
+            raise UpdateError(detail, ErrorCode.PAYLOAD_TOO_LARGE)
         return tuple(known.values())
 
     def system_message(self) -> Message | None:
@@ -158,9 +232,15 @@ class Profile:
 
     def tools(self) -> tuple[Tool, ...]:
         """The functions, in the form that the model is offered them."""
-        return tuple(
-            Tool(one.name, one.description or "", _schema(one.parameters)) for one in self.functions
-        )
+        return tuple(function.tool for function in self.functions)
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def _encoded(value: object) -> msgspec.Raw:
+    # A copy: the encoder's result may hold on to half as much memory again.
+    return msgspec.Raw(bytes(memoryview(_encoder.encode(value))))
 
 
 def _schema(parameters: dict[str, Any] | list[FunctionParameter] | None) -> dict[str, Any]:

@@ -76,7 +76,7 @@ from actors.session.port import (
     Port,
     SessionFacts,
 )
-from actors.session.profile import Profile
+from actors.session.profile import MAX_FUNCTIONS_BYTES, Profile
 from actors.session.request_ids import RequestIds
 from actors.session.voice import OpenVoice
 from actors.words import OnNewRequest
@@ -105,6 +105,8 @@ class SessionSettings:
         history_messages: how many messages of the conversation are kept for the model.
         history_chars: how many Unicode code points these messages may have together.
         max_voice_bytes: how many bytes of voice one request may have, decoded.
+        max_functions_bytes: how many bytes the functions of a session may have together, as JSON
+            without spaces; 0: no limit.
     """
 
     on_new_request: OnNewRequest = OnNewRequest.INTERRUPT
@@ -116,6 +118,7 @@ class SessionSettings:
     history_messages: int = 200
     history_chars: int = 200_000
     max_voice_bytes: int = 10 * 1024 * 1024
+    max_functions_bytes: int = MAX_FUNCTIONS_BYTES
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,9 @@ class SessionActor(GreenletActor):
         self._conversation = Conversation(
             client=self._client,
             profile=registration.profile,
-            settings=ConversationSettings(on_new_request, settings.max_parallel),
+            settings=ConversationSettings(
+                on_new_request, settings.max_parallel, settings.max_functions_bytes
+            ),
             answers=self._answers,
             requests=self._requests,
             request_ids=self._request_ids,

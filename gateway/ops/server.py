@@ -7,32 +7,20 @@ an interrupt never waits for a whole scrape.
 from __future__ import annotations
 
 import logging
-import socket
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any
 
-import gevent.pool
-import gevent.pywsgi
 from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.exposition import choose_encoder, gzip_accepted
 from prometheus_client.registry import Collector
 
 from actors.loop.slices import in_slices
+from gateway.ops.connections import OpsListener
+from gateway.ops.gate import OpsGate
 from gateway.server.health import PLAIN_TEXT, health_answer
-from gateway.server.listening import Listening
 from metrics.logs import get_logger
-
-_MAX_CONNECTIONS = 64
-"""Enough for a few scrapers and health checks. More wait in the kernel's queue."""
-
-_FIRST_REQUEST_SECONDS = 5.0
-"""Drop a connection that has sent no request within this time."""
-
-_KEEP_ALIVE_SECONDS = 120.0
-"""Drop a scraper's connection that is idle for this long. Prometheus scrapes once a minute by
-default and keeps its connection open in between."""
 
 _STOP_SECONDS = 0.1
 """Time for a page in progress when the server stops: a page takes some milliseconds."""
@@ -70,15 +58,8 @@ class OpsServer:
         self._registry = registry
         self._health = health
         self._unready = unready
-        self._connections = gevent.pool.Pool(_MAX_CONNECTIONS)
-        self._server = _Server(
-            (host, port),
-            self._answer,
-            log=None,
-            error_log=logging.getLogger(__name__),
-            handler_class=_Handler,
-            spawn=self._connections,
-        )
+        self._gate: OpsGate | None = None
+        self._server = OpsListener((host, port), self._answer, logging.getLogger(__name__))
 
     @property
     def port(self) -> int:
@@ -100,6 +81,7 @@ class OpsServer:
             OSError: the address is not available.
         """
         self._server.start()
+        self._gate = OpsGate(self._host, self._server.server_host or "")
 
     def stop(self) -> None:
         """Stop listening, and close what is still open."""
@@ -115,13 +97,19 @@ class OpsServer:
                 HTTPStatus.INTERNAL_SERVER_ERROR, b"internal error: see the gateway's log\n"
             )
         headers += [("Content-Length", str(len(body))), ("Cache-Control", "no-store")]
-        if path != "/metrics" or self._connections.free_count() < _MAX_CONNECTIONS // 2:
+        if status != HTTPStatus.OK or path != "/metrics" or self._server.is_half_full:
             # Only scrapers keep their connections, while half of the places are free.
             headers.append(("Connection", "close"))
         start_response(f"{status.value} {status.phrase}", headers)
         return [b"" if method == "HEAD" else body]
 
     def _respond(self, method: str, path: str, environ: dict[str, Any]) -> _Response:
+        assert self._gate is not None
+        refusal = self._gate.refusal(environ["bargein.hosts"], environ["bargein.origins"])
+        if refusal is not None:
+            address, port = environ["REMOTE_ADDR"], environ["REMOTE_PORT"]
+            _log.warning("Refused connection", peer=f"{address}:{port}", reason=refusal)
+            return _text(HTTPStatus.FORBIDDEN, f"{refusal}\n".encode())
         if method not in ("GET", "HEAD"):
             status, headers, body = _text(
                 HTTPStatus.METHOD_NOT_ALLOWED, b"only GET and HEAD are supported\n"
@@ -154,30 +142,6 @@ class _OneFamily(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return (self._family,)
-
-
-class _Server(Listening, gevent.pywsgi.WSGIServer):
-    pass
-
-
-class _Handler(gevent.pywsgi.WSGIHandler):
-    """One connection, with limits on how long it may be idle."""
-
-    def handle(self) -> None:
-        self.socket.settimeout(_FIRST_REQUEST_SECONDS)
-        # Headers and body are two writes: Nagle's algorithm would hold back the second for 40 ms.
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        super().handle()
-
-    def handle_one_response(self) -> None:
-        # From the first request on. Only /metrics keeps its connection open.
-        self.socket.settimeout(_KEEP_ALIVE_SECONDS)
-        super().handle_one_response()
-
-    def _handle_client_error(self, ex: Exception) -> Any:
-        if not isinstance(ex, ValueError):
-            ex = ValueError(str(ex) or type(ex).__name__)  # anything else prints a traceback
-        return super()._handle_client_error(ex)  # type: ignore[misc]
 
 
 def _join(pages: Iterable[bytes], *, is_openmetrics: bool) -> Iterator[bytes]:

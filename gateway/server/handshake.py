@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import email.utils
 import http
-import ipaddress
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
-from websockets.datastructures import Headers, MultipleValuesError
+from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from gateway.server import pages
+from gateway.server.authority import is_own_origin, read_authority, read_origin
 from gateway.server.health import PLAIN_TEXT, health_answer
 from gateway.wire.frames import PATH
 
@@ -30,29 +29,26 @@ class Gate:
     """
 
     def __init__(self, host: str, allowed_origins: tuple[str, ...]) -> None:
-        self._hosts = {"localhost", host.lower()} | {
-            name for origin in allowed_origins if (name := urlsplit(origin).hostname)
-        }
-        self._origins = {origin.lower().rstrip("/") for origin in allowed_origins}
+        origins = (read_origin(one.removesuffix("/")) for one in allowed_origins)
+        self._origins = {one for one in origins if one is not None}
+        self._names = {"localhost", host.lower(), *(one.host for one in self._origins)}
 
     def refusal(self, request: Request) -> str | None:
         """Return why a request is refused; None if it is served."""
-        try:
-            host_header = request.headers["Host"]
-            origin = request.headers.get("Origin")
-        except (KeyError, MultipleValuesError):
+        hosts = request.headers.get_all("Host")
+        origins = request.headers.get_all("Origin")
+        if len(hosts) != 1 or len(origins) > 1:
             return "a request must have one Host header, and at most one Origin header"
-        try:
-            host = urlsplit(f"//{host_header}").hostname or ""
-        except ValueError:
-            host = ""
-        if host not in self._hosts and not _is_address(host):
-            return f"host {host_header[:100]!r} is not served here (see --allow-origin)"
-        if origin is None or origin.lower() in self._origins:
+        host = read_authority(hosts[0])
+        # With an address instead of a name, DNS rebinding is not possible.
+        if host is None or not (host.is_address or host.host in self._names):
+            return f"host {hosts[0][:100]!r} is not served here (see --allow-origin)"
+        if not origins:
             return None
-        if origin.lower().partition("://")[2] == host_header.lower():
+        origin = read_origin(origins[0])
+        if origin is not None and (origin in self._origins or is_own_origin(origin, host)):
             return None
-        return f"web pages of origin {origin[:100]!r} may not connect (see --allow-origin)"
+        return f"web pages of origin {origins[0][:100]!r} may not connect (see --allow-origin)"
 
 
 def answer(
@@ -94,12 +90,3 @@ def respond(status: http.HTTPStatus, body: str, content_type: str = PLAIN_TEXT) 
         }
     )
     return Response(status.value, status.phrase, headers, data)
-
-
-def _is_address(host: str) -> bool:
-    # The client used an address, not a name, so DNS rebinding is not possible.
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

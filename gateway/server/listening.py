@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,19 +36,42 @@ class Listening(gevent.server.StreamServer):
     make_room: Callable[[], None] | None = None
     """Called before each pause, to close connections that are dispensable."""
 
+    max_open = 0
+    """How many connections may be open, so that files are left for live requests; 0: no limit. More
+    wait in the kernel's queue, as they do when there are no files at all."""
+
+    open_now = 0
+    """How many connections are open."""
+
     _logged_at = float("-inf")
 
     def do_read(self) -> Any:
         """Accept a connection. Called by gevent, which tries again later if this returns None."""
+        if self.is_full:
+            self._pause(os.strerror(errno.EMFILE))
+            return None
         try:
-            return super().do_read()
+            accepted = super().do_read()
         except OSError as error:
             if error.errno not in _EXHAUSTED:
                 raise
-            self._pause(error)
+            self._pause(error.strerror)
             return None
+        if accepted is not None:
+            self.open_now += 1
+        return accepted
 
-    def _pause(self, error: OSError) -> None:
+    def do_close(self, *args: Any) -> None:
+        """Close a connection that has ended. Called by gevent."""
+        self.open_now -= 1
+        super().do_close(*args)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether further connections have to wait, so that files are left for live requests."""
+        return 0 < self.max_open <= self.open_now
+
+    def _pause(self, reason: str | None) -> None:
         # While it listens, the waiting connection would wake it again and again.
         self.stop_accepting()
         gevent.spawn_later(_RETRY_SECONDS, self._resume)
@@ -56,7 +80,7 @@ class Listening(gevent.server.StreamServer):
         now = time.monotonic()
         if now - self._logged_at > _LOG_SECONDS:
             self._logged_at = now
-            _log.error("Cannot accept connections", port=self.server_port, error=error.strerror)
+            _log.error("Cannot accept connections", port=self.server_port, error=reason)
 
     def _resume(self) -> None:
         if self.started:

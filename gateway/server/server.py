@@ -52,6 +52,8 @@ class ServerSettings:
         ping_interval: seconds of silence until a WebSocket ping is sent; 0: no pings.
         ping_timeout: seconds after a ping without any data until the connection is dropped.
         outbox: bounds of each outbox.
+        max_open: how many connections may be open, so that open files are left for live requests;
+            0: no limit. It follows from the limit on open files (`gateway/process.py`).
     """
 
     host: str = "127.0.0.1"
@@ -61,6 +63,7 @@ class ServerSettings:
     ping_interval: float = 20.0
     ping_timeout: float = 20.0
     outbox: OutboxSettings = field(default_factory=OutboxSettings)
+    max_open: int = 0
 
     @property
     def max_connections(self) -> int:
@@ -120,6 +123,11 @@ class Server:
         """How many connections are open, registered or not."""
         return len(self._connections)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether new connections have to wait, so that open files are left for live requests."""
+        return self._listener is not None and self._listener.is_full
+
     def waiting_bytes(self) -> int:
         """Count the bytes in all outboxes. Yields to other greenlets, so it must not run in the
         hub."""
@@ -136,6 +144,7 @@ class Server:
             (self.settings.host, self.settings.port), self._serve, backlog=_BACKLOG
         )
         self._listener.make_room = self._make_room_for_files
+        self._listener.max_open = self.settings.max_open
         self._listener.start()
         self._checker = gevent.spawn(self._check_for_ever)
 

@@ -314,6 +314,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     history_chars: Annotated[
         Count, Help("maximum number of characters of earlier messages to send", zero="none")
     ] = _session.history_chars
+    max_functions_bytes: Annotated[
+        Bytes,
+        Help("maximum size of all functions of a session, as JSON without spaces", zero="no limit"),
+    ] = _session.max_functions_bytes
 
     stale_after: Annotated[
         Seconds,

@@ -6,7 +6,9 @@ Every error names the setting and its source. No value is shown that may contain
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +144,7 @@ class _Checker:
             session=SessionSettings(
                 on_new_request=config.on_new_request,
                 max_requests=config.max_requests,
+                max_functions_bytes=config.max_functions_bytes,
                 session_timeout=config.session_timeout,
                 heartbeat_interval=config.heartbeat_interval,
                 history_messages=config.history_messages,
@@ -198,12 +201,15 @@ class _Checker:
             return None
         try:
             with Path(path).open("rb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 content = file.read(_MAX_AUTH_FILE_BYTES + 1)
             if len(content) > _MAX_AUTH_FILE_BYTES:
                 self._fault(f"{name} is larger than {_MAX_AUTH_FILE_BYTES} bytes")
                 return None
             # Editors on Windows begin a file with a byte order mark.
-            return parse_credentials(content.decode("utf-8-sig"))
+            credentials = parse_credentials(content.decode("utf-8-sig"))
+            self._check_mode(name, mode)
+            return credentials
         except OSError as error:
             self._fault(f"{name} cannot be read: {error.strerror or error}")
         except UnicodeDecodeError as error:
@@ -212,6 +218,26 @@ class _Checker:
             for fault in error.faults:
                 self._fault(f"{path}: {fault}")
         return None
+
+    def _check_mode(self, name: str, mode: int) -> None:
+        """Warn if a file of hashes is open to more users than those who need it.
+
+        Its group may read it: the usual owner is root, and the gateway runs in that group. Whoever
+        can write it can let himself in.
+        """
+        if os.name != "posix":
+            return  # elsewhere the mode says nothing about other users
+        open_to = []
+        if mode & stat.S_IROTH:
+            open_to.append("every user can read it")
+        if mode & stat.S_IWOTH:
+            open_to.append("every user can change it")
+        elif mode & stat.S_IWGRP:
+            open_to.append("its group can change it")
+        if open_to:
+            self._sources.warnings.append(
+                f"{name} has mode {mode:04o}: {' and '.join(open_to)} (chmod 640 or 600)"
+            )
 
     # Providers.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol, assert_never
 
 import msgspec
@@ -39,7 +40,14 @@ from actors.session.messages import (
     SignOfLife,
 )
 from actors.session.port import SERVER_RESTART
-from actors.session.profile import Profile, SceneContext, SystemPrompt
+from actors.session.profile import (
+    MAX_FUNCTIONS_BYTES,
+    Profile,
+    SceneContext,
+    SessionUpdate,
+    SystemPrompt,
+    UpdateError,
+)
 from actors.session.session import Registration, Session, Sessions
 from actors.words import ErrorCode, Outcome
 from gateway.wire.decode import FrameError, decode
@@ -149,8 +157,8 @@ class Attachment:
         self._is_draining = is_draining
         self._on_settled = on_settled
         self._state = State.UNREGISTERED
-        self._register: Register | None = None
-        """The REGISTER whose credentials are being checked."""
+        self._registration: Registration | None = None
+        """What is registered when its credentials turn out to be valid."""
         self._session: Session | None = None
         self._voices = VoiceFrames(sessions.settings.max_voice_bytes)
         self._port.on_voice_unwanted = self._voices.ignore
@@ -292,10 +300,20 @@ class Attachment:
     # Registration.
 
     def _on_register(self, register: Register) -> None:
+        # Made before the check of the credentials, which may have to wait: it is smaller than the
+        # frame, and a client that asks for too much may try again.
+        try:
+            profile = profile_of(register, self._sessions.settings.max_functions_bytes)
+        except UpdateError as error:
+            self._refuse(error.code, error.detail)
+            return
+        registration = Registration(
+            self._peer, profile, register.on_new_request, auth=_kind(register.auth)
+        )
         if self._authenticator is None:
-            self._open_session(register, None)
+            self._open_session(registration)
         else:
-            self._register = register
+            self._registration = registration
             self._advance(State.CHECKING)
             self._authenticator.check(register.auth, self)
 
@@ -306,25 +324,27 @@ class Attachment:
 
     def accept(self, client_name: str) -> None:
         """See `Applicant`."""
-        register = self._register
-        if register is not None:  # else the client has left meanwhile
-            self._register = None
+        registration = self._registration
+        if registration is not None:  # else the client has left meanwhile
+            self._registration = None
             try:
-                self._open_session(register, client_name)
+                self._open_session(replace(registration, client_name=client_name))
             except Exception as error:
                 self._fail(error)
 
     def reject(self, code: ErrorCode, detail: str) -> None:
         """See `Applicant`."""
-        register = self._register
-        if register is not None:
-            self._register = None
+        registration = self._registration
+        if registration is not None:
+            self._registration = None
             try:
-                self._refuse_registration(register, code, detail)
+                self._refuse_registration(registration, code, detail)
             except Exception as error:
                 self._fail(error)
 
-    def _refuse_registration(self, register: Register, code: ErrorCode, detail: str) -> None:
+    def _refuse_registration(
+        self, registration: Registration, code: ErrorCode, detail: str
+    ) -> None:
         match code:
             case ErrorCode.AUTH_FAILED:
                 self._books.busy("auth")
@@ -332,25 +352,18 @@ class Attachment:
                 self._books.busy("auth_busy")
         # The log gets no account name: the client may have put the password in the wrong field.
         _deferred_log.warning(
-            "Refused registration", peer=self._peer, code=code.value, auth=_kind(register.auth)
+            "Refused registration", peer=self._peer, code=code.value, auth=registration.auth
         )
         self._port.refused(code, detail)
         self._port.close(_CLOSE_BY_REFUSAL[code], "registration refused")
         self._advance(State.CLOSED)
 
-    def _open_session(self, register: Register, client_name: str | None) -> None:
+    def _open_session(self, registration: Registration) -> None:
         if self._is_draining():
             self._books.busy("shutdown")
             self._refuse(ErrorCode.SERVER_BUSY, "the gateway is shutting down")
             self.leave()
             return
-        registration = Registration(
-            self._peer,
-            profile_of(register),
-            register.on_new_request,
-            client_name,
-            _kind(register.auth),
-        )
         self._session = self._sessions.open(self._port, registration)
         if self._session is not None:
             self._advance(State.REGISTERED)
@@ -383,7 +396,7 @@ class Attachment:
             return  # the client has left meanwhile
         self._state = state
         if state is State.CLOSED:
-            self._register = None  # it holds the credentials
+            self._registration = None
         if state is not State.CHECKING:
             self._on_settled(self)
 
@@ -398,16 +411,21 @@ class Attachment:
             self._port.request_ended(end)
 
 
-def profile_of(register: Register) -> Profile:
-    """The profile that a REGISTER asks for. Older clients send `client_type` for `platform`."""
-    return Profile(
+def profile_of(register: Register, max_functions_bytes: int = MAX_FUNCTIONS_BYTES) -> Profile:
+    """The profile that a REGISTER asks for. Older clients send `client_type` for `platform`.
+
+    Raises:
+        UpdateError: its functions are too large.
+    """
+    profile = Profile(
         register.platform or register.client_type,
         register.require_tts,
         register.enable_srs,
         register.system_prompt or SystemPrompt(),
         register.scene_context or SceneContext(),
-        tuple(register.function_calling or ()),
     )
+    functions = SessionUpdate(function_calling=[*(register.function_calling or ())])
+    return profile.updated([functions], max_functions_bytes)
 
 
 def _log_received(frame: ClientFrame) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 from msgspec import UNSET, Struct, UnsetType
 from websockets.frames import CloseCode
@@ -20,6 +20,7 @@ from actors.session.port import (
     InterruptDone,
     SessionFacts,
 )
+from actors.session.profile import FunctionDefinition
 from actors.words import ErrorCode, InterruptOutcome
 from gateway.wire.encode import AnswerEncoder, encode, error, terminal
 from gateway.wire.frames import (
@@ -141,7 +142,8 @@ class WirePort:
             profile.platform,
             profile.require_tts,
             profile.enable_srs,
-            list(profile.functions),
+            # They encode as the definitions that they were.
+            cast("list[FunctionDefinition]", [one.definition for one in profile.functions]),
             facts.created_ms,
             facts.remaining_seconds,
         )

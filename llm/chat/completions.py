@@ -40,11 +40,15 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A function that the model may call; `parameters` is a JSON Schema of type object."""
+    """A function that the model may call; `parameters` is a JSON Schema of type object.
+
+    The schema stays encoded, and becomes part of each request's body as it is: decoded, a session's
+    functions would take up to 16 times the memory, and be encoded anew for each request.
+    """
 
     name: str
     description: str
-    parameters: dict[str, Any]
+    parameters: msgspec.Raw
 
 
 class Prompt(msgspec.Struct, frozen=True):
