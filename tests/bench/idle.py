@@ -144,6 +144,8 @@ def run(options: argparse.Namespace) -> int:
     if cores[0] is None:
         print("WARNING no core for the load alone: the idle sessions themselves delay the user")
     _print(measured)
+    if (alone := percentile(measured.calm.ack_ms, 0.999)) > MAX_P999_MS:
+        print(f"WARNING not a quiet machine: p99.9 {alone:.1f} ms without idle sessions")
     if options.json is not None:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(measured), indent=1))
     return 0

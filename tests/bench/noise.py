@@ -210,6 +210,8 @@ def run(options: argparse.Namespace) -> int:
             for name in names:
                 runs[name] = bench.measure(name, options.seconds)
                 print(_line(name, runs[name]), flush=True)
+                if (alone := percentile(runs[name].calm.ack_ms, 0.99)) > ALWAYS_MS:
+                    print(f"WARNING not a quiet machine: {alone:.1f} ms without noise", flush=True)
                 if not runs[name].noise.sent_bytes:
                     print(f"WARNING {name}: no noise came through", flush=True)
     except Failed as failure:
