@@ -534,13 +534,104 @@ def test_acks_belong_to_the_interrupts_of_the_same_target_in_order() -> None:
         assert [one.request_id for one in sent] == ["a", None, "a", "b"]
 
 
-def test_a_refused_interrupt_does_not_take_the_ack_of_the_next() -> None:
+def test_a_refused_interrupt_is_sent_once_more_with_its_target_only() -> None:
     replies = iter([[refused("no")], [ack_of({"interrupt_request_id": "a"})]])
+    script = Script(INTERRUPT=lambda _: next(replies))
+    with talking(script) as session:
+        ack = session.interrupt("a", reason="USER_NEW_INPUT", delivered_text_chars=3)
+        assert ack.status is AckStatus.FAILED
+        assert [payload for _, payload in script.heard] == [
+            {"interrupt_request_id": "a", "reason": "USER_NEW_INPUT", "delivered_text_chars": 3},
+            {"interrupt_request_id": "a"},
+        ]
+        assert [error.error_detail for error in session.refusals] == ["no"]
+        assert session.unexpected == []
+
+
+@pytest.mark.parametrize("target", ["a", None])
+def test_an_interrupt_that_was_only_sent_is_sent_once_more_too(target: str | None) -> None:
+    replies = iter([[refused("no")], [refused("no")], [ack_of({"interrupt_request_id": "b"})]])
+    script = Script(INTERRUPT=lambda _: next(replies))
+    with talking(script) as session:
+        sent = session.send_interrupt(target)
+        session.wait(lambda: len(session.refusals) == 2 or None, "both refusals")
+        assert session.interrupt("b").status is AckStatus.FAILED
+        assert sent.ack is None
+        targets = [payload["interrupt_request_id"] for _, payload in script.heard]
+        assert targets == [target, target, "b"]
+
+
+def test_an_interrupt_that_is_refused_twice_does_not_take_the_ack_of_the_next() -> None:
+    replies = iter([[refused("no")], [refused("never")], [ack_of({"interrupt_request_id": "a"})]])
     with talking(Script(INTERRUPT=lambda _: next(replies))) as session:
-        with pytest.raises(FrameRefused, match="no"):
+        with pytest.raises(FrameRefused, match="never"):
             session.interrupt("a")
         assert session.interrupt("a").status is AckStatus.FAILED
-        assert [error.error_detail for error in session.refusals] == ["no"]
+        assert [error.error_detail for error in session.refusals] == ["no", "never"]
+
+
+@pytest.mark.parametrize("target", ["a", None])
+@pytest.mark.parametrize("acks", [1, 2])
+def test_the_ack_of_an_interrupt_that_was_sent_twice_without_need_is_ignored(
+    target: str | None, acks: int
+) -> None:
+    script = Script(
+        BAD=lambda _: [refused("the bad frame")],
+        INTERRUPT=lambda payload: [ack_of(payload)] * (1 if "reason" in payload else acks),
+        SESSION_QUERY=lambda _: [("SESSION_INFO", {"session_data": {}})],
+    )
+    with talking(script) as session:
+        session.send("BAD")
+        first = session.interrupt(target)
+        session.send("SESSION_QUERY")
+        session.wait_for(SessionInfo)  # comes after the second ack
+        assert [name for name, _ in script.heard].count("INTERRUPT") == 2
+        assert len(session.unexpected) == acks - 1
+        assert session.interrupt(target) is not first
+        assert len(session.interruptions) == 2
+
+
+def test_an_interrupt_of_all_is_not_repeated_where_that_would_stop_a_later_request() -> None:
+    replies = iter([[], [refused("no")]])
+    script = Script(
+        REQUEST=lambda _: next(replies),
+        SESSION_QUERY=lambda _: [("SESSION_INFO", {"session_data": {}})],
+    )
+    with talking(script) as session:
+        session.ask("one")
+        session.send_interrupt(None)
+        session.ask("two")
+        session.wait_for(Error)
+        session.send("SESSION_QUERY")
+        session.wait_for(SessionInfo)
+        assert [name for name, _ in script.heard].count("INTERRUPT") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (12.5, 12),
+        (0.999, 0),
+        (-1, 0),
+        (-0.25, 0),
+        (7, 7),
+        (10**30, 2**53 - 1),
+        (1e300, 2**53 - 1),
+        (float("nan"), None),
+        (float("inf"), None),
+        (float("-inf"), None),
+        ("12", None),
+        (None, None),
+    ],
+)
+def test_an_interrupt_sends_a_whole_figure_or_none(given: Any, sent: int | None) -> None:
+    script = Script(INTERRUPT=lambda payload: [ack_of(payload)])
+    with talking(script) as session:
+        session.interrupt("a", delivered_text_chars=given)
+        ((_, payload),) = script.heard
+        assert payload == {"interrupt_request_id": "a", "reason": "USER_STOP"} | (
+            {} if sent is None else {"delivered_text_chars": sent}
+        )
 
 
 @pytest.mark.parametrize("earlier", ["wire", "send", "fragments"])

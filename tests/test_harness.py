@@ -389,8 +389,8 @@ def test_clients_have_the_credentials_of_their_gateway(tmp_path: Path) -> None:
 
 def test_an_interrupt_that_is_refused_says_so(gateway: RunningGateway) -> None:
     with gateway.connect() as client:
-        with pytest.raises(FrameRefused, match="delivered_text_chars"):
-            client.interrupt(delivered_text_chars=-1)
+        with pytest.raises(FrameRefused, match="interrupt_request_id"):
+            client.interrupt("x" * 65)
         assert client.interrupt().status == AckStatus.FAILED  # the next one is not
 
 

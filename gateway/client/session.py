@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import msgspec
+from msgspec import UnsetType
 
 from .answer import Answer
 from .connection import Connection
@@ -58,6 +60,9 @@ _REFUSALS = {
 }
 """The codes with which a gateway refuses these frames."""
 
+_MAX_CHARS = 2**53 - 1
+"""Larger counts are lowered to this: no answer is that long."""
+
 _ids = itertools.count(1)
 
 T = TypeVar("T")
@@ -77,6 +82,11 @@ class Interruption:
     """The frame of the ack: when it came, and in which order."""
     place: int = 0
     """Its place among the messages that the connection has sent, from 1."""
+    is_repeated: bool = False
+    """Whether it was sent once more, after an ERROR."""
+    refusals_before: int = 0
+    """At most so many ERRORs are for messages before it, or before the second; a later one refuses
+    it, if its code can."""
 
 
 class Session:
@@ -123,6 +133,9 @@ class Session:
         self._answered_place = 0
         """Of the last message whose answer has come. The gateway answers in order, so all ERRORs
         that refuse messages before it have come too."""
+        self._spare_acks: list[str | UnsetType | None] = []
+        """Targets of INTERRUPTs that were sent twice, perhaps without need: then there are two acks
+        for one `Interruption`."""
         self._settled = 0
         """Later messages that had an ERROR, or cannot get one (HEARTBEAT_REPLY)."""
 
@@ -153,14 +166,18 @@ class Session:
             FrameRefused: the gateway refused it. `interrupt` says how that is known.
             WaitTimeout, ConnectionEnded: as every wait.
         """
-        before, earlier = self._registered, self._unanswered()
+        before, known = self._registered, len(self.refusals)
+        refusals_before = known + self._unanswered()
         self.send("REGISTER", **fields)
         self._register_place = self.connection.messages_sent
 
         def look() -> RegisterAck | None:
-            return None if self._registered is before else self._registered
+            if self._registered is not before:
+                return self._registered
+            self._check_refused("REGISTER", refusals_before)
+            return None
 
-        return self._wait_ack(look, "REGISTER", earlier, "the REGISTER_ACK", timeout)
+        return self._wait_ack(look, "REGISTER", known, "the REGISTER_ACK", timeout)
 
     def ask(self, text: str, *, request_id: str | None = None, **fields: Any) -> Answer:
         """Send a REQUEST; does not wait.
@@ -185,34 +202,46 @@ class Session:
         target: Answer | str | None = None,
         *,
         reason: str = "USER_STOP",
-        delivered_text_chars: int | None = None,
+        delivered_text_chars: float | None = None,
         timeout: float | None = None,
     ) -> InterruptAck:
         """Send an INTERRUPT, and wait for its INTERRUPT_ACK.
 
+        If an ERROR comes that may refuse it, it is sent once more, with its target only, so that no
+        other field can be the reason to refuse it. If the first one was accepted, the second
+        changes nothing, and its ack is ignored.
+
         An ERROR does not name the frame that it refuses. The gateway answers in order and sends at
-        most one ERROR for a frame, so an ERROR is taken for the refusal of this INTERRUPT if its
-        code can refuse one, and if each earlier frame that is still unanswered has had an ERROR.
-        Other ERRORs cannot be told apart: this then waits for the ack, and raises FrameRefused with
-        the last of them if no ack has come when the time is up or the connection ends. What
-        `send_raw` sends counts as one frame; if it is several bad ones, their ERRORs can be taken
-        for the refusal.
+        most one ERROR for a frame, so an ERROR is taken for the refusal of the second INTERRUPT if
+        its code can refuse one, and if each earlier frame without an answer has had an ERROR. Other
+        ERRORs cannot be told apart: this then waits for the ack, and raises FrameRefused with the
+        last of them if no ack has come when the time is up or the connection ends. What `send_raw`
+        sends counts as one frame; if it is several bad ones, their ERRORs can be taken for the
+        refusal.
 
         Args:
             target: an answer or a request's id; None is every live one.
             reason: as the protocol names them.
-            delivered_text_chars: how many code points the user got, where that is known better.
+            delivered_text_chars: how many code points the user got, where that is known better. It
+                is rounded down, and a negative one is sent as 0. What is not a finite number is
+                left out.
             timeout: seconds; None is the session's own.
 
         Raises:
-            FrameRefused: the gateway refused it.
+            FrameRefused: the gateway refused it twice.
             WaitTimeout, ConnectionEnded: as every wait.
         """
-        earlier = self._unanswered()
+        known = len(self.refusals)
         sent = self.send_interrupt(target, reason=reason, delivered_text_chars=delivered_text_chars)
+
+        def look() -> InterruptAck | None:
+            if sent.ack is None:
+                self._check_refused("INTERRUPT", sent.refusals_before)
+            return sent.ack
+
         what = f"the INTERRUPT_ACK for {sent.request_id or 'all requests'}"
         try:
-            return self._wait_ack(lambda: sent.ack, "INTERRUPT", earlier, what, timeout)
+            return self._wait_ack(look, "INTERRUPT", known, what, timeout)
         except FrameRefused:
             self.interruptions.remove(sent)  # it gets no ack
             raise
@@ -222,19 +251,21 @@ class Session:
         target: Answer | str | None = None,
         *,
         reason: str = "USER_STOP",
-        delivered_text_chars: int | None = None,
+        delivered_text_chars: float | None = None,
     ) -> Interruption:
-        """Send an INTERRUPT; does not wait. The arguments are those of `interrupt`."""
+        """Send an INTERRUPT; does not wait. The arguments are those of `interrupt`.
+
+        After an ERROR that may refuse it, the wait that reads the ERROR sends it once more.
+        """
         request_id = target.request_id if isinstance(target, Answer) else target
         place = self.connection.messages_sent + 1
         sent = Interruption(request_id, time.monotonic(), place=place)
+        sent.refusals_before = len(self.refusals) + self._unanswered()
         self.interruptions.append(sent)
-        self.send(
-            "INTERRUPT",
-            interrupt_request_id=request_id,
-            reason=reason,
-            delivered_text_chars=delivered_text_chars,
-        )
+        payload: dict[str, Any] = {"interrupt_request_id": request_id, "reason": reason}
+        if (chars := _whole(delivered_text_chars)) is not None:
+            payload["delivered_text_chars"] = chars
+        self.send("INTERRUPT", **payload)
         return sent
 
     def send_function_result(
@@ -399,20 +430,50 @@ class Session:
         if place > self._answered_place:
             self._answered_place, self._settled = place, 0
 
+    def _repeat_interrupts(self, until: float) -> None:
+        """An ERROR has come that may refuse any INTERRUPT without an ack. Send each once more."""
+        for sent in self.interruptions:
+            if sent.ack is not None or sent.is_repeated:
+                continue
+            if sent.request_id is None and any(
+                self._request_places[request_id] > sent.place and not answer.ended
+                for request_id, answer in self.answers.items()
+            ):
+                continue  # "all requests" would now include one that was sent after the interrupt
+            if len(self.refusals) > sent.refusals_before:  # the first is surely refused
+                sent.place = self.connection.messages_sent + 1
+            else:
+                self._spare_acks.append(sent.request_id)
+            sent.refusals_before = len(self.refusals) + self._unanswered()
+            sent.is_repeated = True
+            with contextlib.suppress(OSError):  # the gateway may be gone again
+                payload = {"interrupt_request_id": sent.request_id}
+                self._send("INTERRUPT", payload, until - time.monotonic())
+
+    def _refusals(self, msg_type: str, since: int) -> list[Error]:
+        """The ERRORs, from this one on, with a code that can refuse such a frame."""
+        codes = _REFUSALS[msg_type]
+        return [error for error in self.refusals[since:] if error.error_code in codes]
+
+    def _check_refused(self, msg_type: str, since: int) -> None:
+        """Raise FrameRefused with the first ERROR, from this one on, that can refuse the frame."""
+        for error in self._refusals(msg_type, since):
+            raise FrameRefused(error)
+
     def _wait_ack(
         self,
         look: Callable[[], T | None],
         msg_type: str,
-        earlier: int,
+        known: int,
         what: str,
         timeout: float | None,
     ) -> T:
         """Wait for the ack of a frame that was just sent, or its refusal.
 
         Args:
-            look: finds the ack.
+            look: finds the ack, or raises FrameRefused where it is sure that there will be none.
             msg_type: of the frame.
-            earlier: how many messages before it could still get an ERROR.
+            known: how many ERRORs had come before it was sent.
             what: what is awaited, for the failure's message.
             timeout: seconds; None is the session's own.
 
@@ -420,22 +481,10 @@ class Session:
             FrameRefused: see `interrupt`.
             WaitTimeout, ConnectionEnded: as every wait.
         """
-        known = len(self.refusals)
-
-        def refusals(since: int) -> list[Error]:
-            codes = _REFUSALS[msg_type]
-            return [error for error in self.refusals[since:] if error.error_code in codes]
-
-        def look_for_both() -> T | None:
-            found = look()
-            if found is None and (certain := refusals(known + earlier)):
-                raise FrameRefused(certain[0])
-            return found
-
         try:
-            return self.wait(look_for_both, what, timeout)
+            return self.wait(look, what, timeout)
         except (WaitTimeout, ConnectionEnded):
-            if possible := refusals(known):
+            if possible := self._refusals(msg_type, known):
                 raise FrameRefused(possible[-1]) from None
             raise
 
@@ -470,6 +519,8 @@ class Session:
                 self.refusals.append(error)
                 if self._unanswered():
                     self._settled += 1
+                if error.error_code in _REFUSALS["INTERRUPT"]:
+                    self._repeat_interrupts(until)
             case InterruptAck() as ack:
                 self._take_ack(ack, frame)
             case Heartbeat():
@@ -488,8 +539,19 @@ class Session:
                 sent.ack, sent.ack_frame = ack, frame
                 self._note_answer(sent.place)
                 return
-        self.unexpected.append(frame)
+        if ack.interrupt_request_id in self._spare_acks:
+            self._spare_acks.remove(ack.interrupt_request_id)
+        else:
+            self.unexpected.append(frame)
 
     def _shown(self) -> str:
         shown = "".join(f"\n  {frame.payload}" for frame in self.frames[-SHOWN_FRAMES:])
         return f"the last of {len(self.frames)} frames:{shown or ' none'}"
+
+
+def _whole(chars: float | None) -> int | None:
+    """A count as the protocol wants it; None where it is not a finite number."""
+    try:
+        return min(max(math.floor(chars), 0), _MAX_CHARS)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):  # None among them
+        return None

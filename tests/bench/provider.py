@@ -12,7 +12,6 @@ import time
 from typing import cast
 
 import msgspec
-import uvloop
 
 TOKEN_CHARS = 6  # every token is "tokNN ", so characters / 6 = tokens
 TOKENS = tuple(f"tok{number:02d} " for number in range(100))
@@ -194,7 +193,12 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--rate", type=float, default=30.0, help="tokens per second and stream")
     options = parser.parse_args()
-    uvloop.run(serve(options.port, options.rate))
+    try:
+        import uvloop
+    except ImportError:  # in the tests: it is in the extra `bench`
+        asyncio.run(serve(options.port, options.rate))
+    else:
+        uvloop.run(serve(options.port, options.rate))
 
 
 if __name__ == "__main__":

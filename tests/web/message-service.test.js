@@ -89,6 +89,16 @@ test("drawn text is counted in code points", () => {
   assert.equal(socket.sentOf("INTERRUPT")[0].delivered_text_chars, 2);
 });
 
+test("a computed count of drawn text is sent as a whole number", () => {
+  for (const [share, sent] of [[0.37, 1], [-0.01, 0], [Number.NaN, undefined]]) {
+    const { service, socket } = makeTalk({ rendered: ({ text }) => text.length * share });
+    const { requestId } = service.sendTextMessage("a");
+    socket.text(requestId, 0, "hello");
+    service.interruptCurrentRequest();
+    assert.equal(socket.sentOf("INTERRUPT")[0].delivered_text_chars, sent, String(share));
+  }
+});
+
 test("an answer that was complete before the stop arrived ends as complete", async () => {
   const { names, service, socket } = makeTalk();
   const sent = service.sendTextMessage("a");

@@ -417,6 +417,101 @@ test("an interrupt names target and reason, and its ack settles it", async () =>
   ]);
 });
 
+test("an interrupt sends a whole figure, or none", () => {
+  for (const [given, sent] of [
+    [12.5, 12],
+    [0.999, 0],
+    [-1, 0],
+    [-0.3, 0],
+    [7, 7],
+    [1e300, Number.MAX_SAFE_INTEGER],
+    [Number.NaN, undefined],
+    [Number.POSITIVE_INFINITY, undefined],
+    ["12", undefined],
+    [null, undefined],
+    [12n, undefined], // JSON cannot represent it
+  ]) {
+    const { client, socket } = makeStand();
+    const { requestId } = ask(client);
+    void client.sendInterrupt(requestId, "USER_STOP", { deliveredTextChars: given });
+    const base = { interrupt_request_id: requestId, reason: "USER_STOP" };
+    const expected = sent === undefined ? base : { ...base, delivered_text_chars: sent };
+    assert.deepEqual(socket.sentOf("INTERRUPT"), [expected], String(given));
+  }
+});
+
+test("an interrupt that gets an ERROR is sent once more, with its target only", async () => {
+  for (const target of ["req_1", null]) {
+    const { client, socket, time } = makeStand();
+    const got = ask(client, "a", { requestId: "req_1" });
+    const interrupt = client.sendInterrupt(target, "USER_STOP", { deliveredTextChars: 3 });
+    time.pass(2);
+    socket.error("MALFORMED_PAYLOAD");
+    socket.text("req_1", 0, "late");
+    assert.deepEqual(socket.sentOf("INTERRUPT").slice(1), [{ interrupt_request_id: target }]);
+    socket.error("MALFORMED_PAYLOAD"); // once more is enough
+    assert.equal(socket.sentOf("INTERRUPT").length, 2);
+    time.pass(3);
+    socket.ack("req_1", "STOPPED", { interrupt_request_id: target });
+    const ack = await interrupt;
+    assert.deepEqual([ack.requestId, ack.status, ack.roundTripMs], [target, "SUCCESS", 5]);
+    socket.end("req_1", { interrupted: true });
+    await settled();
+    assert.deepEqual([got.answer.outcome, got.text], ["INTERRUPTED", ""]);
+  }
+});
+
+test("the ack of an interrupt that was sent twice without need changes nothing", async () => {
+  const { client, socket, time } = makeStand();
+  const acks = [];
+  client.on("ack", (ack) => acks.push(ack.status));
+  ask(client);
+  const first = ask(client, "b", { requestId: "req_2" });
+  const interrupt = client.sendInterrupt("req_2");
+  socket.error("MALFORMED_PAYLOAD"); // of another frame
+  socket.ack("req_2", "STOPPED");
+  socket.end("req_2", { interrupted: true });
+  const next = ask(client, "c", { requestId: "req_3" });
+  socket.ack("req_2", "ALREADY_DONE");
+  socket.text("req_3", 0, "all");
+  socket.end("req_3");
+  assert.equal((await interrupt).results[0].outcome, "STOPPED");
+  await settled();
+  assert.deepEqual([first.answer.outcome, next.answer.outcome, next.text], ["INTERRUPTED", "COMPLETED", "all"]);
+  assert.deepEqual(acks, ["SUCCESS"]);
+  // Nor does it take the place of the next interrupt's ack.
+  const other = client.sendInterrupt("req_1x");
+  socket.ack("req_2", "ALREADY_DONE");
+  time.pass(ACK_TIMEOUT_MS);
+  assert.equal((await other).status, "NO_ACK");
+});
+
+test("an interrupt of all is not repeated if that would stop a later request", async () => {
+  const { client, socket } = makeStand();
+  ask(client);
+  void client.sendInterrupt(null);
+  const later = ask(client, "b", { requestId: "req_2" });
+  socket.error("MALFORMED_PAYLOAD");
+  assert.equal(socket.sentOf("INTERRUPT").length, 1);
+  void client.sendInterrupt("req_2");
+  socket.error("MALFORMED_PAYLOAD"); // now nothing else runs: both can be repeated
+  assert.deepEqual(
+    socket.sentOf("INTERRUPT").slice(2),
+    [{ interrupt_request_id: null }, { interrupt_request_id: "req_2" }],
+  );
+  socket.ack("req_2", "STOPPED");
+  assert.equal((await later.promise).outcome, "INTERRUPTED");
+});
+
+test("an ERROR with a request's id, or of a session that is over, repeats no interrupt", async () => {
+  const { client, socket } = makeStand();
+  const got = ask(client);
+  void client.sendInterrupt(got.requestId);
+  socket.error("INTERNAL_ERROR", { request_id: got.requestId });
+  socket.error("SESSION_INVALID");
+  assert.equal(socket.sentOf("INTERRUPT").length, 1);
+});
+
 test("held frames of an interrupted request are dropped at its ack", async () => {
   const { client, socket } = makeStand();
   const got = ask(client);

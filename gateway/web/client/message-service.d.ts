@@ -50,8 +50,8 @@
  * @typedef {object} MessageServiceOptions
  * @property {Player | undefined} [audio] Plays speech. Without it, speech is ignored.
  * @property {((message: Message) => number) | undefined} [countRendered] Returns how many Unicode code
- *   points of a message are on the screen. Default: all that were received. If it throws, the server
- *   counts what it sent.
+ *   points of a message are on the screen. Default: all that were received. It is rounded down. If it
+ *   throws, or returns no finite number, the server counts what it sent.
  * @property {Log | undefined} [log]
  * @property {Clock | undefined} [clock]
  * @property {(() => number) | undefined} [random] Returns a number in [0, 1).
@@ -288,8 +288,8 @@ export type MessageServiceOptions = {
     audio?: Player | undefined;
     /**
      * Returns how many Unicode code
-     * points of a message are on the screen. Default: all that were received. If it throws, the server
-     * counts what it sent.
+     * points of a message are on the screen. Default: all that were received. It is rounded down. If it
+     * throws, or returns no finite number, the server counts what it sent.
      */
     countRendered?: ((message: Message) => number) | undefined;
     log?: Log | undefined;

@@ -101,7 +101,8 @@ export const REGISTER_TIMEOUT_MS: 15000;
 /**
  * @typedef {object} InterruptOptions
  * @property {number | undefined} [deliveredTextChars] How many Unicode code points of the answer the
- *   user has seen. Without it, the server counts what it sent.
+ *   user has seen. Rounded down to a whole number, 0 or more. Without it, or if it is not a finite
+ *   number, the server counts what it sent.
  */
 /** @typedef {{requestId: string, promise: Promise<Answer>}} SentRequest */
 /**
@@ -302,6 +303,9 @@ export class WebSocketClient extends Emitter<ClientEvents> {
      * Stop one request, or all of them. From now on nothing of it is delivered, unless the ack reports
      * that it had ended before.
      *
+     * If the server answers with an ERROR, the INTERRUPT is sent once more with its target only, so that no
+     * other field can be the reason to refuse it.
+     *
      * @param {string | null} requestId null stops every live request.
      * @param {InterruptReason} [reason]
      * @param {InterruptOptions} [options]
@@ -331,6 +335,14 @@ export class WebSocketClient extends Emitter<ClientEvents> {
     private _receive;
     /** @private @param {Record<string, any>} payload Of ERROR. */
     private _error;
+    /**
+     * An ERROR does not name the frame that it refuses, so it may refuse any INTERRUPT that has no ack yet.
+     * Send each once more, with its target only. If the first one was accepted, the second changes nothing,
+     * and its ack is ignored, like one that comes after the timeout.
+     *
+     * @private
+     */
+    private _repeatInterrupts;
     /**
      * @private
      * @param {string} type
@@ -525,7 +537,8 @@ export type RequestOptions = Handlers & {
 export type InterruptOptions = {
     /**
      * How many Unicode code points of the answer the
-     * user has seen. Without it, the server counts what it sent.
+     * user has seen. Rounded down to a whole number, 0 or more. Without it, or if it is not a finite
+     * number, the server counts what it sent.
      */
     deliveredTextChars?: number | undefined;
 };

@@ -158,7 +158,8 @@ const LONE_SURROGATES = /\p{Surrogate}/gu;
 /**
  * @typedef {object} InterruptOptions
  * @property {number | undefined} [deliveredTextChars] How many Unicode code points of the answer the
- *   user has seen. Without it, the server counts what it sent.
+ *   user has seen. Rounded down to a whole number, 0 or more. Without it, or if it is not a finite
+ *   number, the server counts what it sent.
  */
 
 /** @typedef {{requestId: string, promise: Promise<Answer>}} SentRequest */
@@ -305,6 +306,8 @@ class PendingInterrupt {
     this.sentAt = sentAt;
     /** Ids of the live requests that it stopped. @type {string[]} */
     this.targets = [];
+    /** Whether it was sent a second time, after an ERROR. */
+    this.isRepeated = false;
     /** @type {unknown} */
     this.timer = undefined;
     /** @type {(ack: InterruptAck) => void} */
@@ -589,6 +592,9 @@ export class WebSocketClient extends Emitter {
    * Stop one request, or all of them. From now on nothing of it is delivered, unless the ack reports
    * that it had ended before.
    *
+   * If the server answers with an ERROR, the INTERRUPT is sent once more with its target only, so that no
+   * other field can be the reason to refuse it.
+   *
    * @param {string | null} requestId null stops every live request.
    * @param {InterruptReason} [reason]
    * @param {InterruptOptions} [options]
@@ -615,7 +621,8 @@ export class WebSocketClient extends Emitter {
     }
     /** @type {Record<string, any>} */
     const payload = { interrupt_request_id: requestId, reason };
-    if (deliveredTextChars !== undefined) payload.delivered_text_chars = deliveredTextChars;
+    const chars = wholeCount(deliveredTextChars);
+    if (chars !== undefined) payload.delivered_text_chars = chars;
     this._interrupts.push(interrupt);
     interrupt.timer = this._clock.setTimeout(() => {
       this._interrupts.splice(this._interrupts.indexOf(interrupt), 1);
@@ -758,10 +765,29 @@ export class WebSocketClient extends Emitter {
       else this._refused(error);
       return;
     }
+    if (error.code !== "SESSION_INVALID") this._repeatInterrupts();
     this.emit("error", error);
     if (error.code === "SESSION_INVALID") {
       this._announced = "expired";
       this._lost(1008);
+    }
+  }
+
+  /**
+   * An ERROR does not name the frame that it refuses, so it may refuse any INTERRUPT that has no ack yet.
+   * Send each once more, with its target only. If the first one was accepted, the second changes nothing,
+   * and its ack is ignored, like one that comes after the timeout.
+   *
+   * @private
+   */
+  _repeatInterrupts() {
+    const isOneRunning = [...this._live.values()].some(({ stopReason }) => stopReason === null);
+    for (const interrupt of this._interrupts) {
+      // "All requests" would now include one that was sent after the interrupt.
+      if (interrupt.isRepeated || (interrupt.requestId === null && isOneRunning)) continue;
+      interrupt.isRepeated = true;
+      this._log.info(`[WebSocket] 发送打断请求: ${interrupt.requestId ?? "*"}`);
+      this._send("INTERRUPT", { interrupt_request_id: interrupt.requestId });
     }
   }
 
@@ -914,6 +940,16 @@ export class WebSocketClient extends Emitter {
     this._live.delete(live.requestId);
     live.forgetSignal();
   }
+}
+
+/**
+ * @param {unknown} count
+ * @returns {number | undefined} A whole number, 0 or more; undefined if it is not a finite number.
+ */
+function wholeCount(count) {
+  if (typeof count !== "number" || !Number.isFinite(count)) return undefined;
+  // A larger one would be written as 1e21. No answer is that long.
+  return Math.min(Math.max(Math.floor(count), 0), Number.MAX_SAFE_INTEGER);
 }
 
 /**
