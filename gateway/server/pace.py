@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-
 MAX_SECONDS = 1.0
 """The longest pause. Where many share a pace, each new one would make the pause longer, and those
 that wait would take memory without a bound. What is owed beyond this is forgiven."""
