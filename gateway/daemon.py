@@ -167,27 +167,27 @@ def reload(gateway: Gateway, running: Config, read_sources: Callable[[], ConfigS
     restart_keys: list[str] = []
     warnings: list[str] = []
 
-    def read() -> Settings:
+    def read() -> Settings | SettingsError:
         sources = read_sources()
         restart_keys.extend(sources.restart_keys(running))
         try:
             return Settings.of(sources)
+        except SettingsError as error:
+            return error  # gevent reports what a thread raises as an error that nobody caught
         finally:
             warnings.extend(sources.warnings)
 
-    try:
-        try:
-            settings = gevent.get_hub().threadpool.apply(read)
-        finally:
-            for warning in warnings:
-                _log.warning("Questionable setting", warning=warning)
-        can_reload_providers = "llm_url" not in restart_keys
-        if can_reload_providers:
-            gateway.reload(settings)
-    except SettingsError as error:
-        for fault in error.faults:
+    settings = gevent.get_hub().threadpool.apply(read)
+    for warning in warnings:
+        _log.warning("Questionable setting", warning=warning)
+    if isinstance(settings, SettingsError):
+        for fault in settings.faults:
             _log.error("Not reloaded", fault=fault)
         return
+    can_reload_providers = "llm_url" not in restart_keys
+    try:
+        if can_reload_providers:
+            gateway.reload(settings)
     except (OSError, ValueError) as error:  # a file changed after the check
         # The error's own text may contain a secret.
         _log.error("Not reloaded", fault=f"a provider cannot be used ({type(error).__name__})")

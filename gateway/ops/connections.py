@@ -62,8 +62,6 @@ class Phase(enum.IntEnum):
 class OpsListener(Listening, gevent.pywsgi.WSGIServer):
     """Listens, and bounds the number of connections."""
 
-    max_accept = 8  # at once: connections are counted only when their greenlets have started
-
     def __init__(self, address: tuple[str, int], application: Any, error_log: Any) -> None:
         self.connections: dict[OpsConnection, None] = {}
         """The connections that are not being dropped, oldest first."""
