@@ -213,12 +213,13 @@ def test_an_interrupt_of_one_request_is_no_other_s_and_no_other_session_s(clock:
     assert not is_generated(given, "req_1")
 
 
-def test_an_interrupt_that_was_refused_is_not_remembered() -> None:
+def test_an_interrupt_with_a_foreign_session_id_is_remembered() -> None:
     given = session()
     foreign = "sess_0123456789abcdef"
     given.tell(FrameReceived(Interrupt("req_1"), foreign, time.monotonic()))
-    assert given.outbox.wait_for("ERROR")["error_code"] == "SESSION_INVALID"
-    assert is_generated(given, "req_1")
+    assert given.outbox.wait_for("INTERRUPT_ACK")["results"][0]["outcome"] == "UNKNOWN"
+    given.request("req_1")
+    assert given.outbox.wait_terminal("req_1")["interrupted"] is True
 
 
 def test_an_interrupt_of_what_was_live_is_not_kept_for_a_later_one(clock: Clock) -> None:

@@ -143,9 +143,9 @@ TEXT = {"data_type": "TEXT", "content": {"text": "hello"}}
         ("REQUEST", {**TEXT, "request_id": "é"}),
         ("REQUEST", {**TEXT, "request_id": "a\n"}),
         ("REQUEST", {**TEXT, "request_id": "a\u007f"}),
-        ("INTERRUPT", {"interrupt_request_id": 7}),
+        ("INTERRUPT", {"interrupt_request_id": True}),
         ("INTERRUPT", {"interrupt_request_id": ["a"]}),
-        ("INTERRUPT", {"reason": 7}),
+        ("INTERRUPT", {"interrupt_request_id": {"id": "a"}}),
         ("SHUTDOWN", {"reason": 7}),
     ],
 )
@@ -396,7 +396,7 @@ def test_a_wrong_session_id_is_refused_and_does_nothing(
     live = client.request(provider.fresh(scripts.finish_on_release(["on ", "and on"], key)))
     client.wait_text(live)
     for msg_type, payload in (
-        ("INTERRUPT", {"interrupt_request_id": live}),
+        ("FUNCTION_RESULT", {"call_id": "call_1", "result": 1}),
         ("REQUEST", {**TEXT, "request_id": "req_wrong"}),
         ("SHUTDOWN", {}),
     ):
@@ -407,6 +407,17 @@ def test_a_wrong_session_id_is_refused_and_does_nothing(
     provider.release(key)
     assert client.wait_terminal(live).payload["outcome"] == "COMPLETED"
     assert_it_lives_on(client, provider)
+
+
+@pytest.mark.parametrize("session_id", ["sess_0123456789abcdef", "", None, 7])
+def test_an_interrupt_with_a_wrong_session_id_stops_its_target(
+    client: Client, provider: ProviderProcess, session_id: object
+) -> None:
+    live = client.request(provider.fresh(scripts.idle_mid_stream(["on ", "and on"])))
+    client.wait_text(live)
+    client.send("INTERRUPT", {"interrupt_request_id": live}, session_id=session_id)
+    assert client.wait_ack().payload["status"] == "SUCCESS"
+    assert_it_lives_on_after(client, provider, live)
 
 
 def test_the_session_id_of_another_session_is_refused(gateway: Gateway) -> None:
