@@ -10,6 +10,8 @@ import pykka
 import pytest
 
 from actors.actor import GreenletActor
+from actors.loop.lanes import lanes
+from actors.loop.pauses import Pauses
 from actors.session.session import SessionSettings
 from gateway.app import Gateway
 from gateway.server.server import ServerSettings
@@ -83,4 +85,5 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock of every session in this process."""
     clock = Clock()
     monkeypatch.setattr("actors.session.session.time", clock)
+    monkeypatch.setattr(lanes(), "pauses", Pauses(lambda: 0.0))  # stalls of the tests are none
     return clock

@@ -30,7 +30,7 @@ from tests.test_generation import Run
 from tests.test_pauses import PAUSE_SECONDS, stand_still
 from tests.test_session import stuck
 
-LIMIT = 0.3
+LIMIT = 0.5
 """Seconds; every limit here. The pauses are longer."""
 
 PATIENCE_SECONDS = 5.0
@@ -122,7 +122,7 @@ def test_many_streams_are_all_read_before_one_is_ended(
         run.wait_completed()
 
 
-@pytest.mark.parametrize("seconds", [0.35, 0.5, 0.7])
+@pytest.mark.parametrize("seconds", [0.55, 0.65, 0.7])
 def test_a_stall_that_is_too_short_for_a_pause_ends_no_stream_either(
     client: LlmClient, provider: ProviderProcess, seconds: float
 ) -> None:
@@ -176,14 +176,14 @@ def test_connecting_has_its_time_although_we_stood_still(
 
 
 def test_the_total_limit_does_not_count_our_pause(provider: ProviderProcess) -> None:
-    settings = GenerationSettings(total_timeout=PAUSE_SECONDS)
+    settings = GenerationSettings(total_timeout=1.5)
     of = Provider(base_url=provider.base_url, model="test", retries=0)
     client = LlmClient(of, None, settings, loop=lanes())
-    run = Run(client, provider.fresh(scripts.answer(texts(PAUSE_SECONDS + 0.5), RATE))).start()
+    run = Run(client, provider.fresh(scripts.answer(texts(2.4), RATE))).start()
     run.sink.wait_text("0 ")
-    stand_still(PAUSE_SECONDS)
+    stand_still(2 * PAUSE_SECONDS)
     run.wait_completed()
-    late = Run(client, provider.fresh(scripts.answer(texts(PAUSE_SECONDS + 0.5), RATE))).start()
+    late = Run(client, provider.fresh(scripts.answer(texts(10), RATE))).start()
     late.wait_failed(LimitPassedError, "the total timeout")
     client.close()
 
@@ -232,7 +232,7 @@ def test_a_provider_that_said_nothing_is_ended_within_its_limit_after_the_pause(
     stand_still(PAUSE_SECONDS)
     went_on_at = time.monotonic()
     run.wait_failed(LimitPassedError, f"the {limit} timeout")
-    assert time.monotonic() - went_on_at < LIMIT + 0.5
+    assert time.monotonic() - went_on_at < LIMIT + 1.0
 
 
 def test_a_pause_of_the_provider_alone_is_no_pause_of_ours(
@@ -243,7 +243,7 @@ def test_a_pause_of_the_provider_alone_is_no_pause_of_ours(
     run.sink.wait_text("a")
     said_at = time.monotonic()
     run.wait_failed(LimitPassedError, "the idle timeout")
-    assert LIMIT <= time.monotonic() - said_at < LIMIT + 0.5
+    assert LIMIT <= time.monotonic() - said_at < LIMIT + 1.0
 
 
 # Clients, sessions, the reaper -------------------------------------------------------------------
@@ -332,8 +332,8 @@ def test_the_reaper_reads_first_and_does_not_count_our_pause(
         went_on_at = time.monotonic()
         reaped = client.wait_terminal(quiet)
         assert reaped.payload["outcome"] == "REAPED"
-        assert "no progress for 0 s" in reaped.payload["error_detail"]
-        assert LIMIT / 3 < time.monotonic() - went_on_at < LIMIT + 0.5
+        assert "no progress for" in reaped.payload["error_detail"]
+        assert LIMIT / 3 < time.monotonic() - went_on_at < LIMIT + 1.0
         assert client.wait_terminal(lively).payload["outcome"] == "COMPLETED"
 
 
@@ -373,6 +373,6 @@ def test_an_ack_for_a_stream_that_stays_open_comes_after_the_rest_of_its_time() 
     stand_still(PAUSE_SECONDS)
     went_on_at = time.monotonic()
     assert given.outbox.wait_ack()["results"][0]["outcome"] == "TIMED_OUT"
-    assert time.monotonic() - went_on_at < LIMIT + 0.5
+    assert time.monotonic() - went_on_at < LIMIT + 1.0
     stream.end_closed()
     given.settle_requests()
