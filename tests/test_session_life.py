@@ -139,7 +139,27 @@ def test_a_generation_that_runs_is_no_sign_of_life(clock: Clock) -> None:
 # Heartbeats, the warning, the end ----------------------------------------------------------------
 
 
-def test_heartbeats_say_what_remains(clock: Clock) -> None:
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heartbeats come exactly at their interval."""
+    monkeypatch.setattr("actors.session.session._HEARTBEAT_JITTER", 0.0)
+
+
+def test_sessions_that_are_opened_together_do_not_send_their_heartbeats_together(
+    clock: Clock,
+) -> None:
+    sessions = [session() for _ in range(20)]
+    clock.now += 26.9  # the interval is 30 s
+    assert [look(given) for given in sessions] == [[]] * 20
+    beats = []
+    for _ in range(31):
+        clock.now += 0.1
+        beats.append(sum(look(given) == ["HEARTBEAT"] for given in sessions))
+    assert sum(beats) == 20
+    assert max(beats) < 10
+
+
+def test_heartbeats_say_what_remains(clock: Clock, steady: None) -> None:
     given = session()
     for _ in range(3):
         clock.now += 29.5

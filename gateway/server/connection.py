@@ -267,7 +267,7 @@ class Connection:
         if self.is_registered and not self._is_read_first:
             self._read_first()
         while not self.is_registered and self._lanes.is_behind:
-            self._lanes.wait_deferred()
+            self._pause(self._lanes.wait_deferred)
         while True:
             self._readable.wait()
             try:
