@@ -15,9 +15,12 @@ for _number in (0, 1, 2):
 
 import signal
 
+_early_hangups: list[int] = []
+"""SIGHUPs that came before the daemon could handle them."""
+
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
     # It asks the daemon to reload: it must not end it before it can listen.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, lambda number, _frame: _early_hangups.append(number))
 
 # Step 2: patch, before any other import and in no other file. From here on sockets, locks and
 # sleeps switch to other greenlets. `ares` resolves names without threads: gevent's default resolver
@@ -196,12 +199,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "demo-llm":
         console = Console()
         configure("info", _log_format(), console.log)
+        _hang_up_as_usual()
         try:
             return serve_demo(console, args.host, args.port, args.tokens_per_second)
         finally:
             console.end()
-    if args.command != "serve" and hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if args.command != "serve":
+        _hang_up_as_usual()
     if args.command == "doctor":
         return doctor.main(args, prog=program())
     if args.command == "hash-secret":
@@ -236,13 +240,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         config = given.config
         configure(config.log_level, config.log_format or _log_format(), console.log)
-        code = serve(settings, console, lambda gateway: reload(gateway, config, read_settings))
+        code = serve(
+            settings,
+            console,
+            lambda gateway: reload(gateway, config, read_settings),
+            was_hung_up=lambda: bool(_early_hangups),
+        )
         console.end()
         # Python's own way to end frees every object one by one. After a flood of clients that takes
         # seconds, while the time limit of the shutdown is over.
         os._exit(code)
     finally:
         console.end()
+
+
+def _hang_up_as_usual() -> None:
+    """Let SIGHUP end this process, which has nothing to reload; not if it is ignored (nohup)."""
+    if hasattr(signal, "SIGHUP") and callable(signal.getsignal(signal.SIGHUP)):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        if _early_hangups:
+            signal.raise_signal(signal.SIGHUP)
 
 
 def _log_format() -> Literal["text", "json"]:

@@ -345,7 +345,7 @@ class _Sink:
 
     def retrying(self, provider: str, error: StreamError, pause_seconds: float) -> None:
         self._metrics.llm_retries.labels(_kind(error)).inc()
-        _log.info(
+        _deferred_log.info(
             "Retrying generation",
             error=str(error),
             provider=provider,
@@ -356,7 +356,7 @@ class _Sink:
     def falling_back(self, provider: str, error: StreamError | None) -> None:
         self._metrics.llm_fallbacks.inc()
         why = "the provider failed too often" if error is None else str(error)
-        _log.info("Asking the fallback", error=why, provider=provider, **self._log_fields)
+        _deferred_log.info("Asking the fallback", error=why, provider=provider, **self._log_fields)
 
     def opened(self) -> None:
         tell(self._request, StreamOpened())

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import gevent
 import gevent.event
+import gevent.lock
 
 from actors.state_dump import log_state_dump, track_greenlets
 from gateway.app import Gateway, bargein_version
@@ -33,13 +34,20 @@ _log = get_logger("SYS")
 # Running -----------------------------------------------------------------------------------------
 
 
-def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], None]) -> int:
+def serve(
+    settings: Settings,
+    console: Console,
+    on_hangup: Callable[[Gateway], None],
+    *,
+    was_hung_up: Callable[[], bool] = lambda: False,
+) -> int:
     """Run the daemon until a signal stops it.
 
     Args:
         settings: all settings.
         console: where its lines are printed.
         on_hangup: called on SIGHUP; where that comes during the start, when it is over.
+        was_hung_up: returns whether one came before this was called.
 
     Returns:
         The exit code: 0 after a signal, 1 if it could not start or had to give up.
@@ -51,9 +59,12 @@ def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], N
     gateway.metrics.log_lines_lost.set_function(lambda: console.lost)
     has_started = gevent.event.Event()
 
+    reloading = gevent.lock.RLock()
+
     def reload_once_started() -> None:
         has_started.wait()
-        on_hangup(gateway)
+        with reloading:  # one after another, so that the newest settings are the last ones applied
+            on_hangup(gateway)
 
     if hasattr(signal, "SIGUSR1"):
         gevent.signal_handler(signal.SIGUSR1, log_state_dump)
@@ -72,6 +83,8 @@ def serve(settings: Settings, console: Console, on_hangup: Callable[[Gateway], N
     _tune_garbage_collector()
     notify_systemd("READY=1")
     has_started.set()
+    if was_hung_up():
+        gevent.spawn(reload_once_started)
 
     # Serving: everything happens in other greenlets.
     stopped_by = stop.get()
@@ -100,8 +113,6 @@ def serve_demo(console: Console, host: str, port: int, tokens_per_second: float)
         The exit code: 0 after a signal, 1 if it could not start.
     """
     stop = _handle_stop_signals(console)
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it has nothing to reload
     log_loop_errors()
     try:
         with demo.DemoProvider(host, port, tokens_per_second) as provider:
@@ -178,6 +189,9 @@ def reload(gateway: Gateway, running: Config, read_sources: Callable[[], ConfigS
             warnings.extend(sources.warnings)
 
     settings = gevent.get_hub().threadpool.apply(read)
+    if not gateway.is_serving:
+        _log.error("Not reloaded", fault="the gateway is stopping")
+        return
     for warning in warnings:
         _log.warning("Questionable setting", warning=warning)
     if isinstance(settings, SettingsError):

@@ -7,6 +7,7 @@ import math
 import os
 import socket
 import sys
+import threading
 import time
 from dataclasses import replace
 from typing import Any
@@ -78,7 +79,12 @@ def log_loop_errors() -> None:
             "Unhandled error", context=repr(context)[:200], exc_info=(kind, error, trace)
         )
 
+    ours = threading.get_ident()
+
     def log_unraisable(unraisable: Any) -> None:
+        if threading.get_ident() != ours:  # no loop of that thread would ever write the line
+            sys.__unraisablehook__(unraisable)
+            return
         log_error(
             unraisable.object, unraisable.exc_type, unraisable.exc_value, unraisable.exc_traceback
         )
@@ -122,6 +128,8 @@ def fit_to_open_files(settings: Settings) -> Settings:
         except (OSError, ValueError) as error:  # macOS has another limit, which it does not report
             allowed, fault = count(soft), str(error)
     max_open, max_requests = share_files(allowed, connections, requests, per_request)
+    if allowed >= wanted:
+        max_open = 0  # there are files for all; the server itself closes those that are too many
     fields = {
         "limit": allowed,
         "wanted": wanted,

@@ -53,6 +53,9 @@ class Loop(Protocol):
         """Run after what `run_after_poll` has queued and the control that it triggers, before any
         data."""
 
+    def run_deferred(self, function: Callable[..., object], *args: Any) -> None:
+        """Run when no client waits for anything else, in order: for lines of the log."""
+
     def wait_turn(self) -> None:
         """Suspend the calling greenlet, so that pending control runs before its work."""
 

@@ -78,14 +78,16 @@ class LineWriter:
         data = text.encode(errors="backslashreplace")
         with self._lock:
             if self._is_full or self._bytes + len(data) > self._max_bytes:
-                self._is_full = True
+                # (One line may be too long for an empty buffer.)
+                self._is_full = self._bytes > self._max_bytes // 2
                 self._lose(_Line(data, 0))
                 return
             self._queue_note()
             self._queue(_Line(data, 0))
-            if not self._is_started:
-                self._is_started = True
-                _start_thread(self._run, ())
+            with contextlib.suppress(RuntimeError):  # no more threads; the next line tries again
+                if not self._is_started:
+                    _start_thread(self._run, ())
+                    self._is_started = True
         with contextlib.suppress(RuntimeError):  # it has been woken already
             self._wake.release()
 

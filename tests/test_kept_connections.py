@@ -402,6 +402,20 @@ def test_where_a_byte_of_an_answer_came_nothing_is_sent_again(
     assert server.connections == 1
 
 
+@pytest.mark.parametrize("end", ["end_after_a_while", "reset_after_a_while"])
+def test_one_that_ends_late_had_the_request_and_nothing_is_sent_again(
+    server: KeepingServer, make_client: MakeClient, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.http.connections._KEPT_END_SECONDS", 0.02)  # the server takes 0.05
+    client = make_client(server, retries=2)
+    completed(client)
+    server.then = [ENDS[end]]
+    run = Run(client, "x").start()
+    run.wait_failed(IncompleteAnswerError, "^the provider closed the connection without an answer")
+    assert resends(run) == []
+    assert server.connections == 1
+
+
 @pytest.mark.parametrize("end", ENDS)
 def test_a_new_connection_that_ends_is_not_tried_again(
     server: KeepingServer, make_client: MakeClient, end: str

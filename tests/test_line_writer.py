@@ -111,6 +111,12 @@ def test_a_note_stands_where_lines_are_missing(pipe: Pipe, monkeypatch: pytest.M
     assert text.endswith(f"line {199 - lost:03}\nlost {lost}\nafter\n")
 
 
+def test_a_line_that_is_too_long_is_lost_alone(pipe: Pipe) -> None:
+    pipe.writer.write("x" * 1000 + "\n")
+    pipe.writer.write("after\n")
+    assert pipe.read_until(b"after\n") == "lost 1\nafter\n"
+
+
 def test_a_closed_pipe_loses_every_line_and_raises_nothing(pipe: Pipe) -> None:
     close(pipe.read_end)
     for number in range(50):

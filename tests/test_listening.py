@@ -136,6 +136,6 @@ def test_beyond_the_most_that_may_be_open_clients_wait_until_others_leave(
             client.close()
     assert rooms
     assert [(log["event"], log["error"]) for log in logs] == [
-        ("Cannot accept connections", "Too many open files")
+        ("Cannot accept connections", "the open files that are left are reserved for live requests")
     ]
     server.stop()

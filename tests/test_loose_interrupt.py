@@ -95,6 +95,10 @@ ODD = {
     "target_behind_nan": '{"msg_type": "INTERRUPT", "payload": {"reason": NaN, '
     '"interrupt_request_id": "req_1"}}',
     # Not JSON.
+    "target_then_an_object": of('"interrupt_request_id": {}'),
+    "kind_then_a_number": of('"reason": null').replace("payload", 'msg_type": 5, "payload'),
+    "payload_then_a_number": of('"reason": null')[:-1] + ', "payload": 5}',
+    "kind_escaped_and_version_wrong": whole(version="9").replace("INTERRUPT", r"\u0049NTERRUPT"),
     "breaks_off": '{"msg_type":"INTERRUPT","payload":{"interrupt_request_id":"req_1","reas',
     "breaks_off_in_the_reason": whole(version=None).partition('USER_STOP"')[0],
     "comma_too_many": of('"reason": "USER_STOP",'),
@@ -128,6 +132,17 @@ def test_each_odd_interrupt_stops_its_answer_and_is_acknowledged(
             assert ack.payload["interrupt_request_id"] == request_id, name
             assert client.wait_terminal(request_id).payload["interrupted"] is True
     assert not [frame for frame in client.frames if frame.msg_type == "ERROR"]
+
+
+def test_an_interrupt_may_come_as_a_binary_frame(
+    gateway: Gateway, provider: ProviderProcess
+) -> None:
+    story = provider.fresh(scripts.idle_mid_stream(["once", " upon"]))
+    with Client(gateway.server.port) as client:
+        client.wait_text(client.request(story, "req_1"))
+        client.send_binary(whole().encode())
+        assert client.wait_ack().payload["status"] == "SUCCESS"
+        assert client.wait_terminal("req_1").payload["interrupted"] is True
 
 
 def test_bytes_that_are_not_utf_8_do_not_hold_it_up() -> None:

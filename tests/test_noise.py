@@ -17,6 +17,7 @@ from websockets.server import ServerProtocol
 
 import gateway.server.connection
 import gateway.server.server
+from actors.loop import lanes as lanes_module
 from actors.loop.lanes import lanes
 from gateway.app import Gateway
 from gateway.server.connection import MAX_FRAGMENTS
@@ -333,3 +334,21 @@ def test_while_too_much_is_deferred_the_unregistered_are_not_read(
         is_behind = False
         goes_on.set()
         stranger.wait_for(lambda one: one.msg_type == "HEALTH_CHECK_ACK")
+
+
+def test_many_that_wait_do_not_keep_each_other_waiting(gateway: Gateway) -> None:
+    """Each that waits for deferred tasks is one itself."""
+    lane = lanes()
+    clients = [Client(gateway.server.port, register=False) for _ in range(20)]
+    limit, lanes_module.MAX_DEFERRED = lanes_module.MAX_DEFERRED, 5
+    try:
+        for _ in range(50):
+            lane.run_deferred(lambda: None)
+        for client in clients:
+            client.send("HEALTH_CHECK", {})
+        for client in clients:
+            client.wait_for(lambda one: one.msg_type == "HEALTH_CHECK_ACK")
+    finally:
+        lanes_module.MAX_DEFERRED = limit
+        for client in clients:
+            client.drop()

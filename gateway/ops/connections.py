@@ -20,10 +20,10 @@ import enum
 import socket
 from typing import Any
 
-import gevent
 import gevent.pool
 import gevent.pywsgi
 
+from actors.loop.lanes import lanes
 from gateway.server.listening import Listening
 
 MAX_CONNECTIONS = 64
@@ -160,13 +160,12 @@ class OpsConnection(gevent.pywsgi.WSGIHandler):
     def _begin(self, phase: Phase, seconds: float) -> None:
         self.phase = phase
         self._stop_timer()
-        self._timer = gevent.get_hub().loop.timer(seconds)
-        self._timer.start(self.drop)
+        self._timer = lanes().limit(seconds, self.drop)
+        self._timer.start()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.stop()
-            self._timer.close()
             self._timer = None
 
     def _values(self, name: str) -> list[str]:

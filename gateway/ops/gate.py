@@ -22,7 +22,9 @@ class OpsGate:
     """
 
     def __init__(self, host: str, bound: str) -> None:
-        self._is_loopback = ipaddress.ip_address(bound).is_loopback
+        address = ipaddress.ip_address(bound)
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        self._is_loopback = (mapped or address).is_loopback
         self._names = {"localhost", host.lower()}
 
     def refusal(self, hosts: Sequence[str], origins: Sequence[str]) -> str | None:

@@ -159,6 +159,8 @@ class Connection:
         self._heard_at = self.opened_at = time.monotonic()
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
+        self._refused_at: float | None = None
+        """When `check` has asked for the end of the connection."""
         self._is_paused = False
         self._messages = self._unlogged_batches = self._frames = 0
         self._pace = Pace(FRAMES_PER_SECOND, FRAMES_PER_SECOND)
@@ -234,13 +236,20 @@ class Connection:
             self._closing_since = self._closing_since or now
             if self._passed(self._closing_since, now) > CLOSE_SECONDS:
                 self.drop("close frame unanswered")
-        elif idle_since is not None and self._passed(idle_since, now) > REGISTER_SECONDS:
-            self._close(f"no REGISTER within {REGISTER_SECONDS:g} s")
+        elif self._refused_at is not None:
+            if now - self._refused_at > CLOSE_SECONDS:
+                self.drop("close frame unanswered")
+        elif (
+            idle_since is not None
+            and self._passed(idle_since, now) > REGISTER_SECONDS
+            and not self._lanes.is_behind  # or it is we who have not read
+        ):
+            self._refuse(f"no REGISTER within {REGISTER_SECONDS:g} s", now)
         elif self._is_paused:  # it seems silent because we do not read it
             self._heard_at, self._pinged_at = now, None
             self._message_since = None if self._message_since is None else now
         elif self._is_message_late(now):
-            self._close(f"a message was not complete within {MESSAGE_SECONDS:g} s")
+            self._refuse(f"a message was not complete within {MESSAGE_SECONDS:g} s", now)
         elif self._pinged_at is not None and self._heard_at >= self._pinged_at:
             self._pinged_at = None
         elif self._pinged_at is not None:
@@ -250,7 +259,8 @@ class Connection:
             self._pinged_at = now
             self._outbox.ping()
 
-    def _close(self, reason: str) -> None:
+    def _refuse(self, reason: str, now: float) -> None:
+        self._refused_at = now
         _deferred_log.warning("Refused connection", peer=self._peer, reason=reason)
         self._outbox.close(CloseCode.POLICY_VIOLATION, reason)
 
@@ -266,7 +276,8 @@ class Connection:
     def _read(self) -> bytes:
         if self.is_registered and not self._is_read_first:
             self._read_first()
-        while not self.is_registered and self._lanes.is_behind:
+        if not self.is_registered and self._lanes.is_behind:
+            # Once, not until it has caught up: those that wait are deferred tasks themselves.
             self._pause(self._lanes.wait_deferred)
         while True:
             self._readable.wait()
@@ -275,6 +286,8 @@ class Connection:
             except BlockingIOError:
                 continue
             self._heard_at = time.monotonic()
+            if self.is_registered and not self._is_read_first:
+                self._read_first()  # its password was checked while this waited
             return data
 
     def _read_first(self) -> None:
@@ -302,12 +315,12 @@ class Connection:
             is_first = False
             if self._is_over():
                 return
-            messages = self._messages
+            frames = self._frames
             self._protocol.receive_data(piece)
             self._after_receiving()
             if not (self._slices.is_inside or self._fragments):
                 self._message_since = None
-            elif self._message_since is None or self._messages > messages:
+            elif self._message_since is None or (self._frames > frames and self._fragments < 2):
                 self._message_since = time.monotonic()
 
     def _after_receiving(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +47,7 @@ class Listening(gevent.server.StreamServer):
     def do_read(self) -> Any:
         """Accept a connection. Called by gevent, which tries again later if this returns None."""
         if self.is_full:
-            self._pause(os.strerror(errno.EMFILE))
+            self._pause("the open files that are left are reserved for live requests")
             return None
         try:
             accepted = super().do_read()

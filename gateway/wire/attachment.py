@@ -65,6 +65,7 @@ from gateway.wire.frames import (
     SessionQuery,
     Shutdown,
 )
+from gateway.wire.loose_interrupt import TargetError, find_interrupt
 from gateway.wire.port import Outbox, WirePort
 from gateway.wire.voice import VoiceFrames
 from metrics.instruments import Metrics
@@ -195,6 +196,9 @@ class Attachment:
         try:
             if self._session is None:
                 self._refuse(ErrorCode.SESSION_INVALID, self._too_early_detail())
+            elif (interrupt := _interrupt_in(message)) is not None:
+                for word in self._words(ClientFrame(None, interrupt), time.monotonic()):
+                    self._session.tell(word)
             else:
                 for word in self._voices.take_binary(message):
                     self._session.tell(word)
@@ -409,6 +413,16 @@ class Attachment:
             self._books.request_ended(Outcome.FAILED)
             end = RequestEnd(request_id, Outcome.FAILED, code=code, detail=detail)
             self._port.request_ended(end)
+
+
+def _interrupt_in(message: bytes) -> Interrupt | None:
+    """An INTERRUPT that came as a binary frame, as some clients send all their JSON."""
+    if not message.startswith(b"{"):
+        return None
+    try:
+        return find_interrupt(message)
+    except TargetError:
+        return None
 
 
 def profile_of(register: Register, max_functions_bytes: int = MAX_FUNCTIONS_BYTES) -> Profile:

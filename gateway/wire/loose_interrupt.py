@@ -16,14 +16,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from gateway.wire.frames import MAX_TEXT_BYTES, Interrupt
 
-_MAX_TOKENS = 10_000
+_MAX_TOKENS = 5_000
 """How far `_scan` goes, and not beyond `MAX_TEXT_BYTES`: to scan more would hold up others for
 longer than 5 ms."""
 
@@ -33,7 +33,7 @@ _MAX_CHARS = 2**53
 _MISSING = Raw(b"")
 
 _TOKEN = re.compile(
-    rb'"(?:[^"\\]+|\\.)*"?'  # a string, which the end of the frame may cut off
+    rb'"(?:[^"\\]++|\\.)*+"?'  # a string, which the end of the frame may cut off
     rb"|[\[{]+|[\]}]+|[:,]"
     rb'|[^\s"\[\]{}:,]+',  # a number, a word, or what should not be there
     re.DOTALL,
@@ -78,9 +78,11 @@ def find_interrupt(data: bytes) -> Interrupt | None:
         TargetError: it is an INTERRUPT, but its target is neither a request id, a number, nor
             absent.
     """
-    if b"interrupt" not in data.lower():
+    if b"interrupt" not in data.lower() and b"\\u00" not in data:
         return None
-    fields = _decoded(data) or _scanned(data)
+    fields = _decoded(data)
+    if fields is None or not _is_target(bytes(fields.interrupt_request_id)):
+        fields = _scanned(data) or fields
     if fields is None:
         return None
     return Interrupt(
@@ -100,25 +102,30 @@ def _decoded(data: bytes) -> _Payload | None:
         if payload in (b"", b"null"):
             return _Payload()
         if not payload.startswith(b"{"):
-            raise TargetError("`payload` must be an object")
+            return _Payload(interrupt_request_id=Raw(b"{}"))  # no target that can be read
         return _payload_decoder.decode(payload)
     except (msgspec.DecodeError, RecursionError):
         return None
 
 
 def _scanned(data: bytes) -> _Payload | None:
-    """The fields of an INTERRUPT that no decoder accepts; None if it is not one."""
+    """The fields of an INTERRUPT that no decoder accepts; None if it is not one.
+
+    Of a field that is there more than once, the last value counts that can be read.
+    """
     found: dict[tuple[bytes, ...], bytes] = {}
-    is_payload_closed = False
     for path, value in _scan(data):
-        found[path] = value
-        is_payload_closed = is_payload_closed or path == (b"payload",)
+        if path not in found or _READABLE.get(path, bool)(value):
+            found[path] = value
     if not _is_interrupt(found.get((b"msg_type",), b"")):
         return None
+    payload = found.get((b"payload",))
+    if payload not in (None, b"{}", b"null"):
+        raise TargetError("`payload` must be an object")
     fields = _Payload(
         *(Raw(found.get((b"payload", name.encode()), b"")) for name in _Payload.__struct_fields__)
     )
-    if not is_payload_closed and not bytes(fields.interrupt_request_id):
+    if payload is None and not bytes(fields.interrupt_request_id):
         # It may have been lost with the end of the frame.
         raise TargetError("the frame breaks off before `payload.interrupt_request_id`")
     return fields
@@ -126,7 +133,7 @@ def _scanned(data: bytes) -> _Payload | None:
 
 def _scan(data: bytes) -> Iterator[tuple[tuple[bytes, ...], bytes]]:
     """Yield the path and the value of each field, down to the fields of a field: strings, numbers
-    and words as they are written, and `{}` for an object or a list when it ends."""
+    and words as they are written, and `{}` for an object or `[]` for a list when it ends."""
     path: list[bytes] = []
     key: bytes | None = None  # a string that was read, until a colon follows
     name = b""
@@ -139,11 +146,11 @@ def _scan(data: bytes) -> Iterator[tuple[tuple[bytes, ...], bytes]]:
             path.extend([name] + [b""] * (len(token) - 1))
             key, name = None, b""
         elif first in b"]}":
-            for _ in token:
+            for bracket in token:
                 if path:
                     name = path.pop()
                     if 1 <= len(path) <= 2:
-                        yield (*path[1:], name), b"{}"
+                        yield (*path[1:], name), b"{}" if bracket == ord("}") else b"[]"
             key, name = None, b""
         elif token == b":":
             name = (key or b"").strip(b'"')
@@ -156,6 +163,14 @@ def _scan(data: bytes) -> Iterator[tuple[tuple[bytes, ...], bytes]]:
             key, name = None, b""
         else:
             key = token
+
+
+def _is_target(raw: bytes) -> bool:
+    try:
+        _target(raw)
+    except TargetError:
+        return False
+    return True
 
 
 def _is_interrupt(raw: bytes) -> bool:
@@ -175,6 +190,13 @@ def _target(raw: bytes) -> str | UnsetType | None:
     if not _ID.match(request_id):
         raise TargetError("`interrupt_request_id` must have at most 64 printable ASCII characters")
     return request_id
+
+
+_READABLE: dict[tuple[bytes, ...], Callable[[bytes], bool]] = {
+    (b"msg_type",): lambda raw: _text(raw) is not None,
+    (b"payload", b"interrupt_request_id"): _is_target,
+    (b"payload",): lambda raw: raw == b"{}",
+}
 
 
 def _text(raw: bytes) -> str | None:

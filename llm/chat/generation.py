@@ -15,6 +15,7 @@ the start of another answer after it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -125,9 +126,13 @@ class LlmClient:
         provider = self.first.name
         if state is BreakerState.OPEN:
             seconds = self.settings.breaker_seconds
-            _log.warning("Provider left alone", provider=provider, seconds=seconds)
+            self._log_later(_log.warning, "Provider left alone", provider=provider, seconds=seconds)
         elif state is BreakerState.CLOSED:
-            _log.info("Provider answers again", provider=provider)
+            self._log_later(_log.info, "Provider answers again", provider=provider)
+
+    def _log_later(self, log: Callable[..., object], event: str, **fields: object) -> None:
+        # In the order of events: behind the lines of what has caused it.
+        self.loop.run_deferred(functools.partial(log, event, **fields))
 
     def generation(
         self, prompt: Prompt, sink: Sink, on_end: Callable[[GenerationResult], None]

@@ -36,6 +36,10 @@ from llm.http.answer import Answer
 from llm.limits import limited
 from llm.loop import Loop
 
+_KEPT_END_SECONDS = 2.0
+"""A kept connection that ends later than this after a request was not closed for its idleness: the
+provider had the request, and may bill it."""
+
 IDLE_SECONDS = 3.0
 """How long an idle connection is kept. Many servers close one after 5 s (uvicorn, Node). A request
 that is sent at that moment is lost."""
@@ -309,6 +313,7 @@ class _Connection(HTTPConnection):
         super().__init__(*args, **kwargs)
         self._loop = loop
         self._connect_timeout = connect_timeout
+        self._sent_at = 0.0
 
     def connect(self) -> None:
         self.kept_since = None
@@ -319,6 +324,7 @@ class _Connection(HTTPConnection):
 
     def request(self, *args: Any, **kwargs: Any) -> None:
         self.plain = None
+        self._sent_at = time.monotonic()
         try:
             super().request(*args, **kwargs)
         except (BrokenPipeError, ConnectionResetError):
@@ -336,7 +342,8 @@ class _Connection(HTTPConnection):
 
     def _raise_if_kept(self, error: Exception) -> None:
         is_answered = self.plain is not None and self.plain.reader.is_answered
-        if self.kept_since is not None and not is_answered:
+        is_late = time.monotonic() - self._sent_at > _KEPT_END_SECONDS
+        if self.kept_since is not None and not is_answered and not is_late:
             raise KeptConnectionEnded("kept connection ended", error) from error
 
     def close_idle(self) -> None:

@@ -164,7 +164,7 @@ class Peer:
 
 
 class WebSocketPeer(Peer):
-    """A peer that shakes hands, and registers if it is told to.
+    """A peer that does the handshake, and registers if it is told to.
 
     Public attributes:
         session_id: from REGISTER_ACK.
@@ -180,7 +180,7 @@ class WebSocketPeer(Peer):
         self._rest = b""
 
     def begin(self) -> None:
-        """It is registered, or, if it does not register, its hands are shaken."""
+        """It is registered, or, if it does not register, the handshake is done."""
 
     def took(self, opcode: int, payload: bytes) -> None:
         """A frame has come, after `begin`."""
