@@ -128,7 +128,7 @@ def fit_to_open_files(settings: Settings) -> Settings:
         except (OSError, ValueError) as error:  # macOS has another limit, which it does not report
             allowed, fault = count(soft), str(error)
     max_open, max_requests = share_files(allowed, connections, requests, per_request)
-    if allowed >= wanted:
+    if is_bounded and allowed >= wanted:
         max_open = 0  # there are files for all; the server itself closes those that are too many
     fields = {
         "limit": allowed,

@@ -5,7 +5,7 @@ path is looked up among their names and never reaches the file system.
 
 The library, `gateway/web/client/`, has two addresses. The page imports it from `/client/`, like its
 own modules. Other pages import it from an address with the version of `package.json`, such as
-`/client/0.2.0/`. The files of a version never change, so browsers may cache them.
+`/client/0.3.0/`. The files of a version never change, so browsers may cache them.
 """
 
 from __future__ import annotations
