@@ -314,6 +314,17 @@ def test_a_gateway_that_stops_does_not_wait_for_those_who_wait(
     assert len(native.passwords) == 1
 
 
+def test_after_its_password_was_checked_a_clients_first_message_may_be_large(
+    gateway: Gateway,
+) -> None:
+    with Client(gateway.server.port, register=False) as client:
+        client.register(auth=BY_ACCOUNT)
+        content = {"voice_mode": "BASE64", "audio_format": "pcm", "voice": "A" * 700_000}
+        client.send("REQUEST", {"request_id": "a", "data_type": "VOICE", "content": content})
+        refused = client.wait_for(lambda frame: frame.msg_type == "ERROR").payload
+        assert refused["error_code"] == "INTERNAL_ERROR"  # it was read: nothing listens to it yet
+
+
 def test_without_credentials_everybody_is_let_in(make_gateway: Callable[..., Gateway]) -> None:
     gateway = make_gateway()
     for auth in WRONG:
