@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gevent.server
@@ -519,7 +520,7 @@ def test_a_provider_that_comes_back_while_it_is_asked_again_answers(
         server.start()
         return 1.0
 
-    monkeypatch.setattr("llm.chat.retries.random.uniform", come_back)
+    monkeypatch.setattr("llm.chat.retries.random", SimpleNamespace(uniform=come_back))
     stand = make_stand(base_url=url_of(closed_port))
     try:
         request_id = stand.ask(scripts.answer([ANSWER]))

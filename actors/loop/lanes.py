@@ -301,7 +301,8 @@ class Lanes:
             deferred = self._deferred
             while deferred:
                 _run(*deferred.popleft())
-                if time.monotonic() > until:
+                # What a task has asked of control comes before the next task: its log lines, too.
+                if self._is_control_due or time.monotonic() > until:
                     break
         if self._data or self._deferred:
             self._run_slice_after_next_poll()
