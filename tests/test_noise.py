@@ -22,6 +22,7 @@ from actors.loop.lanes import lanes
 from gateway.app import Gateway
 from gateway.server.connection import MAX_FRAGMENTS
 from gateway.server.frame_slices import MAX_FRAMES
+from gateway.server.outbox import Outbox
 from gateway.wire.frames import MAX_TEXT_BYTES, PATH
 from tests.harness import scripts
 from tests.harness.client import Client, wait_until
@@ -222,6 +223,20 @@ def test_a_client_that_asks_for_health_may_stay(
             asking.wait_for(lambda one: one.msg_type == "HEALTH_CHECK_ACK")
             gevent.sleep(0.05)
         assert asking.register().msg_type == "REGISTER_ACK"
+
+
+def test_one_to_whom_no_close_frame_can_be_written_is_dropped_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, make_gateway: MakeGateway
+) -> None:
+    tick(monkeypatch)
+    monkeypatch.setattr(gateway.server.connection, "CLOSE_SECONDS", 0.2)
+    monkeypatch.setattr(gateway.server.connection, "REGISTER_SECONDS", 0.3)
+    asked: list[str] = []
+    # It stays in the outbox of a client that reads nothing.
+    monkeypatch.setattr(Outbox, "close", lambda _self, _code, reason: asked.append(reason))
+    with Client(make_gateway().server.port, register=False) as client:
+        assert client.wait_closed() is None
+    assert asked == ["no REGISTER within 0.3 s"]
 
 
 UNFINISHED = {

@@ -159,8 +159,7 @@ class Connection:
         self._heard_at = self.opened_at = time.monotonic()
         self._pinged_at: float | None = None
         self._closing_since: float | None = None
-        self._refused_at: float | None = None
-        """When `check` has asked for the end of the connection."""
+        """When `check` has asked for the end of the connection, or has found that it is closing."""
         self._is_paused = False
         self._messages = self._unlogged_batches = self._frames = 0
         self._pace = Pace(FRAMES_PER_SECOND, FRAMES_PER_SECOND)
@@ -232,12 +231,9 @@ class Connection:
         if self._protocol.state is State.CONNECTING:
             if self._passed(self.opened_at, now) > _HANDSHAKE_SECONDS:
                 self.drop("no handshake in time")
-        elif self._protocol.state is not OPEN:
+        elif self._protocol.state is not OPEN or self._closing_since is not None:
             self._closing_since = self._closing_since or now
             if self._passed(self._closing_since, now) > CLOSE_SECONDS:
-                self.drop("close frame unanswered")
-        elif self._refused_at is not None:
-            if now - self._refused_at > CLOSE_SECONDS:
                 self.drop("close frame unanswered")
         elif (
             idle_since is not None
@@ -260,7 +256,7 @@ class Connection:
             self._outbox.ping()
 
     def _refuse(self, reason: str, now: float) -> None:
-        self._refused_at = now
+        self._closing_since = now
         _deferred_log.warning("Refused connection", peer=self._peer, reason=reason)
         self._outbox.close(CloseCode.POLICY_VIOLATION, reason)
 
